@@ -1,0 +1,43 @@
+"""What the device gets: packed rows, every field describing the token *predicted* at its place.
+
+In: numpy fields from packing.py. Out: the same struct on the mesh.
+"""
+
+import flax.struct
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from echo_jax.sharding import sharding_of
+
+
+@flax.struct.dataclass
+class Batch:
+    """M micro-batches of B packed rows of T tokens; the shift by one has already happened."""
+
+    tokens: jax.Array  # int32 [M, B, T] the token read here
+    targets: jax.Array  # int32 [M, B, T] the token predicted here: the next of the same trajectory
+    segment_ids: jax.Array  # int32 [M, B, T] trajectory within the row, from 1; 0 is padding
+    positions: jax.Array  # int32 [M, B, T] of `tokens` within its trajectory
+    role: jax.Array  # int8 [M, B, T] Role of `targets`
+    policy_weight: jax.Array  # f32 [M, B, T] >= 0, never holds the advantage
+    observation_weight: jax.Array  # f32 [M, B, T] >= 0, holds lambda
+    policy_denominator: jax.Array  # f32 [M, B, T] what this token adds to the batch-wide denominator
+    observation_denominator: jax.Array  # f32 [M, B, T]
+    advantage: jax.Array  # f32 [M, B, T]
+    sampler_logprob: jax.Array  # f32 [M, B, T] log-prob of `targets` when it was sampled; 0 elsewhere
+    temperature: jax.Array  # f32 [M, B, T] of sampling on actions, 1 wherever the term is a cross-entropy
+
+
+def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns the batch with its rows spread over the data axes of the mesh."""
+    return jax.device_put(batch, sharding_of(mesh, ("micro", "batch", "time")))
+
+
+def empty(micro_batches: int, rows: int, length: int) -> Batch:
+    """Returns a numpy batch of padding, to be filled."""
+    shape = (micro_batches, rows, length)
+    dtypes = {name: np.int32 for name in ("tokens", "targets", "segment_ids", "positions")} | {"role": np.int8}
+    fields = {name: np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch.__dataclass_fields__}
+    fields["temperature"] += 1.0
+    return Batch(**fields)

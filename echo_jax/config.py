@@ -1,0 +1,194 @@
+"""The default config: every field that exists, with its unit. Experiment files under configs/ only assign.
+
+In: overrides from a config file or the command line. Out: one locked `ConfigDict`, and the record of it in a workdir.
+"""
+
+import json
+from pathlib import Path
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A value that cannot work, found before any work starts."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns the default config, locked: assigning a field that does not exist raises."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # root of every random key: weights, tasks, sampling
+    c.num_steps = 100  # RL updates after the warm start
+
+    c.task = ml_collections.ConfigDict()
+    c.task.mixture = ml_collections.ConfigDict({"lookup": 1.0})  # task family -> weight
+    c.task.lookup = ml_collections.ConfigDict()
+    c.task.lookup.folders = 3  # folders of the random tree
+    c.task.lookup.files = 6  # files of the random tree
+    c.task.rooms = ml_collections.ConfigDict()
+    c.task.rooms.width = 3  # rooms of the map, west to east
+    c.task.rooms.height = 3  # rooms of the map, north to south
+    c.task.rooms.map_seed = 0  # one fixed map a seed; tasks are start/goal pairs on it
+
+    c.model = ml_collections.ConfigDict()
+    c.model.num_layers = 3
+    c.model.embed_dim = 128
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 4
+    c.model.head_dim = 32
+    c.model.ffn_dim = 384
+    c.model.rope_theta = 10_000.0
+    c.model.norm_eps = 1e-6
+    c.model.tie_embeddings = True
+    c.model.compute_dtype = "float32"  # matmuls: float32 or bfloat16; parameters stay float32
+    c.model.remat = True  # recompute each layer in the backward pass
+
+    c.tokenizer = ml_collections.ConfigDict()
+    c.tokenizer.path = ""  # a SentencePiece model; empty: the small one shipped with the package
+
+    c.rollout = ml_collections.ConfigDict()
+    c.rollout.groups = 8  # tasks a step
+    c.rollout.group_size = 8  # rollouts of each task
+    c.rollout.max_turns = 3
+    c.rollout.max_tokens = 96  # of a whole trajectory
+    c.rollout.max_turn_tokens = 24  # sampled in one turn
+    c.rollout.temperature = 1.0  # of sampling, in training and evaluation
+    c.rollout.tool_threads = 8  # sandboxes at work at once
+    c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
+
+    c.sandbox = ml_collections.ConfigDict()
+    c.sandbox.backend = "auto"
+    c.sandbox.timeout_seconds = 5.0  # of one tool call
+    c.sandbox.output_bytes = 256  # of one tool call; head and tail are kept
+    c.sandbox.memory_bytes = 256 << 20
+    c.sandbox.disk_bytes = 16 << 20
+    c.sandbox.processes = 32
+
+    c.warm_start = ml_collections.ConfigDict()
+    c.warm_start.num_steps = 200  # sft updates on scripted demonstrations before RL; 0: none
+    c.warm_start.demonstrations = 1536
+    c.warm_start.success_rate = 0.3  # share of demonstrations that do the right thing
+    c.warm_start.batch = 64  # demonstrations an update
+    c.warm_start.learning_rate = 1e-3
+    c.warm_start.observation_weight = 0.2  # action-only sft leaves observation CE worse than uniform
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.clip_low = 0.2  # the importance ratio is clipped to [1 - clip_low, 1 + clip_high]
+    c.loss.clip_high = 0.2
+    c.loss.observation_weight = 0.05  # lambda
+    c.loss.observation_normalizer = "observation"  # observation | selected | token
+    c.loss.policy_normalizer = "sequence"  # sequence | token
+    c.loss.token_block = 1024  # tokens whose logits exist at once in the LM-head loss
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.warmup_steps = 10
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.clip_norm = 1.0  # of the global gradient norm
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.pack = ml_collections.ConfigDict()
+    c.pack.length = 256  # tokens of a packed row
+    c.pack.rows = 8  # rows of a micro-batch, over all devices
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.every = 0  # RL steps between evaluations; 0: only before and after RL
+    c.eval.episodes = 256  # held-out tasks, one sampled rollout each
+    c.eval.transcripts = 64  # fixed held-out transcripts for eval/observation_ce
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every = 20  # steps; the last step is always saved
+    c.checkpoint.keep = 2
+    return c.lock()
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
+    """Returns {"section.field": value} over all leaves."""
+    leaves = {}
+    for name in sorted(config):
+        value = config[name]
+        if isinstance(value, ml_collections.ConfigDict):
+            leaves |= {f"{name}.{rest}": leaf for rest, leaf in flat(value).items()}
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises `ConfigError`, naming field and value, for what no run could use."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    fields = flat(config)
+    nonnegative = {"seed", "num_steps", "rollout.save_every", "warm_start.num_steps", "warm_start.demonstrations",
+                   "eval.every", "optimizer.warmup_steps", "task.rooms.map_seed"}  # fmt: skip
+    for name, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        least = 0 if name in nonnegative else 1
+        require(value >= least, f"config.{name} = {value}: it must be at least {least}")
+    for name in ("loss.observation_weight", "warm_start.observation_weight", "optimizer.learning_rate",
+                 "warm_start.learning_rate", "optimizer.weight_decay", "loss.clip_low", "loss.clip_high"):  # fmt: skip
+        require(fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
+    choices = {
+        "loss.observation_normalizer": ("observation", "selected", "token"),
+        "loss.policy_normalizer": ("sequence", "token"),
+        "model.compute_dtype": ("float32", "bfloat16"),
+    }
+    for name, allowed in choices.items():
+        require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
+    require(0 <= config.warm_start.success_rate <= 1,
+            f"config.warm_start.success_rate = {config.warm_start.success_rate}: a share between 0 and 1")  # fmt: skip
+    require(config.rollout.temperature > 0,
+            f"config.rollout.temperature = {config.rollout.temperature}: it must be above 0")  # fmt: skip
+    require(config.rollout.max_tokens <= config.pack.length,
+            f"config.rollout.max_tokens = {config.rollout.max_tokens} does not fit a packed row of "
+            f"config.pack.length = {config.pack.length}")  # fmt: skip
+    require(config.warm_start.num_steps == 0 or config.warm_start.demonstrations >= config.warm_start.batch,
+            f"config.warm_start.demonstrations = {config.warm_start.demonstrations} is less than one batch of "
+            f"config.warm_start.batch = {config.warm_start.batch}")  # fmt: skip
+    data_shards = config.mesh.data * config.mesh.fsdp
+    require(config.pack.rows % data_shards == 0,
+            f"config.pack.rows = {config.pack.rows} is not divisible by mesh.data × mesh.fsdp = {data_shards}")  # fmt: skip
+    require(config.model.num_heads % config.model.num_kv_heads == 0,
+            f"config.model.num_heads = {config.model.num_heads} is not divisible by "
+            f"config.model.num_kv_heads = {config.model.num_kv_heads}")  # fmt: skip
+    require(config.model.head_dim % 2 == 0, f"config.model.head_dim = {config.model.head_dim}: rotary needs an even one")
+    for name in ("num_heads", "num_kv_heads", "ffn_dim"):
+        require(config.model[name] % config.mesh.tensor == 0,
+                f"config.model.{name} = {config.model[name]} is not divisible by mesh.tensor = {config.mesh.tensor}")  # fmt: skip
+    require(config.model.embed_dim % config.mesh.fsdp == 0,
+            f"config.model.embed_dim = {config.model.embed_dim} is not divisible by mesh.fsdp = {config.mesh.fsdp}")  # fmt: skip
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes config.json into a new workdir, or checks that an old one belongs to the same config.
+
+    Raises `ConfigError` that lists the differing fields: resuming under another config would mix two experiments.
+    """
+    path = workdir / "config.json"
+    ours = json.loads(json.dumps(flat(config)))
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        return
+    theirs = json.loads(path.read_text())
+    if ours == theirs:
+        return
+    missing = "(no such field)"
+    differing = [
+        f"  {name}: there {theirs.get(name, missing)!r}, here {ours.get(name, missing)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name, missing) != theirs.get(name, missing)
+    ]
+    raise ConfigError(
+        f"workdir {workdir} holds a run of another config:\n" + "\n".join(differing)
+        + "\nUse the same config to resume it, or another --workdir for a new run."
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""A dense KV-cache engine: every session owns one lane of a fixed batch.
+
+In: the new ids of some sessions. Out: sampled ids and their log-probs. The host owns the ids; the device owns the cache. One
+program does everything: each step feeds one token to every running lane, a known one (prompt, observation) or the one just
+sampled, so each token is computed once in its life and by the same program, whatever else runs beside it. That makes results
+independent of when tools answer. One thread owns an engine.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echo_jax.models.transformer import ModelConfig, bind, init_cache
+from echo_jax.trajectory import Sampled
+
+
+@flax.struct.dataclass
+class Lanes:
+    """The host's view of all lanes, B lanes of S slots."""
+
+    ids: np.ndarray  # int32 [B, S]
+    logprob: np.ndarray  # f32 [B, S] of sampled ids
+    known: np.ndarray  # int32 [B] ids that exist
+    fed: np.ndarray  # int32 [B] ids whose keys and values are in the cache
+    budget: np.ndarray  # int32 [B] tokens still to sample in this turn; 0: the lane is idle
+    rollout: np.ndarray  # int32 [B] global rollout index: the root of its sampling keys
+
+
+class DenseEngine:
+    """Decodes `lanes` sessions at once; the sampling key of a token is fold_in(fold_in(seed, rollout), position)."""
+
+    def __init__(
+        self,
+        graphdef,
+        model_config: ModelConfig,
+        *,
+        lanes: int,
+        max_tokens: int,
+        temperature: float,
+        stop_id: int,
+        seed: int,
+        steps_per_call: int = 8,
+    ):
+        self.lanes = lanes
+        self.max_tokens = max_tokens
+        self._stop_id = stop_id
+        self._cache = init_cache(model_config, lanes, max_tokens)
+        self._key = jax.random.key(seed)
+        zeros = functools.partial(np.zeros, dtype=np.int32)
+        self._host = Lanes(
+            ids=zeros((lanes, max_tokens)),
+            logprob=np.zeros((lanes, max_tokens), np.float32),
+            known=zeros(lanes),
+            fed=zeros(lanes),
+            budget=zeros(lanes),
+            rollout=zeros(lanes),
+        )
+        self._turn_start = zeros(lanes)
+        self._params, self._version = None, 0
+        decode = functools.partial(
+            _decode, graphdef=graphdef, temperature=temperature, stop_id=stop_id, max_steps=steps_per_call
+        )
+        self.decode = jax.jit(decode, donate_argnums=2)
+
+    def set_params(self, params, version: int) -> None:
+        """Uses new weights from here on. Sessions that are open would mix two policies, so there must be none."""
+        if self._host.budget.any():
+            raise RuntimeError("weights may only change while no session is generating")
+        self._params, self._version = params, version
+
+    def open(self, lane: int, rollout: int) -> None:
+        """Starts an empty session in a lane, forgetting what was there."""
+        for field in (self._host.known, self._host.fed, self._host.budget):
+            field[lane] = 0
+        self._host.rollout[lane] = rollout
+
+    def known(self, lane: int) -> int:
+        """Returns how many ids of its session a lane holds."""
+        return int(self._host.known[lane])
+
+    def generate(self, lane: int, ids: tuple[int, ...], max_new: int) -> None:
+        """Appends known ids to a session and asks for up to `max_new` sampled ones; `step` returns them."""
+        known = self.known(lane)
+        if self._host.budget[lane] or not ids or max_new < 1 or known + len(ids) + max_new > self.max_tokens:
+            raise ValueError(f"lane {lane}: {known} + {len(ids)} known and {max_new} new tokens do not fit {self.max_tokens}, "
+                             "or the lane is busy")  # fmt: skip
+        self._host.ids[lane, known : known + len(ids)] = ids
+        self._host.known[lane] = self._turn_start[lane] = known + len(ids)
+        self._host.budget[lane] = max_new
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._host.budget.any())
+
+    def step(self) -> dict[int, Sampled]:
+        """Runs a few decoding steps; returns {lane: its turn} for the lanes that finished one."""
+        running = self._host.budget > 0
+        host, self._cache = self.decode(self._params, self._host, self._cache, self._key)
+        self._host = jax.tree.map(np.array, host)
+        finished = {}
+        for lane in np.flatnonzero(running & (self._host.budget == 0)):
+            turn = slice(self._turn_start[lane], self._host.known[lane])
+            ids = tuple(self._host.ids[lane, turn].tolist())
+            finished[int(lane)] = Sampled(
+                ids, tuple(self._host.logprob[lane, turn].tolist()), ids[-1] == self._stop_id, self._version
+            )
+        return finished
+
+    def cancel(self) -> None:
+        """Drops all sessions."""
+        self._host.budget[:] = 0
+
+
+def _decode(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_id, max_steps):
+    """Up to `max_steps` tokens for every lane with a budget. Returns the lanes and the cache."""
+    slots = lanes.ids.shape[1]
+    rows = jnp.arange(lanes.ids.shape[0])
+    rollout_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes.rollout)
+
+    def unfinished(carry):
+        i, lanes, _ = carry
+        return (i < max_steps) & jnp.any(lanes.budget > 0)
+
+    def one_token(carry):
+        i, lanes, cache = carry
+        running = lanes.budget > 0
+        position = jnp.where(running, lanes.fed, slots)  # an idle lane writes past the end: nowhere
+        token = lanes.ids[rows, lanes.fed]
+        model = bind(graphdef, params)
+        hidden, cache = model.decode(token, position, cache)
+        logits = jnp.einsum("bd,vd->bv", hidden, model.head(), preferred_element_type=jnp.float32) / temperature
+        fed = lanes.fed + running
+        keys = jax.vmap(jax.random.fold_in)(rollout_keys, fed)
+        sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), sampled[:, None], axis=-1)[:, 0]
+        samples = running & (fed == lanes.known)  # else the next id is known already
+        at = jnp.where(samples, fed, slots)
+        budget = jnp.where(samples & (sampled == stop_id), 0, lanes.budget - samples)
+        lanes = lanes.replace(
+            ids=lanes.ids.at[rows, at].set(sampled, mode="drop"),
+            logprob=lanes.logprob.at[rows, at].set(logprob, mode="drop"),
+            known=lanes.known + samples,
+            fed=fed,
+            budget=budget,
+        )
+        return i + 1, lanes, cache
+
+    _, lanes, cache = jax.lax.while_loop(unfinished, one_token, (0, lanes, cache))
+    return lanes, cache

@@ -1,0 +1,122 @@
+"""Evaluates a run's latest checkpoint on held-out tasks and prints one JSON line.
+
+    python -m echo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --episodes=256 --samples=1
+
+In: parameters. Out: the solve rate over sampled rollouts on tasks never trained on, and `eval/observation_ce`, the
+cross-entropy of tool output on fixed transcripts that a script, not the policy, produced on held-out tasks.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from math import comb
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from echo_jax import runtime as runtime_lib
+from echo_jax import trajectory as trajectory_lib
+from echo_jax.batch import to_mesh
+from echo_jax.checkpoint import Checkpointer
+from echo_jax.engine.dense import DenseEngine
+from echo_jax.loss import add_sums, finish_metrics
+from echo_jax.objective import weigh
+from echo_jax.rollout import Collector, Job, rollout_metrics
+from echo_jax.runtime import Runtime
+from echo_jax.train_step import make_score
+from echo_jax.trajectory import Trajectory
+
+FIRST_EVAL_ROLLOUT = 1 << 30  # sampling keys of evaluation: away from training's, the same at every evaluation
+TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
+
+
+class Evaluator:
+    """Evaluates parameters of one run: make it once, use it at every evaluation."""
+
+    def __init__(self, runtime: Runtime, collector: Collector, engine: DenseEngine, workdir: Path):
+        self._runtime = runtime
+        self._collector = collector
+        self._engine = engine
+        self._workdir = workdir
+        self._score = make_score(runtime.graphdef, runtime.config.loss.token_block)
+        self._transcripts: list[Trajectory] | None = None
+
+    def __call__(
+        self, params, version: int, *, episodes: int, samples: int = 1, on_finish: Callable[[int], None] = lambda done: None
+    ) -> dict[str, float]:
+        """Returns the `eval/` metrics of `samples` rollouts on each of `episodes` held-out tasks."""
+        self._engine.set_params(params, version)
+        jobs = [
+            Job(self._runtime.heldout_tasks[task], group=task, rollout=FIRST_EVAL_ROLLOUT + task * samples + sample)
+            for task in range(episodes)
+            for sample in range(samples)
+        ]
+        trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
+        metrics = rollout_metrics(trajectories, "eval") | pass_at_k(trajectories, samples)
+        metrics["eval/observation_ce"] = self.observation_ce(params)
+        return metrics
+
+    def observation_ce(self, params) -> float:
+        """Returns the mean cross-entropy, in nats a token, of the tool output in the fixed held-out transcripts."""
+        runtime = self._runtime
+        if self._transcripts is None:
+            self._transcripts = self._load_transcripts()
+        objective = runtime.objective(observation_weight=1.0, temperature=1.0)
+        weights = [weigh(t, 0.0, objective) for t in self._transcripts]
+        packed = runtime.pack(self._transcripts, weights, at_most=len(self._transcripts))
+        sums = None
+        for i in range(packed.micro_batches):
+            micro = to_mesh(jax.tree.map(lambda x, i=i: x[i : i + 1], packed.batch), runtime.mesh)
+            more = self._score(params, jax.tree.map(lambda x: x[0], micro))
+            sums = more if sums is None else add_sums(sums, more)
+        return finish_metrics(sums)["observation/ce"]
+
+    def _load_transcripts(self) -> list[Trajectory]:
+        """Half right, half flawed demonstrations on held-out tasks: the same for every run of a config's tasks."""
+        path = self._workdir / "rollouts" / "heldout_transcripts.jsonl.gz"
+        if path.exists():
+            return trajectory_lib.load(path, vocab_size=self._runtime.vocab_size)
+        count = self._runtime.config.eval.transcripts
+        jobs = [Job(self._runtime.heldout_tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in range(count)]
+        transcripts = self._collector.scripted(jobs, [i % 2 == 0 for i in range(count)], TRANSCRIPT_SEED)
+        trajectory_lib.save(path, transcripts, vocab_size=self._runtime.vocab_size)
+        return transcripts
+
+
+def pass_at_k(trajectories: Sequence[Trajectory], samples: int) -> dict[str, float]:
+    """Returns pass@1 and pass@`samples` with the standard error over tasks, by the unbiased estimator
+    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1); rollouts that were not scored are left out."""
+    tasks: dict[int, list[bool]] = {}
+    for trajectory in trajectories:
+        if trajectory.scored:
+            tasks.setdefault(trajectory.group, []).append(trajectory.reward >= 1.0)
+    metrics = {}
+    for k in sorted({1, samples}):
+        rates = [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
+        if rates:
+            metrics[f"eval/pass@{k}"] = float(np.mean(rates))
+            metrics[f"eval/pass@{k}_stderr"] = float(np.std(rates, ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else 0.0
+    return metrics
+
+
+def main(args: flags.FlagValues) -> None:
+    config, workdir = args.config, Path(args.workdir)
+    runtime = runtime_lib.build(config)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        state, _ = checkpointer.restore(runtime.abstract_state())
+    step = int(state.step)
+    episodes = args.episodes or config.eval.episodes
+    with runtime.make_collector() as collector:
+        evaluator = Evaluator(runtime, collector, runtime.make_engine(), workdir)
+        metrics = evaluator(state.params, step, episodes=episodes, samples=args.samples)
+    print(json.dumps({"step": step, "episodes": episodes, "samples": args.samples} | metrics))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The run's config file, e.g. configs/quickstart.py.")
+    flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
+    flags.DEFINE_integer("episodes", None, "Held-out tasks; default: eval.episodes of the config.", lower_bound=1)
+    flags.DEFINE_integer("samples", 1, "Rollouts a task; above 1, pass@k is printed too.", lower_bound=1)
+    runtime_lib.run_program(main)

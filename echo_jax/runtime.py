@@ -1,0 +1,157 @@
+"""The parts of a run, built from its config: the one place below the programs that sees a whole config.
+
+In: a validated config. Out: tokenizer, mesh, model, tasks, engine and collector, all checked before any work starts.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import grain
+import ml_collections
+import optax
+from absl import app, flags, logging
+from jax.sharding import Mesh
+
+from echo_jax import config as config_lib
+from echo_jax import packing
+from echo_jax.checkpoint import CheckpointError
+from echo_jax.config import ConfigError
+from echo_jax.engine.dense import DenseEngine
+from echo_jax.episode import Rules
+from echo_jax.models.transformer import ModelConfig, abstract_params
+from echo_jax.metrics import MetricsError
+from echo_jax.objective import Objective
+from echo_jax.optimizer import make_optimizer
+from echo_jax.render import Renderer
+from echo_jax.rollout import Collector
+from echo_jax.sharding import make_mesh
+from echo_jax.tasks.stream import make_families, task_stream
+from echo_jax.tokenizer import Tokenizer, TokenizerError
+from echo_jax.tools import sandbox
+from echo_jax.train_step import TrainState, abstract_state
+from echo_jax.trajectory import TrajectoryError
+
+# What a user can mend: printed as one message instead of a traceback.
+USER_ERRORS = (ConfigError, TokenizerError, sandbox.SandboxError, CheckpointError, MetricsError, TrajectoryError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """What train and evaluate share."""
+
+    config: ml_collections.ConfigDict
+    renderer: Renderer
+    mesh: Mesh
+    model_config: ModelConfig
+    graphdef: object
+    abstract_params: dict
+    train_tasks: grain.MapDataset
+    heldout_tasks: grain.MapDataset
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.config.rollout.groups * self.config.rollout.group_size
+
+    def make_engine(self) -> DenseEngine:
+        rollout = self.config.rollout
+        return DenseEngine(
+            self.graphdef,
+            self.model_config,
+            lanes=self.rollouts_per_step,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            stop_id=self.renderer.stop_id,
+            seed=self.config.seed,
+        )
+
+    def make_collector(self) -> Collector:
+        rollout, box = self.config.rollout, self.config.sandbox
+        rules = Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens)
+        limits = sandbox.Limits(
+            timeout_seconds=box.timeout_seconds,
+            output_bytes=box.output_bytes,
+            memory_bytes=box.memory_bytes,
+            disk_bytes=box.disk_bytes,
+            processes=box.processes,
+        )
+        return Collector(self.renderer, rules, limits, box.backend, rollout.tool_threads)
+
+    def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+        o = self.config.optimizer
+        return make_optimizer(
+            learning_rate=learning_rate,
+            warmup_steps=o.warmup_steps,
+            b1=o.b1,
+            b2=o.b2,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
+        return abstract_state(self.abstract_params, self.make_optimizer(0.0), self.mesh)
+
+    def objective(self, *, observation_weight: float, temperature: float) -> Objective:
+        loss = self.config.loss
+        return Objective(observation_weight, loss.observation_normalizer, loss.policy_normalizer, temperature)
+
+    def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
+        """Packs into the one shape that holds any `at_most` trajectories of this run."""
+        rows, length = self.config.pack.rows, self.config.pack.length
+        capacity = packing.capacity(at_most, self.config.rollout.max_tokens, rows=rows, length=length)
+        return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
+
+
+def build(config: ml_collections.ConfigDict) -> Runtime:
+    """Builds the parts. Everything that can be wrong with a config or a host is found here.
+
+    Raises:
+      ConfigError: a field's value cannot work.
+      TokenizerError: the tokenizer's model cannot be used.
+      SandboxUnavailable: no sandbox works on this host.
+    """
+    config_lib.validate(config)
+    sandbox.probe(config.sandbox.backend)
+    tokenizer = Tokenizer(config.tokenizer.path)
+    mixture = dict(config.task.mixture)
+    parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
+    model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model)
+    try:
+        families = make_families(mixture, parameters)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        graphdef, params = abstract_params(model_config, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Runtime(
+        config=config,
+        renderer=Renderer(tokenizer),
+        mesh=mesh,
+        model_config=model_config,
+        graphdef=graphdef,
+        abstract_params=params,
+        train_tasks=task_stream(mixture, families, split="train", seed=config.seed),
+        heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
+    )
+
+
+def run_program(main: Callable[[flags.FlagValues], int | None]) -> None:
+    """Runs a program's main on its flags: `--config` and `--workdir` are required, and an error that the user can mend is
+    one message, not a traceback."""
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            return main(flags.FLAGS)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(guarded)

@@ -1,0 +1,286 @@
+"""Runs a sweep: every run of a config file's `sweep()`, one after the other on this machine.
+
+    python -m echo_jax.sweep --config=configs/ablations/observation_weight.py --workdir=DIR [--dry_run] [--only=REGEX]
+
+The config file has `get_config(arg=None)` and `sweep()`, which yields one flat dictionary a run, for example
+`{"loss.observation_weight": 0.05, "seed": 1}`: that run works in DIR/observation_weight=0.05,seed=1 and logs to log.txt
+there. Runs whose workdir holds DONE are skipped, others resume: after an interruption give the same command again.
+Further overrides (--config.num_steps=50) go to all runs. A table of the results is printed and kept in DIR/results.csv.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from echo_jax.metrics import read_metrics
+
+METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
+TRAIN = (sys.executable, "-m", "echo_jax.train")
+_TAIL_LINES = 20
+_LONGEST_NAME = 150
+
+
+class SweepError(ValueError):
+    """The sweep cannot be run as it is written; the message names the run and the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the sweep."""
+
+    name: str  # also the name of its workdir
+    overrides: Mapping[str, Any]  # field of the config -> value
+    workdir: Path
+    command: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        return (self.workdir / "DONE").exists()
+
+
+def run_sweep(
+    config: str,
+    workdir: Path,
+    *,
+    common: Mapping[str, Any] | None = None,
+    only: str = "",
+    dry_run: bool = False,
+    train: Sequence[str] = TRAIN,
+    output: TextIO | None = None,
+) -> int:
+    """Runs the sweep; see the module's docstring.
+
+    Args:
+      config: path of the config file, with `:arg` behind it if `get_config` takes one.
+      workdir: parent of the runs' workdirs.
+      common: overrides for every run; they do not show in the names.
+      only: a regular expression; only runs in whose name it is found are started.
+      dry_run: print the commands of all these runs, and do nothing.
+      train: the program that runs one, as a command without arguments.
+      output: where to print; stdout if None.
+
+    Returns:
+      The exit status: 0 if every run is done, 1 if one failed, 130 after an interruption.
+
+    Raises:
+      SweepError: before anything is started, if one of the runs cannot be.
+    """
+    output = sys.stdout if output is None else output
+    runs = plan(config, Path(workdir), common or {}, train)
+    chosen = [run for run in runs if re.search(only, run.name)]
+    if not chosen:
+        raise SweepError(f"--only={only} matches none of the runs: {', '.join(run.name for run in runs)}")
+    if dry_run:
+        for run in chosen:
+            print(shlex.join(run.command), file=output)
+        return 0
+    status = 0
+    try:
+        with _signals_interrupt():
+            for number, run in enumerate(chosen, start=1):
+                failed = not _execute(run, f"[{number}/{len(chosen)}] {run.name}", output)
+                status = 1 if failed else status
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=output, flush=True)
+        status = 130
+    _report(runs, Path(workdir) / "results.csv", output)
+    return status
+
+
+def plan(config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str]) -> list[Run]:
+    """All runs of the sweep, checked: each field exists and takes its value, and no two runs have one name."""
+    runs: dict[str, Run] = {}
+    for overrides in _load_sweep(config):
+        name = run_name(overrides)
+        if name in runs:
+            raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
+        if twice := common.keys() & overrides.keys():
+            raise SweepError(f"run {name}: {', '.join(sorted(twice))} is set by the sweep and on the command line")
+        arguments = [f"--config.{field}={_argument(value)}" for field, value in (common | overrides).items()]
+        _check(config, name, common | overrides, arguments)
+        command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
+        runs[name] = Run(name, overrides, workdir / name, command)
+    if not runs:
+        raise SweepError(f"sweep() in {config} yields no run")
+    return list(runs.values())
+
+
+def run_name(overrides: Mapping[str, Any]) -> str:
+    """`{"loss.observation_weight": 0.05, "seed": 1}` -> `observation_weight=0.05,seed=1`; the order does not matter."""
+    short = [field.rsplit(".", 1)[-1] for field in overrides]
+    parts = []
+    for field, value in sorted(overrides.items()):
+        last = field.rsplit(".", 1)[-1]
+        key = last if short.count(last) == 1 else field
+        text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        parts.append(f"{key}={text}")
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", ",".join(parts)) or "base"
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _load_sweep(config: str) -> list[dict[str, Any]]:
+    path = Path(config.split(":", 1)[0])
+    spec = importlib.util.spec_from_file_location("sweep_config", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise SweepError(f"there is no config file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "sweep"):
+        raise SweepError(f"{path} has no sweep(); to run it as it is: python -m echo_jax.train --config={config} …")
+    return [dict(overrides) for overrides in module.sweep()]
+
+
+def _argument(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _check(config: str, name: str, overrides: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Reads the arguments back as the train program will, and compares: a wrong type shows as another value."""
+    values = flags.FlagValues()
+    argv = ["train", f"--config={config}", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SweepError(f"run {name}: the config does not take {dict(overrides)}: {error}") from error
+    for field, value in config_flags.get_override_values(values["config"]).items():
+        if value != overrides[field]:
+            raise SweepError(
+                f"run {name}: {field} is of type {type(value).__name__} and does not take {overrides[field]!r}: "
+                f"it would become {value!r}"
+            )
+
+
+def _execute(run: Run, title: str, output: TextIO) -> bool:
+    """Runs one; True if it is done. An interruption is passed on to it once, then waited for."""
+    if run.done:
+        print(f"{title}: done before", file=output, flush=True)
+        return True
+    print(f"{title}: started", file=output, flush=True)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    log = run.workdir / "log.txt"
+    began = time.monotonic()
+    with log.open("ab") as file:
+        # A session of its own: a terminal's Ctrl-C would otherwise reach it twice.
+        child = subprocess.Popen(
+            run.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            print(f"{title}: interrupted, waiting for it to stop (once more to kill it)", file=output, flush=True)
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            raise
+    seconds = time.monotonic() - began
+    if status == 0 and run.done:
+        print(f"{title}: done in {seconds:.0f} s", file=output, flush=True)
+        return True
+    reason = "ended without writing DONE" if status == 0 else f"FAILED with status {status}"
+    print(f"{title}: {reason} after {seconds:.0f} s; the end of {log}:", file=output)
+    for line in log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
+        print(f"    {line}", file=output)
+    output.flush()
+    return False
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop the sweep as Ctrl-C does, or they would leave the run behind without its sweep."""
+    previous = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _report(runs: Sequence[Run], path: Path, output: TextIO) -> None:
+    """Writes and prints one row a run: its overrides, whether it is done, the last value of each metric it has."""
+    last = {run.name: _last_values(run.workdir / "metrics.jsonl") for run in runs}
+    fields = sorted({field for run in runs for field in run.overrides})
+    metrics = [metric for metric in METRICS if any(metric in values for values in last.values())]
+    rows = [["run", *fields, "done", *metrics]]
+    for run in runs:
+        cells = [run.overrides.get(field, "") for field in fields]
+        values = [last[run.name].get(metric, "") for metric in metrics]
+        rows.append([run.name, *map(str, cells), "yes" if run.done else "no", *map(str, values)])
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    os.replace(temporary, path)
+    # The name repeats the overrides: the table on the screen does without it.
+    first = 1 if fields else 0
+    table = Table(*rows[0][first:])
+    for row in rows[1:]:
+        table.add_row(*row[first:])
+    Console(file=output, markup=False, highlight=False).print(table)
+    print(path, file=output, flush=True)
+
+
+def _last_values(path: Path) -> dict[str, float]:
+    """Metric -> its value in the last record that has it; null reads as nan."""
+    latest: dict[str, float] = {}
+    for record in read_metrics(path):
+        latest |= {name: float("nan") if value is None else value for name, value in record.items()}
+    return latest
+
+
+def main() -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file with get_config(arg=None) and sweep(); may end in :arg."
+    )
+    flags.DEFINE_string("workdir", None, "Folder for the runs' workdirs and for results.csv.")
+    flags.DEFINE_bool("dry_run", False, "Print the command of every run, and start none.")
+    flags.DEFINE_string("only", "", "Start only the runs in whose name this regular expression is found.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(_main)
+
+
+def _main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"what is not a flag is not understood: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    try:
+        status = run_sweep(
+            config_flags.get_config_filename(values["config"]),
+            Path(values.workdir),
+            common=config_flags.get_override_values(values["config"]),
+            only=values.only,
+            dry_run=values.dry_run,
+        )
+    except SweepError as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

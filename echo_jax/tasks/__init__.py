@@ -1,0 +1,10 @@
+"""Task families: each makes endless tasks from seeds, split into train and held-out.
+
+In: a family's name and an index. Out: a `Task`: what the agent reads, the files it finds, how its work is scored, and a
+scripted demonstrator. A new family is one module with a class like `LookupFamily` and a line in `FAMILIES`.
+"""
+
+from echo_jax.tasks.lookup import LookupFamily
+from echo_jax.tasks.rooms import RoomsFamily
+
+FAMILIES = {"lookup": LookupFamily, "rooms": RoomsFamily}

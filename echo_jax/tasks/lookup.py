@@ -1,0 +1,117 @@
+"""Lookup: find a fact in a random tree of small files. What the files hold is random; how to look is learned."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from echo_jax.tasks.task import Script, Split
+from echo_jax.tasks.words import WORDS
+from echo_jax.tools.sandbox import Sandbox
+
+KEYED_LINES = 3  # lines "key value" of a file, its first and last among them; the rest are filler
+LINES = (12, 100)  # length of a file: enough values that the number of lines cannot be guessed
+
+# template -> (what the agent reads, the command that answers it)
+TEMPLATES = {
+    "value": ("value of {key}", "grep -rh {key} ."),
+    "file": ("file with {key}", "grep -rl {key} ."),
+    "lines": ("lines in {path}", "wc -l < {path}"),
+    "first": ("first value in {path}", "head -n 1 {path}"),
+    "last": ("last value in {path}", "tail -n 1 {path}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupTask:
+    """Answered by `submit`; see `TEMPLATES` for the questions."""
+
+    name: str
+    template: str
+    prompt: str
+    command: str
+    answer: str
+    files: Mapping[str, bytes]
+    symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    setup: str = ""
+
+    def score(self, answer: str | None, sandbox: Sandbox) -> float:
+        return float(answer is not None and answer.strip().removeprefix("./") == self.answer.removeprefix("./"))
+
+    def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
+        if solve:
+            yield f"bash {self.command}"
+            yield f"submit {self.answer}"
+            return
+        flaw = rng.choice(["other command", "other answer", "list first", "guess"])
+        if flaw == "guess":
+            yield f"submit {_other_answer(self, rng)}"
+            return
+        command = self.command
+        if flaw == "list first":
+            command = "ls"
+        elif flaw == "other command":
+            operand = self.prompt.split()[-1]
+            other = TEMPLATES[rng.choice([t for t in TEMPLATES if t != self.template])][1]
+            command = other.format(key=operand, path=operand)
+        observation = yield f"bash {command}"
+        seen = observation.split()
+        if flaw == "other command" and seen and len(seen) < 4:
+            yield f"submit {seen[-1]}"
+        else:
+            yield f"submit {_other_answer(self, rng)}"
+
+
+def _other_answer(task: LookupTask, rng: np.random.Generator) -> str:
+    """Returns an answer of the right kind, almost always wrong."""
+    if task.template == "file":
+        return "./" + str(rng.choice(sorted(task.files)))
+    if task.template == "lines":
+        return str(rng.integers(*LINES))
+    return str(rng.choice(WORDS))
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupFamily:
+    """Trees of `files` files in `folders` folders, all names, keys and values drawn from `WORDS`."""
+
+    folders: int
+    files: int
+
+    def __post_init__(self):
+        names = self.folders + self.files + self.files * KEYED_LINES
+        if names > len(WORDS):
+            raise ValueError(f"task.lookup: {self.folders} folders and {self.files} files need {names} distinct words, "
+                             f"there are {len(WORDS)}; make the tree smaller")  # fmt: skip
+
+    def make(self, split: Split, index: int) -> LookupTask:
+        rng = np.random.default_rng([{"train": 1, "heldout": 2}[split], index])
+        # Folders, files and keys are distinct words, so that a search for a key finds one line and no value.
+        names = [str(word) for word in rng.permutation(WORDS)]
+        folders, names = names[: self.folders], names[self.folders :]
+        files, keys = names[: self.files], names[self.files : self.files * (1 + KEYED_LINES)]
+        values = names[self.files * (1 + KEYED_LINES) :]
+        paths = [f"{folders[i % self.folders]}/{file}" for i, file in enumerate(files)]
+        content, table = {}, {}
+        for i, path in enumerate(paths):
+            own = keys[i * KEYED_LINES : (i + 1) * KEYED_LINES]
+            length = int(rng.integers(*LINES))
+            inner = 1 + rng.choice(length - 2, KEYED_LINES - 2, replace=False)
+            lines = ["-"] * length
+            for row, key in zip([0, *sorted(inner), length - 1], own, strict=True):
+                value = str(rng.choice(values))
+                lines[row] = f"{key} {value}"
+                table[key] = (path, value)
+            content[path] = "".join(line + "\n" for line in lines).encode()
+        template = str(rng.choice(list(TEMPLATES)))
+        key, path = str(rng.choice(keys)), str(rng.choice(paths))
+        text = content[path].decode().splitlines()
+        answer = {
+            "value": table[key][1],
+            "file": "./" + table[key][0],
+            "lines": str(len(text)),
+            "first": text[0].split()[1],
+            "last": text[-1].split()[1],
+        }[template]
+        prompt, command = (part.format(key=key, path=path) for part in TEMPLATES[template])
+        return LookupTask(f"lookup/{split}/{index}", template, prompt, command, answer, content)

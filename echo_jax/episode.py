@@ -107,6 +107,9 @@ def parse_call(text: str) -> Call | str:
 
 
 def _after_turn(episode: Episode, turn: Sampled) -> Episode:
+    if not 0 < len(turn.ids) == len(turn.logprobs) <= episode.sample_budget:
+        raise ValueError(f"a turn of {len(turn.ids)} ids and {len(turn.logprobs)} log-probs, where 1 to "
+                         f"{episode.sample_budget} tokens were asked for")  # fmt: skip
     episode = dataclasses.replace(
         episode,
         ids=episode.ids + turn.ids,
@@ -135,15 +138,14 @@ def _after_call(episode: Episode, result: CommandResult) -> Episode:
 
 
 def observation_parts(result: CommandResult) -> list[Part]:
-    """Returns what the agent is shown of a result: body, notice of a cut, and the exit status when it is not 0."""
-    parts = [Part(result.head.decode("utf-8", "surrogateescape"), Role.OBSERVATION)]
+    """Returns what the agent is shown of a result: body, notice of a cut, and how it ended when not well."""
+    bodies = [result.head, result.tail] if result.dropped_bytes else [result.head + result.tail]
+    parts = [Part(body.decode("utf-8", "surrogateescape"), Role.OBSERVATION) for body in bodies]
     if result.dropped_bytes:
-        parts.append(Part(f"{result.dropped_bytes} bytes dropped", Role.TRUNCATION))
-        parts.append(Part(result.tail.decode("utf-8", "surrogateescape"), Role.OBSERVATION))
-    if result.status is Status.TIMEOUT:
-        parts.append(Part("timeout", Role.STATUS))
-    elif result.status is not Status.OK:
-        parts.append(Part(f"exit {result.exit_code}", Role.STATUS))
+        parts.insert(1, Part(f"{result.dropped_bytes} bytes dropped", Role.TRUNCATION))
+    if result.status is not Status.OK:
+        notice = str(result.status) if result.exit_code is None else f"exit {result.exit_code}"
+        parts.append(Part(notice, Role.STATUS))
     return parts
 
 

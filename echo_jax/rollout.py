@@ -44,6 +44,7 @@ class Host:
         self._limits = limits
         self._backend = backend
         self._sandbox: Sandbox | None = None
+        self._used_up = False  # the agent's own doing: it took all memory, and the sandbox died of it
 
     def open(self) -> bool:
         """Starts the sandbox; returns whether it stands. Faults of the machine are tried again."""
@@ -60,7 +61,9 @@ class Host:
         return False
 
     def run(self, call: Call) -> CommandResult:
-        return TOOLS[call.name]().run(self._sandbox, call.argument)
+        result = TOOLS[call.name]().run(self._sandbox, call.argument)
+        self._used_up = result.status is Status.OOM and result.exit_code is None
+        return result
 
     def finish(self, answer: str | None) -> float | None:
         """Ends the agent's processes, scores what it did and closes; None when the machine failed meanwhile."""
@@ -70,7 +73,7 @@ class Host:
             self._sandbox.kill_processes()
             return self._task.score(answer, self._sandbox)
         except SandboxError:
-            return None
+            return 0.0 if self._used_up else None
         finally:
             self.close()
 
@@ -152,7 +155,9 @@ class Collector:
                 try:
                     text = script.send(observation)
                 except StopIteration as error:
-                    raise ValueError(f"the script of task {job.task.name} ended without submitting") from error
+                    raise ValueError(f"the script of task {job.task.name} ended without submitting; perhaps a turn of it is "
+                                     f"longer than {self._rules.max_turn_tokens} tokens") from error  # fmt: skip
+                observation = ""
                 action = self._renderer.action(text)
                 ids = action.ids[: episode.sample_budget]
                 turn = Sampled(ids, (0.0,) * len(ids), stopped=len(ids) == len(action.ids), policy_version=-1)
@@ -274,6 +279,6 @@ def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str = "rollout")
         metrics["solve_rate"] = float(np.mean([reward >= 1.0 for reward in scored]))
         metrics["reward"] = float(np.mean(scored))
         metrics["mixed_groups"] = float(np.mean([len(rewards) > 1 for rewards in groups.values()]))
-    for status in ("ok", "nonzero", "signal", "timeout", "oom", "unknown_tool", "unclosed", "submit"):
+    for status in (*Status, "unknown_tool", "unclosed", "submit"):
         metrics[f"calls_{status}"] = statuses.get(status, 0)
     return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -22,19 +22,22 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
 
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from echo_jax.metrics import read_metrics
+from echo_jax.metrics import MetricsError, read_metrics
 
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
 TRAIN = (sys.executable, "-m", "echo_jax.train")
 _TAIL_LINES = 20
 _LONGEST_NAME = 150
+_PLAIN_WIDTH = 240  # of the table where there is no terminal to ask
 
 
 class SweepError(ValueError):
@@ -84,7 +87,10 @@ def run_sweep(
     """
     output = sys.stdout if output is None else output
     runs = plan(config, Path(workdir), common or {}, train)
-    chosen = [run for run in runs if re.search(only, run.name)]
+    try:
+        chosen = [run for run in runs if re.search(only, run.name)]
+    except re.error as error:
+        raise SweepError(f"--only={only} is not a regular expression: {error}") from error
     if not chosen:
         raise SweepError(f"--only={only} matches none of the runs: {', '.join(run.name for run in runs)}")
     if dry_run:
@@ -106,15 +112,19 @@ def run_sweep(
 
 def plan(config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str]) -> list[Run]:
     """All runs of the sweep, checked: each field exists and takes its value, and no two runs have one name."""
+    path, *arg = config.split(":", 1)
+    module = _load_module(Path(path))
+    if not hasattr(module, "sweep"):
+        raise SweepError(f"{path} has no sweep(); to run it as it is: python -m echo_jax.train --config={config} …")
     runs: dict[str, Run] = {}
-    for overrides in _load_sweep(config):
+    for overrides in map(dict, module.sweep()):
         name = run_name(overrides)
         if name in runs:
             raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
         if twice := common.keys() & overrides.keys():
             raise SweepError(f"run {name}: {', '.join(sorted(twice))} is set by the sweep and on the command line")
         arguments = [f"--config.{field}={_argument(value)}" for field, value in (common | overrides).items()]
-        _check(config, name, common | overrides, arguments)
+        _check(module.get_config(*arg), name, common | overrides, arguments)
         command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
         runs[name] = Run(name, overrides, workdir / name, command)
     if not runs:
@@ -137,31 +147,31 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _load_sweep(config: str) -> list[dict[str, Any]]:
-    path = Path(config.split(":", 1)[0])
+def _load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("sweep_config", path)
     if spec is None or spec.loader is None or not path.exists():
         raise SweepError(f"there is no config file {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "sweep"):
-        raise SweepError(f"{path} has no sweep(); to run it as it is: python -m echo_jax.train --config={config} …")
-    return [dict(overrides) for overrides in module.sweep()]
+    return module
 
 
 def _argument(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _check(config: str, name: str, overrides: Mapping[str, Any], arguments: Sequence[str]) -> None:
+def _check(
+    config: ml_collections.ConfigDict, name: str, overrides: Mapping[str, Any], arguments: Sequence[str]
+) -> None:
     """Reads the arguments back as the train program will, and compares: a wrong type shows as another value."""
     values = flags.FlagValues()
-    argv = ["train", f"--config={config}", *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    argv = ["train", *arguments]
     try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SweepError(f"run {name}: the config does not take {dict(overrides)}: {error}") from error
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise SweepError(f"run {name}: the config does not take {dict(overrides)}: {reason}") from error
     for field, value in config_flags.get_override_values(values["config"]).items():
         if value != overrides[field]:
             raise SweepError(
@@ -226,22 +236,23 @@ def _report(runs: Sequence[Run], path: Path, output: TextIO) -> None:
     last = {run.name: _last_values(run.workdir / "metrics.jsonl") for run in runs}
     fields = sorted({field for run in runs for field in run.overrides})
     metrics = [metric for metric in METRICS if any(metric in values for values in last.values())]
-    rows = [["run", *fields, "done", *metrics]]
+    header = ["run", *fields, "done", *metrics]
+    rows = []
     for run in runs:
-        cells = [run.overrides.get(field, "") for field in fields]
+        cells = [str(run.overrides.get(field, "")) for field in fields]
         values = [last[run.name].get(metric, "") for metric in metrics]
-        rows.append([run.name, *map(str, cells), "yes" if run.done else "no", *map(str, values)])
+        rows.append([run.name, *cells, "yes" if run.done else "no", *values])
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows([header, *rows])
     os.replace(temporary, path)
     # The name repeats the overrides: the table on the screen does without it.
     first = 1 if fields else 0
-    table = Table(*rows[0][first:])
-    for row in rows[1:]:
-        table.add_row(*row[first:])
-    Console(file=output, markup=False, highlight=False).print(table)
+    table = Table(*header[first:])
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row[first:]))
+    Console(file=output, width=None if output.isatty() else _PLAIN_WIDTH, markup=False, highlight=False).print(table)
     print(path, file=output, flush=True)
 
 
@@ -276,7 +287,7 @@ def _main(argv: Sequence[str]) -> None:
             only=values.only,
             dry_run=values.dry_run,
         )
-    except SweepError as error:
+    except (SweepError, MetricsError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)

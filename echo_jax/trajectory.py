@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,8 +62,7 @@ def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
     with gzip.open(scratch, "wt", compresslevel=3) as file:
-        roles = {role.name: int(role) for role in Role}
-        file.write(json.dumps({"format": FORMAT, "roles": roles, "vocab_size": vocab_size}) + "\n")
+        file.write(json.dumps(_header(vocab_size)) + "\n")
         for trajectory in trajectories:
             record = dataclasses.asdict(trajectory)
             record["logprob"] = [float(np.float32(x)) for x in trajectory.logprob]
@@ -80,13 +80,20 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
     try:
         with gzip.open(path, "rt") as file:
             header, *records = [json.loads(line) for line in file]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise TrajectoryError(f"{path} is not a saved-rollouts file or is damaged ({error})") from error
-    if header.get("format") != FORMAT or header["vocab_size"] != vocab_size:
-        raise TrajectoryError(f"{path} has format {header.get('format')!r} and a vocabulary of {header.get('vocab_size')}; "
-                              f"here it must be {FORMAT!r} and {vocab_size}")  # fmt: skip
+    if header != _header(vocab_size):
+        raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {_header(vocab_size)}")
+    try:
+        return [_from_record(record) for record in records]
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
+
+
+def _header(vocab_size: int) -> dict:
+    return {"format": FORMAT, "roles": {role.name: int(role) for role in Role}, "vocab_size": vocab_size}
+
+
+def _from_record(record: dict) -> Trajectory:
     dtypes = {"ids": np.int32, "role": np.int8, "logprob": np.float32}
-    return [
-        Trajectory(**{name: np.asarray(x, dtypes[name]) if name in dtypes else x for name, x in record.items()})
-        for record in records
-    ]
+    return Trajectory(**{name: np.asarray(x, dtypes[name]) if name in dtypes else x for name, x in record.items()})

@@ -56,14 +56,12 @@ class Renderer:
 
     def observation(self, parts: Iterable[Part]) -> Rendered:
         rendered = self._scaffold(self.tokenizer.tool)
-        previous = Role.OBSERVATION
-        for part in parts:
+        for i, part in enumerate(parts):
             if part.role != Role.OBSERVATION:
                 rendered += self._scaffold(self.tokenizer.note)
-            elif previous != Role.OBSERVATION:
+            elif i:
                 rendered += self._scaffold(self.tokenizer.tool)
             rendered += self._text(part.text, part.role)
-            previous = part.role
         return rendered + self._scaffold(self.tokenizer.end)
 
     def turn_text(self, ids: Iterable[int]) -> str:

@@ -1,6 +1,7 @@
 """Lookup: find a fact in a random tree of small files. What the files hold is random; how to look is learned."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,8 @@ from echo_jax.tools.sandbox import Sandbox
 
 KEYED_LINES = 3  # lines "key value" of a file, its first and last among them; the rest are filler
 LINES = (12, 100)  # length of a file: enough values that the number of lines cannot be guessed
+
+MIN_VALUES = 50  # words left for values: a guess is right in at most one of so many cases
 
 # template -> (what the agent reads, the command that answers it)
 TEMPLATES = {
@@ -31,6 +34,7 @@ class LookupTask:
     prompt: str
     command: str
     answer: str
+    values: tuple[str, ...]  # the words that a value could have been
     files: Mapping[str, bytes]
     symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     setup: str = ""
@@ -45,7 +49,7 @@ class LookupTask:
             return
         flaw = rng.choice(["other command", "other answer", "list first", "guess"])
         if flaw == "guess":
-            yield f"submit {_other_answer(self, rng)}"
+            yield f"submit {_guess(self, rng)}"
             return
         command = self.command
         if flaw == "list first":
@@ -59,35 +63,44 @@ class LookupTask:
         if flaw == "other command" and seen and len(seen) < 4:
             yield f"submit {seen[-1]}"
         else:
-            yield f"submit {_other_answer(self, rng)}"
+            yield f"submit {_guess(self, rng)}"
 
 
-def _other_answer(task: LookupTask, rng: np.random.Generator) -> str:
+def _guess(task: LookupTask, rng: np.random.Generator) -> str:
     """Returns an answer of the right kind, almost always wrong."""
     if task.template == "file":
         return "./" + str(rng.choice(sorted(task.files)))
     if task.template == "lines":
         return str(rng.integers(*LINES))
-    return str(rng.choice(WORDS))
+    return str(rng.choice(task.values))
 
 
 @dataclasses.dataclass(frozen=True)
 class LookupFamily:
-    """Trees of `files` files in `folders` folders, all names, keys and values drawn from `WORDS`."""
+    """Trees of `files` files in `folders` folders; names, keys and values are drawn from the first `words` of `WORDS`."""
 
     folders: int
     files: int
+    words: int
 
     def __post_init__(self):
-        names = self.folders + self.files + self.files * KEYED_LINES
-        if names > len(WORDS):
-            raise ValueError(f"task.lookup: {self.folders} folders and {self.files} files need {names} distinct words, "
-                             f"there are {len(WORDS)}; make the tree smaller")  # fmt: skip
+        if min(self.folders, self.files) < 1:
+            raise ValueError(f"task.lookup: {self.folders} folders and {self.files} files; there must be one of each at least")
+        needed = self.folders + self.files * (1 + KEYED_LINES) + MIN_VALUES
+        if not needed <= len(self._words) <= self.words <= len(WORDS):
+            raise ValueError(f"task.lookup.words = {self.words}, {len(self._words)} of them of use: {self.folders} folders and "
+                             f"{self.files} files need at least {needed}, and there are {len(WORDS)}")  # fmt: skip
+
+    @functools.cached_property
+    def _words(self) -> list[str]:
+        """Words that hold no other one: a search for "crow" would find "crown" too."""
+        words = WORDS[: max(self.words, 0)]
+        return [word for word in words if not any(other in word for other in words if other != word)]
 
     def make(self, split: Split, index: int) -> LookupTask:
         rng = np.random.default_rng([{"train": 1, "heldout": 2}[split], index])
         # Folders, files and keys are distinct words, so that a search for a key finds one line and no value.
-        names = [str(word) for word in rng.permutation(WORDS)]
+        names = [str(word) for word in rng.permutation(self._words)]
         folders, names = names[: self.folders], names[self.folders :]
         files, keys = names[: self.files], names[self.files : self.files * (1 + KEYED_LINES)]
         values = names[self.files * (1 + KEYED_LINES) :]
@@ -114,4 +127,4 @@ class LookupFamily:
             "last": text[-1].split()[1],
         }[template]
         prompt, command = (part.format(key=key, path=path) for part in TEMPLATES[template])
-        return LookupTask(f"lookup/{split}/{index}", template, prompt, command, answer, content)
+        return LookupTask(f"lookup/{split}/{index}", template, prompt, command, answer, tuple(values), content)

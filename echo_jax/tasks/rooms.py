@@ -57,7 +57,7 @@ class RoomsFamily:
 
     def __init__(self, width: int, height: int, map_seed: int):
         count = width * height
-        if not 4 <= count <= len(WORDS):
+        if not (width > 0 and 4 <= count <= len(WORDS)):
             raise ValueError(f"task.rooms: a map of {width} × {height} rooms; there must be 4 to {len(WORDS)} rooms")
         rng = np.random.default_rng([3, map_seed])
         self._signs = [str(word) for word in rng.choice(WORDS, count, replace=False)]

@@ -1,5 +1,6 @@
 """Which task comes when: a pure function of the split, the seed and a global index, so a run resumes at any step."""
 
+import math
 from collections.abc import Mapping
 
 import grain
@@ -14,11 +15,13 @@ def make_families(names: Mapping[str, float], parameters: Mapping[str, Mapping])
     """Returns the named families. `parameters`: {family: {field: value}}.
 
     Raises:
-      ValueError: a name is unknown, or a family cannot be made with its parameters.
+      ValueError: a name is unknown, no weight is above 0, or a family cannot be made with its parameters.
     """
     unknown = sorted(set(names) - set(FAMILIES))
     if unknown or not names:
         raise ValueError(f"task.mixture names {unknown or 'no family'}; choose from {', '.join(FAMILIES)}")
+    if min(names.values()) < 0 or not 0 < sum(names.values()) < math.inf:
+        raise ValueError(f"task.mixture = {dict(names)}: weights must not be negative, and one must be above 0")
     return {name: FAMILIES[name](**parameters.get(name, {})) for name in names}
 
 

@@ -33,10 +33,11 @@ class Tokenizer:
             raise TokenizerError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size = self._pieces.vocab_size()
         names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
-        missing = [symbol for symbol in CONTROL_SYMBOLS if symbol not in names]
-        bytes_missing = [f"<0x{b:02X}>" for b in range(256) if f"<0x{b:02X}>" not in names]
-        if missing or bytes_missing:
-            raise TokenizerError(f"{path} lacks the pieces {(missing + bytes_missing)[:8]}; build it with "
+        bytes_and_roles = {name for i, name in enumerate(names) if self._pieces.is_byte(i) or self._pieces.is_control(i)}
+        needed = (*CONTROL_SYMBOLS, *(f"<0x{b:02X}>" for b in range(256)))
+        missing = [name for name in needed if name not in bytes_and_roles]
+        if missing:
+            raise TokenizerError(f"{path} lacks the control symbols or byte pieces {missing[:8]}; build it with "
                                  "experiments/tokenizer/train.py")  # fmt: skip
         self._byte_id = [names.index(f"<0x{b:02X}>") for b in range(256)]
         self._bytes = [
@@ -45,6 +46,10 @@ class Tokenizer:
         ]
         self.pad = self._pieces.pad_id()
         self.task, self.assistant, self.tool, self.note, self.end = (names.index(s) for s in CONTROL_SYMBOLS)
+        probe = " a  b\t\n\n\0\u2581\ufb01\U0001f9ff\udcff " + "".join(CONTROL_SYMBOLS)
+        if (back := self.decode(self.encode(probe))) != probe:
+            raise TokenizerError(f"{path} is lossy: {probe!r} comes back as {back!r}; build it with "
+                                 "experiments/tokenizer/train.py")  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; control symbols spelled out in it become plain pieces."""

@@ -12,6 +12,7 @@ import json
 import marshal
 import math
 import os
+import re
 import resource
 import select
 import shutil
@@ -86,8 +87,8 @@ def candidates() -> Iterator[Path]:
 def _processes_are_per_namespace() -> bool:
     """RLIMIT_NPROC counts within a user namespace since Linux 5.14 (before, all processes of the uid on the host would
     count), and never binds root."""
-    release = os.uname().release.split(".")
-    return os.getuid() != 0 and (int(release[0]), int(release[1].split("-")[0])) >= (5, 14)
+    major, minor = re.match(r"(\d+)\.(\d+)", os.uname().release).groups()
+    return os.getuid() != 0 and (int(major), int(minor)) >= (5, 14)
 
 
 class Jail:
@@ -97,6 +98,8 @@ class Jail:
         """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's own words."""
         self._broken: str | None = None
         self._group: cgroup.Cgroup | None = None
+        self.ran_out_of_memory = False  # in the last exchange
+        self._oom_kills = 0  # before the exchange under way
         self._pid: int | None = None  # of the supervisor, as the host sees it
         try:
             if plan.groups is not None:
@@ -170,6 +173,7 @@ class Jail:
         it is dead, is silent for `seconds` or sends more than it should; the jail is dead then."""
         if self._broken is not None:
             raise SandboxBroken(self._broken)
+        self._oom_kills = self.oom_kills()
         self._broken = "an earlier call was interrupted"  # as by a KeyboardInterrupt: the two sides are out of step
         deadline = time.monotonic() + seconds
         try:
@@ -181,6 +185,7 @@ class Jail:
         except (OSError, EOFError, ValueError) as error:
             self._fail(error)
         self._broken = None
+        self.ran_out_of_memory = self.oom_kills() > self._oom_kills
         if verdict != b"ok":
             raise SandboxError(answer[0].decode("utf-8", "replace"))
         return answer
@@ -210,6 +215,8 @@ class Jail:
             said = os.read(self._process.stderr.fileno(), 1 << 16).decode("utf-8", "replace").strip()
         except BlockingIOError:
             said = ""
+        # The agent can bring it about that the supervisor is the process that the kernel picks.
+        self.ran_out_of_memory = self.oom_kills() > self._oom_kills
         self.close()
         self._broken = f"the sandbox is dead: {error}" + (f"; {said}" if said else "")
         raise SandboxBroken(self._broken) from error
@@ -230,7 +237,8 @@ class Jail:
             self._process.wait()
 
     def oom_kills(self) -> int:
-        return 0 if self._group is None or self._broken is not None else self._group.oom_kills()
+        """How many of its processes were ended for want of memory; 0 where there is no control group to say it."""
+        return 0 if self._group is None else self._group.oom_kills()
 
     def _remove_group(self) -> None:
         if self._group is not None:
@@ -262,6 +270,8 @@ def _spawner(owner: int) -> concurrent.futures.ThreadPoolExecutor:
 # -- what stands inside --------------------------------------------------------------------------------------------
 
 _UID = "1000"
+_STANDARD_LIBRARY = Path(os.__file__).resolve().parent
+_LIBRARY = f"/opt/python/{_STANDARD_LIBRARY.parent.name}"  # lib, or lib64
 _PYTHON = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
 _PASSWD = b"root:x:0:0:root:/:/usr/sbin/nologin\nagent:x:1000:1000::/work:/bin/bash\n"
 _GROUP = b"root:x:0:\nagent:x:1000:\n"
@@ -299,15 +309,14 @@ def _system_mounts() -> list[str]:
             arguments += ["--ro-bind", name, name]
     arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]  # awk, vi, … are links to there
     arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    standard_library = Path(os.__file__).resolve().parent
-    library = standard_library.parent  # lib, or lib64
-    packages = f"/opt/python/{library.name}/{standard_library.name}/site-packages"
+    packages = _STANDARD_LIBRARY / "site-packages"
+    hidden = f"{_LIBRARY}/{_STANDARD_LIBRARY.name}/site-packages"
     arguments += ["--ro-bind", os.path.realpath(sys.executable), _PYTHON]
     arguments += ["--symlink", "python3", "/opt/python/bin/python"]
-    arguments += ["--ro-bind", str(library), f"/opt/python/{library.name}"]
-    if (standard_library / "site-packages").is_dir():
-        arguments += ["--size", "4096", "--tmpfs", packages, "--remount-ro", packages]
-    arguments += ["--setenv", "LD_LIBRARY_PATH", f"/opt/python/{library.name}"]  # libpython*.so, where there is one
+    arguments += ["--ro-bind", str(_STANDARD_LIBRARY.parent), _LIBRARY]
+    if packages.is_dir():
+        arguments += ["--size", "4096", "--tmpfs", hidden, "--remount-ro", hidden]
+    arguments += ["--setenv", "LD_LIBRARY_PATH", _LIBRARY]  # libpython*.so, where there is one
     return arguments
 
 
@@ -315,9 +324,8 @@ def _system_mounts() -> list[str]:
 def _python_wrapper() -> bytes:
     """What `python3` is to the agent. An interpreter with a shared libpython looks for it under its host path, and
     would take the system's, of another version, if it found one."""
-    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        return b'#!/bin/sh\nexec %s "$@"\n' % _PYTHON.encode()
-    return b'#!/bin/sh\nLD_LIBRARY_PATH=/opt/python/%s exec %s "$@"\n' % (sys.platlibdir.encode(), _PYTHON.encode())
+    setting = f"LD_LIBRARY_PATH={_LIBRARY} " if sysconfig.get_config_var("Py_ENABLE_SHARED") else ""
+    return f'#!/bin/sh\n{setting}exec {_PYTHON} "$@"\n'.encode()
 
 
 @functools.cache

@@ -22,7 +22,6 @@ class Cgroup:
 
     def __init__(self, version: int, parents: tuple[Path, ...], *, memory_bytes: int, processes: int):
         """Raises OSError where the host does not allow it; nothing is left behind then."""
-        self.version = version
         name = f"{_PREFIX}-{os.getpid()}-{next(_counter)}"
         self.folders = [parent / name for parent in dict.fromkeys(parents)]
         try:
@@ -35,16 +34,20 @@ class Cgroup:
                 self._write("memory.limit_in_bytes", memory_bytes)
                 self._write("memory.memsw.limit_in_bytes", memory_bytes, optional=True)
             self._write("pids.max", processes)
+            self._events = self._find("memory.events" if version == 2 else "memory.oom_control")
         except OSError:
             self.remove()
             raise
 
-    def _write(self, name: str, value: int, optional: bool = False) -> None:
+    def _find(self, name: str) -> Path:
         for folder in self.folders:
             if (folder / name).exists():
-                return _put(folder / name, value)
-        if not optional:
-            raise FileNotFoundError(errno.ENOENT, "the controller is not enabled", str(self.folders[0] / name))
+                return folder / name
+        raise FileNotFoundError(errno.ENOENT, "the controller is not enabled", str(self.folders[0] / name))
+
+    def _write(self, name: str, value: int, optional: bool = False) -> None:
+        if not optional or any((folder / name).exists() for folder in self.folders):
+            _put(self._find(name), value)
 
     def add(self, pid: int) -> None:
         for folder in self.folders:
@@ -52,9 +55,7 @@ class Cgroup:
 
     def oom_kills(self) -> int:
         """How many processes of the group the kernel has ended for want of memory."""
-        name = "memory.events" if self.version == 2 else "memory.oom_control"
-        path = next(folder / name for folder in self.folders if (folder / name).exists())
-        found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)$", self._events.read_text(), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def remove(self) -> None:
@@ -81,10 +82,12 @@ def _put(path: Path, value: int) -> None:
         os.close(fd)
 
 
-def choices() -> Iterator[tuple[int, tuple[Path, ...]]]:
+def choices(process: Path = Path("/proc/self")) -> Iterator[tuple[int, tuple[Path, ...]]]:
     """(version, parent folders) that may serve, the strongest first. Whether one does serve shows in the using."""
-    mounts = _mounts()
-    own = dict(_own_groups())
+    if not (process / "cgroup").exists():
+        return
+    mounts = _mounts(process / "mountinfo")
+    own = dict(_own_groups(process / "cgroup"))
     if "" in mounts and "" in own:
         group = _below(mounts[""], own[""])
         # Our own group holds this process, and so, below the root, may not have controllers for children; a sibling
@@ -109,10 +112,10 @@ def sweep(parents: tuple[Path, ...]) -> None:
                     continue
 
 
-def _mounts() -> dict[str, tuple[str, Path]]:
+def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
     """controller ("" for version 2) -> (root of the mount within its hierarchy, where it is mounted)"""
     found: dict[str, tuple[str, Path]] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in table.read_text().splitlines():
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.split(" ", 2)
         root, target = fields.split(" ")[3:5]
@@ -124,8 +127,8 @@ def _mounts() -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _own_groups() -> Iterator[tuple[str, str]]:
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+def _own_groups(table: Path) -> Iterator[tuple[str, str]]:
+    for line in table.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
             yield controller, path

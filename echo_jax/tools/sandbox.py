@@ -20,6 +20,7 @@ leaves (files, variables, a changed PATH) is there for the next command: grade a
 import dataclasses
 import enum
 import functools
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -100,7 +101,6 @@ class Sandbox:
         self.limits_by = plan.limits_by
         self.cwd = "/work"
         self._jail = bubblewrap.Jail(plan, limits, entries)
-        self._oom_kills = 0
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -120,6 +120,8 @@ class Sandbox:
         if len(command) > MAX_COMMAND_BYTES:
             return self._not_run(f"bash: the command has {len(command)} bytes, more than {MAX_COMMAND_BYTES}")
         timeout = self.limits.timeout_seconds if timeout is None else timeout
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout {timeout} is not a positive number of seconds")
         start = time.monotonic()
         try:
             answer = self._jail.exchange(
@@ -128,8 +130,9 @@ class Sandbox:
                 payload_bytes=self.limits.output_bytes,
             )
         except SandboxError as error:
-            head = str(error).encode()
-            return CommandResult(Status.INFRA, None, head, b"", 0, time.monotonic() - start, self.cwd)
+            head = str(error).encode("utf-8", "replace")
+            status = Status.OOM if self._jail.ran_out_of_memory else Status.INFRA
+            return CommandResult(status, None, head, b"", 0, time.monotonic() - start, self.cwd)
         wait_status, dropped, cwd, head, tail = answer
         seconds = time.monotonic() - start
         self.cwd = cwd.decode("utf-8", "replace")
@@ -139,13 +142,9 @@ class Sandbox:
             code = os.waitstatus_to_exitcode(int(wait_status))
             exit_code = 128 - code if code < 0 else code
             status = Status.SIGNAL if code < 0 else Status.NONZERO if code else Status.OK
-            if code and self._was_out_of_memory():
+            if code and self._jail.ran_out_of_memory:
                 status = Status.OOM
         return CommandResult(status, exit_code, head, tail, int(dropped), seconds, self.cwd)
-
-    def _was_out_of_memory(self) -> bool:
-        before, self._oom_kills = self._oom_kills, self._jail.oom_kills()
-        return self._oom_kills > before
 
     def _not_run(self, message: str) -> CommandResult:
         return CommandResult(Status.NONZERO, 126, message.encode() + b"\n", b"", 0, 0.0, self.cwd)
@@ -196,7 +195,7 @@ def _accepted(backend: str) -> Plan:
 
 def _try_all(candidates: Iterable[Path]) -> Plan:
     causes = []
-    groups = [*cgroup.choices(), None] if os.path.exists("/proc/self/cgroup") else [None]
+    groups = [*cgroup.choices(), None]
     for bwrap in candidates:
         for choice in groups:
             plan = Plan(bwrap, choice)

@@ -46,8 +46,11 @@ def _refuse(code: int) -> tuple[int, int, int, int]:
 
 
 def program(machine: str | None = None) -> bytes:
-    """The filter for `machine` (default: this one). Raises KeyError for an architecture without a table."""
-    column, architecture = _MACHINES[machine or platform.machine()]
+    """The filter for `machine` (default: this one). Raises OSError for an architecture without a table."""
+    machine = machine or platform.machine()
+    if machine not in _MACHINES:
+        raise OSError(errno.ENOSYS, f"no system call table for {machine}, only for {', '.join(_MACHINES)}")
+    column, architecture = _MACHINES[machine]
     lines = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_EQUAL, 1, 0, architecture),

@@ -328,6 +328,9 @@ class Supervisor:
             for which, value in self.rlimits:
                 if which == resource.RLIMIT_CPU:
                     value = max(value, int(timeout) + 1)
+                ceiling = resource.getrlimit(which)[1]
+                if ceiling != resource.RLIM_INFINITY:
+                    value = min(value, ceiling)
                 resource.setrlimit(which, (value, value))
             # No protocol descriptor is left in this copy, and /proc/self of a process that is not dumpable is root's.
             set_dumpable(1)

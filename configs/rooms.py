@@ -1,0 +1,20 @@
+"""Rooms: walk a map that is nowhere written down; the dynamics are in what the tools write back.
+
+    python -m echo_jax.train --config=configs/rooms.py --workdir=runs/rooms
+"""
+
+from echo_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.task.mixture = {"rooms": 1.0}
+    c.num_steps = 60
+    c.rollout.max_turns = 8
+    c.rollout.max_tokens = 128
+    c.warm_start.num_steps = 80
+    c.warm_start.demonstrations = 512
+    c.warm_start.success_rate = 0.3
+    c.loss.observation_weight = 0.1
+    c.optimizer.learning_rate = 1e-3
+    return c

@@ -1,0 +1,79 @@
+"""Random trajectories and tiny models for tests of the learning side; no tools, no sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echo_jax.batch import to_mesh
+from echo_jax.models.transformer import ModelConfig, init_params
+from echo_jax.objective import Objective, weigh
+from echo_jax.packing import capacity, pack
+from echo_jax.roles import Role
+from echo_jax.sharding import make_mesh
+from echo_jax.train_step import LossOptions, loss_and_grads
+from echo_jax.trajectory import Trajectory
+
+TINY = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=32,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    compute_dtype="float32",
+    remat=True,
+)
+OPTIONS = LossOptions(policy="clip", clip_low=0.2, clip_high=0.2, token_block=16)
+ECHO = Objective(
+    observation_weight=0.05, observation_normalizer="observation", policy_normalizer="sequence", temperature=0.8
+)
+ROLES = (Role.SCAFFOLD, Role.ACTION, Role.OBSERVATION, Role.STATUS, Role.TRUNCATION)
+
+
+def trajectory(rng: np.random.Generator, length: int, *, group: int = 0, reward: float = 0.0) -> Trajectory:
+    """A prompt of three tokens, then random writers; log-probs near those of an untrained model."""
+    role = np.concatenate([[Role.SCAFFOLD, Role.PROMPT, Role.PROMPT], rng.choice(ROLES, length - 3)]).astype(np.int8)
+    sampled = role == Role.ACTION
+    return Trajectory(
+        ids=rng.integers(0, TINY.vocab_size, length).astype(np.int32),
+        role=role,
+        logprob=np.where(sampled, rng.normal(-4.2, 0.3, length), 0.0).astype(np.float32),
+        task="synthetic",
+        group=group,
+        policy_version=0,
+        reward=reward,
+        scored=True,
+        outcome="submitted",
+        turns=1,
+        calls={},
+    )
+
+
+def trajectories(seed: int, count: int = 7, longest: int = 30) -> list[Trajectory]:
+    rng = np.random.default_rng(seed)
+    return [
+        trajectory(rng, int(rng.integers(4, longest + 1)), group=i % 3, reward=float(rng.integers(2))) for i in range(count)
+    ]
+
+
+def gradient(chosen, advantages, *, objective=ECHO, options=OPTIONS, length=64, rows=2, mesh=None, config=TINY):
+    """Returns (metric sums, gradients, parameters) of one update over packed trajectories."""
+    mesh = mesh or make_mesh(1, 1, 1)
+    graphdef, params = init_params(config, 0, mesh)
+    weights = [weigh(t, float(a), objective) for t, a in zip(chosen, advantages, strict=True)]
+    most = max(len(t.ids) for t in chosen)
+    micro_batches = capacity(len(chosen), most, rows=rows, length=length)
+    packed = pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches)
+    step = jax.jit(lambda params, batch, n: loss_and_grads(graphdef, params, batch, n, mesh, options))
+    sums, grads = step(params, to_mesh(packed.batch, mesh), jnp.int32(packed.micro_batches))
+    return jax.device_get(sums), jax.device_get(grads), jax.device_get(params)
+
+
+def relative_difference(a, b) -> float:
+    """Returns |a - b| / |b| over whole pytrees."""
+    a, b = (np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)]) for tree in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -135,7 +135,8 @@ class Trainer:
         loss = self.config.loss
         options = LossOptions(policy, loss.clip_low, loss.clip_high, loss.token_block)
         optimizer = self.runtime.make_optimizer(learning_rate)
-        train_step = make_train_step(self.runtime.graphdef, optimizer, self.runtime.mesh, options)
+        runtime = self.runtime
+        train_step = make_train_step(runtime.graphdef, runtime.abstract_state(), optimizer, runtime.mesh, options)
 
         def update(trajectories: list[Trajectory], weights, *, at_most: int) -> dict[str, float]:
             start = time.perf_counter()

@@ -91,7 +91,7 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
 
 
 def _header(vocab_size: int) -> dict:
-    return {"format": FORMAT, "roles": {role.name: int(role) for role in Role}, "vocab_size": vocab_size}
+    return {"format": FORMAT, "vocab_size": vocab_size, "roles": {role.name: int(role) for role in Role}}
 
 
 def _from_record(record: dict) -> Trajectory:

@@ -1,11 +1,13 @@
 """Random trajectories and tiny models for tests of the learning side; no tools, no sampling."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.batch import to_mesh
-from echo_jax.models.transformer import ModelConfig, init_params
+from echo_jax.models.transformer import ModelConfig, abstract_params, init_params
 from echo_jax.objective import Objective, weigh
 from echo_jax.packing import capacity, pack
 from echo_jax.roles import Role
@@ -27,6 +29,8 @@ TINY = ModelConfig(
     compute_dtype="float32",
     remat=True,
 )
+MESH = make_mesh(1, 1, 1)
+GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)
 OPTIONS = LossOptions(policy="clip", clip_low=0.2, clip_high=0.2, token_block=16)
 ECHO = Objective(
     observation_weight=0.05, observation_normalizer="observation", policy_normalizer="sequence", temperature=0.8
@@ -62,15 +66,27 @@ def trajectories(seed: int, count: int = 7, longest: int = 30) -> list[Trajector
 
 def gradient(chosen, advantages, *, objective=ECHO, options=OPTIONS, length=64, rows=2, mesh=None, config=TINY):
     """Returns (metric sums, gradients, parameters) of one update over packed trajectories."""
-    mesh = mesh or make_mesh(1, 1, 1)
-    graphdef, params = init_params(config, 0, mesh)
+    mesh = mesh or MESH
+    _, params = initial(config, mesh)
     weights = [weigh(t, float(a), objective) for t, a in zip(chosen, advantages, strict=True)]
     most = max(len(t.ids) for t in chosen)
     micro_batches = capacity(len(chosen), most, rows=rows, length=length)
     packed = pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches)
-    step = jax.jit(lambda params, batch, n: loss_and_grads(graphdef, params, batch, n, mesh, options))
-    sums, grads = step(params, to_mesh(packed.batch, mesh), jnp.int32(packed.micro_batches))
+    sums, grads = _jitted(config, mesh, options)(params, to_mesh(packed.batch, mesh), jnp.int32(packed.micro_batches))
     return jax.device_get(sums), jax.device_get(grads), jax.device_get(params)
+
+
+@functools.cache
+def initial(config, mesh):
+    """`init_params`, once a configuration."""
+    return init_params(config, 0, mesh)
+
+
+@functools.cache
+def _jitted(config, mesh, options):
+    """One function a configuration, so that tests share its compilations."""
+    graphdef, _ = abstract_params(config, mesh)
+    return jax.jit(lambda params, batch, n: loss_and_grads(graphdef, params, batch, n, mesh, options))
 
 
 def relative_difference(a, b) -> float:

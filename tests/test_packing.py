@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import ECHO, TINY, trajectories, trajectory
+from synthetic import ECHO, GRAPHDEF, MESH, TINY, initial, trajectories, trajectory
 
-from echo_jax.models.transformer import bind, init_params
+from echo_jax.models.transformer import bind
 from echo_jax.objective import weigh
 from echo_jax.packing import capacity, first_fit, pack
-from echo_jax.sharding import make_mesh
 
 
 def packed_of(chosen, length=40, rows=2):
@@ -79,14 +78,14 @@ def test_no_gradient_crosses_a_segment_through_the_real_attention():
     packed, _ = packed_of(chosen)
     row = jax.tree.map(lambda x: x[0], packed.batch)
     assert (row.segment_ids.max(axis=1) >= 2).all()
-    graphdef, params = init_params(TINY, 0, make_mesh(1, 1, 1))
+    _, params = initial(TINY, MESH)
     table = np.asarray(params["embedding"])
     # One vocabulary entry a place, so that the embedding's gradient tells the places apart.
     places = jnp.arange(row.tokens.size).reshape(row.tokens.shape)
     own = params | {"embedding": jnp.asarray(table[row.tokens.reshape(-1)])}
 
     def segment_sum(params, b, segment):
-        hidden = bind(graphdef, params)(places, jnp.asarray(row.positions), jnp.asarray(row.segment_ids))
+        hidden = bind(GRAPHDEF, params)(places, jnp.asarray(row.positions), jnp.asarray(row.segment_ids))
         mine = (jnp.asarray(row.segment_ids[b]) == segment)[:, None]
         return jnp.sum(jnp.where(mine, hidden[b], 0.0) ** 3)
 

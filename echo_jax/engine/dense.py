@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.models.transformer import ModelConfig, bind, init_cache
+from echo_jax.sharding import replicated
 from echo_jax.trajectory import Sampled
 
 
@@ -60,15 +61,20 @@ class DenseEngine:
         )
         self._turn_start = zeros(lanes)
         self._params, self._version = None, 0
-        decode = functools.partial(
+        self._decode = functools.partial(
             _decode, graphdef=graphdef, temperature=temperature, stop_id=stop_id, max_steps=steps_per_call
         )
-        self.decode = jax.jit(decode, donate_argnums=2)
 
     def set_params(self, params, version: int) -> None:
         """Uses new weights from here on. Sessions that are open would mix two policies, so there must be none."""
-        if self._host.budget.any():
-            raise RuntimeError("weights may only change while no session is generating")
+        if self._host.known.any():
+            lanes = np.flatnonzero(self._host.known).tolist()
+            raise RuntimeError(f"weights may only change while no session is open; there are some in the lanes {lanes}")
+        if self._params is None:
+            # Placed like what comes out of `decode`, the cache goes in always alike: one program serves all calls.
+            everywhere = replicated(jax.tree.leaves(params)[0].sharding.mesh)
+            self._cache = jax.device_put(self._cache, everywhere)
+            self.decode = jax.jit(self._decode, donate_argnums=2, out_shardings=everywhere)
         self._params, self._version = params, version
 
     def open(self, lane: int, rollout: int) -> None:
@@ -111,7 +117,8 @@ class DenseEngine:
 
     def cancel(self) -> None:
         """Drops all sessions."""
-        self._host.budget[:] = 0
+        for lane in range(self.lanes):
+            self.open(lane, rollout=0)
 
 
 def _decode(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_id, max_steps):

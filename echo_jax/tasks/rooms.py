@@ -6,13 +6,14 @@ rewards alone, or from what the tools wrote back. The goal is checked by where t
 """
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 
 import numpy as np
 
 from echo_jax.tasks.task import Script, Split
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.sandbox import Sandbox
+from echo_jax.tools.sandbox import Sandbox, SandboxError, Status
 
 EXITS = {"n": (0, -1), "e": (1, 0), "s": (0, 1), "w": (-1, 0)}
 OPEN_SHARE = 0.35  # of the doors that a spanning tree leaves closed
@@ -38,7 +39,13 @@ class RoomsTask:
     setup: str
 
     def score(self, answer: str | None, sandbox: Sandbox) -> float:
-        return float(answer is not None and sandbox.cwd == f"/work/{self.goal}")
+        if answer is None:
+            return 0.0
+        # A plain `cd n` leaves the name of the exit in the shell's directory: what counts is the room behind it.
+        here = sandbox.run(f"cd {shlex.quote(sandbox.cwd)} && pwd -P", fresh=True)
+        if here.status is Status.INFRA:
+            raise SandboxError(f"the sandbox died before {self.name} was scored")
+        return float(here.head == f"/work/{self.goal}\n".encode())
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
         if solve:

@@ -1,0 +1,169 @@
+"""Laws of the rooms tasks: every pair can be walked in a real sandbox, and only standing in the goal earns anything."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from echo_jax.episode import Rules
+from echo_jax.render import Renderer
+from echo_jax.roles import Role
+from echo_jax.rollout import Collector, Job
+from echo_jax.tasks.rooms import EXITS, RoomsFamily, move
+from echo_jax.tasks.words import WORDS
+from echo_jax.tokenizer import Tokenizer
+from echo_jax.tools.sandbox import Limits, Sandbox, SandboxError, Status
+
+RENDERER = Renderer(Tokenizer())
+RULES = Rules(max_turns=8, max_tokens=160, max_turn_tokens=24)
+LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
+BACK = {"n": "s", "s": "n", "e": "w", "w": "e"}
+
+
+def family(seed=0, width=3, height=3):
+    return RoomsFamily(width=width, height=height, map_seed=seed)
+
+
+@functools.cache
+def all_pairs(split):
+    """Returns a task for every start/goal pair of a split of the default map."""
+    tasks = {task.prompt: task for task in (family().make(split, i) for i in range(600))}
+    return [tasks[prompt] for prompt in sorted(tasks)]
+
+
+def run_scripts(tasks, *, solve):
+    jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(tasks)]
+    with Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=2) as collector:
+        return collector.scripted(jobs, [solve] * len(jobs), seed=0)
+
+
+def walk(task, exits):
+    """Returns the directory at the end of a way, by the map's links alone."""
+    room = task.setup.removeprefix("cd ")
+    for name in exits:
+        room = task.symlinks[f"{room}/{name}"].removeprefix("../")
+    return room
+
+
+def distances(task, start):
+    """Returns {directory: number of exits to it}."""
+    steps, queue = {start: 0}, [start]
+    for room in queue:
+        for name in EXITS:
+            behind = task.symlinks[f"{room}/{name}"].removeprefix("../")
+            if behind not in steps:
+                steps[behind] = steps[room] + 1
+                queue.append(behind)
+    return steps
+
+
+@pytest.fixture
+def visit():
+    """Returns a function that opens a task's sandbox, runs commands in it, and gives the score of an answer."""
+
+    def score(task, commands, answer):
+        with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
+            for command in (task.setup, *commands):
+                assert box.run(command).status is Status.OK, command
+            box.kill_processes()
+            return task.score(answer, box)
+
+    return score
+
+
+def test_the_solving_script_walks_every_pair_of_the_map():
+    tasks = all_pairs("train") + all_pairs("heldout")
+    assert len(tasks) == 72
+    for task, trajectory in zip(tasks, run_scripts(tasks, solve=True), strict=True):
+        assert (trajectory.reward, trajectory.outcome) == (1.0, "submitted"), task.prompt
+        assert trajectory.turns == len(task.path) + 1
+        observed = RENDERER.tokenizer.decode(trajectory.ids[trajectory.role == Role.OBSERVATION])
+        assert observed.split()[-1] == task.goal_sign
+
+
+def test_wanderers_fail_mostly():
+    trajectories = run_scripts(all_pairs("train"), solve=False)
+    assert 0 < np.mean([t.reward for t in trajectories]) < 0.5
+
+
+def test_only_standing_in_the_goal_earns_anything(visit):
+    task = max(all_pairs("train"), key=lambda task: len(task.path))
+    way = [move(name).removeprefix("bash ") for name in task.path]
+    assert visit(task, way, task.goal_sign) == 1.0
+    assert visit(task, way, "anything") == 1.0  # where the shell stands counts, not what is said
+    assert visit(task, way, None) == 0.0
+    assert visit(task, [], task.goal_sign) == 0.0
+    assert visit(task, way[:-1], task.goal_sign) == 0.0
+    assert visit(task, [*way, "cd /work"], task.goal_sign) == 0.0
+    assert visit(task, [f"mkdir -p /tmp/{task.goal}; cd /tmp/{task.goal}"], task.goal_sign) == 0.0
+
+
+def test_it_does_not_matter_by_which_name_the_room_was_entered(visit):
+    task = max(all_pairs("train"), key=lambda task: len(task.path))
+    assert visit(task, [f"cd {name}" for name in task.path], task.goal_sign) == 1.0
+    assert visit(task, ["cd -P " + "/".join(task.path)], task.goal_sign) == 1.0
+    assert visit(task, [f"mkdir -p '/tmp/it'\"'\"'s'; cd '/tmp/it'\"'\"'s'"], task.goal_sign) == 0.0
+
+
+def test_what_the_agent_left_behind_does_not_decide(visit):
+    task = all_pairs("train")[0]
+    lies = ["pwd() { echo /work/%s; }; cd() { :; }; export -f pwd cd" % task.goal, f"export PWD=/work/{task.goal}"]
+    assert visit(task, lies, task.goal_sign) == 0.0
+
+
+def test_a_sandbox_that_died_before_the_score_is_no_zero():
+    task = all_pairs("train")[0]
+    with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
+        box.close()
+        with pytest.raises(SandboxError):
+            task.score("x", box)
+
+
+def test_neither_the_path_nor_the_directories_stand_in_the_prompt():
+    for task in all_pairs("train") + all_pairs("heldout"):
+        assert not {task.goal, task.setup.split()[1], *EXITS} & {*task.prompt.split()}
+        assert not any(task.goal in content.decode() for content in task.files.values())
+
+
+@pytest.mark.parametrize(("width", "height"), [(3, 3), (4, 1), (1, 4), (2, 2), (7, 5), (14, 15)])
+def test_every_map_is_connected_and_its_ways_are_shortest(width, height):
+    for seed in range(3 if width > 9 else 25):
+        task = family(seed, width, height).make("train", seed)
+        start = task.setup.removeprefix("cd ")
+        steps = distances(task, start)
+        assert len(steps) == width * height == len(task.files)
+        assert walk(task, task.path) == task.goal
+        assert len(task.path) == steps[task.goal] > 0
+        for room in steps:
+            for name in EXITS:
+                behind = task.symlinks[f"{room}/{name}"].removeprefix("../")
+                assert behind == room or task.symlinks[f"{behind}/{BACK[name]}"] == f"../{room}"
+
+
+def test_signs_and_directories_name_one_room_each():
+    task = family(0, 14, 15).make("train", 0)
+    assert len({*task.files.values()}) == len(task.files) == 210
+    assert {path.split("/")[0] for path in task.symlinks} == {path.split("/")[0] for path in task.files}
+
+
+def test_another_seed_is_another_map():
+    maps = {tuple(sorted(family(seed).make("train", 0).symlinks.items())) for seed in range(20)}
+    assert len(maps) == 20
+
+
+@pytest.mark.parametrize(("width", "height"), [(2, 2), (3, 3), (6, 2)])
+def test_train_and_heldout_share_no_pair_and_leave_none_out(width, height):
+    rooms = family(0, width, height)
+    train, heldout = ({rooms.make(split, i).prompt for i in range(2500)} for split in ("train", "heldout"))
+    count = width * height
+    assert not train & heldout
+    assert len(train) + len(heldout) == count * (count - 1)
+    assert len(heldout) == len(train | heldout) // 3
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 3), (0, 9), (9, 0), (-2, -2), (-3, 3), (1, len(WORDS) + 1), (20, 20)]
+)
+def test_a_map_that_cannot_be_is_refused_with_its_size(width, height):
+    with pytest.raises(ValueError, match=f"{width} × {height} rooms.*4 to {len(WORDS)}"):
+        family(0, width, height)

@@ -1,0 +1,179 @@
+"""Laws of saved rollouts: what comes back is what was saved, and a file that cannot be used says so."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echo_jax import trajectory as trajectory_lib
+from echo_jax.roles import Role
+from echo_jax.trajectory import Trajectory, TrajectoryError, load, save
+
+VOCAB = 1280
+
+
+def make(ids=(1, 2, 3), role=(2, 1, 3), logprob=(0.0, 0.0, -0.1), **fields):
+    defaults = dict(
+        task="lookup/train/0", group=0, policy_version=4, reward=1.0, scored=True, outcome="submitted", turns=1, calls={"ok": 1}
+    )
+    arrays = (np.asarray(x, dtype) for x, dtype in ((ids, np.int32), (role, np.int8), (logprob, np.float32)))
+    return Trajectory(*arrays, **(defaults | fields))
+
+
+def same(a, b):
+    """Whether two trajectories are equal to the last bit, types included."""
+    arrays = ("ids", "role", "logprob")
+    return vars(a).keys() == vars(b).keys() and all(
+        x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() if name in arrays else x == y
+        for name, x, y in ((name, getattr(a, name), getattr(b, name)) for name in vars(a))
+    )
+
+
+def rewrite(path, edit):
+    """Replaces the lines of a saved file by edit(lines)."""
+    with gzip.open(path, "rt") as file:
+        lines = file.read().splitlines()
+    with gzip.open(path, "wt") as file:
+        file.write("".join(line + "\n" for line in edit(lines)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "rollouts" / "step_000001.jsonl.gz"
+    save(path, [make(), make(task="rooms/train/1", group=1)], vocab_size=VOCAB)
+    return path
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=8) | st.binary(max_size=4).map(
+    lambda data: data.decode("utf-8", "surrogateescape")
+)
+log_probabilities = st.floats(max_value=0.0, width=32, allow_nan=False) | st.sampled_from([-0.0, -1e-45, -3.4e38, -np.inf])
+
+
+@st.composite
+def trajectories(draw):
+    length = draw(st.integers(0, 12))
+    column = lambda elements: draw(st.lists(elements, min_size=length, max_size=length))  # noqa: E731
+    return make(
+        column(st.integers(0, 2**31 - 1)),
+        column(st.sampled_from([*map(int, Role)])),
+        column(log_probabilities),
+        task=draw(texts),
+        group=draw(st.integers(0, 2**40)),
+        policy_version=draw(st.integers(-1, 2**31)),
+        reward=draw(st.floats(0, 1)),
+        scored=draw(st.booleans()),
+        outcome=draw(texts),
+        turns=draw(st.integers(0, 99)),
+        calls=draw(st.dictionaries(texts, st.integers(0, 9), max_size=3)),
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(trajectories(), max_size=3))
+def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path_factory, originals):
+    path = tmp_path_factory.mktemp("rollouts") / "x.jsonl.gz"
+    save(path, originals, vocab_size=VOCAB)
+    loaded = load(path, vocab_size=VOCAB)
+    assert len(loaded) == len(originals)
+    assert all(map(same, loaded, originals))
+
+
+def test_a_file_cut_anywhere_is_refused(saved):
+    whole = saved.read_bytes()
+    for length in range(len(whole)):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(TrajectoryError, match="step_000001.jsonl.gz"):
+            load(saved, vocab_size=VOCAB)
+
+
+def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
+    """gzip's header has bytes that mean nothing to us (time, name); every other change must be noticed."""
+    originals = load(saved, vocab_size=VOCAB)
+    whole = saved.read_bytes()
+    refused = 0
+    for at in range(len(whole)):
+        saved.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            assert all(map(same, load(saved, vocab_size=VOCAB), originals))
+        except TrajectoryError:
+            refused += 1
+    assert refused > 0.8 * len(whole)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lines: [],
+        lambda lines: lines[1:],
+        lambda lines: ["[]", *lines[1:]],
+        lambda lines: ["null", *lines[1:]],
+        lambda lines: ['{"format": "echo_jax.trajectories/1"}', *lines[1:]],
+        lambda lines: [lines[0].replace("trajectories/1", "trajectories/0"), *lines[1:]],
+        lambda lines: [lines[0].replace('"ACTION": 3', '"ACTION": 4'), *lines[1:]],
+        lambda lines: [*lines, "not JSON"],
+        lambda lines: [*lines, "[]"],
+        lambda lines: [*lines, "7"],
+        lambda lines: [*lines, "{}"],
+        lambda lines: [*lines[:-1], lines[-1].replace('"reward"', '"prize"')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": ["a", ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [99999999999, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [300, ')],
+    ],
+    ids=range(16),
+)
+def test_a_file_of_another_format_is_refused(saved, edit):
+    before = saved.read_bytes()
+    rewrite(saved, edit)
+    assert gzip.decompress(saved.read_bytes()) != gzip.decompress(before)
+    with pytest.raises(TrajectoryError, match="step_000001.jsonl.gz"):
+        load(saved, vocab_size=VOCAB)
+
+
+def test_another_vocabulary_is_refused_and_both_sizes_are_named(saved):
+    with pytest.raises(TrajectoryError, match=r"1280.*32000"):
+        load(saved, vocab_size=32000)
+
+
+def test_a_file_that_is_missing_or_not_compressed_is_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl.gz", tmp_path):
+        with pytest.raises(TrajectoryError, match=str(path)):
+            load(path, vocab_size=VOCAB)
+    plain = tmp_path / "plain.jsonl.gz"
+    plain.write_text(json.dumps({"format": trajectory_lib.FORMAT, "vocab_size": VOCAB}) + "\n")
+    with pytest.raises(TrajectoryError):
+        load(plain, vocab_size=VOCAB)
+
+
+def test_a_save_that_fails_leaves_the_old_file(saved):
+    before = saved.read_bytes()
+
+    def crash():
+        yield make()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(saved, crash(), vocab_size=VOCAB)
+    with pytest.raises(TypeError):
+        save(saved, [make(), make(outcome=object())], vocab_size=VOCAB)
+    assert saved.read_bytes() == before
+    save(saved, [], vocab_size=VOCAB)
+    assert load(saved, vocab_size=VOCAB) == []
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_lengths_must_agree():
+    with pytest.raises(TrajectoryError, match="3 ids, 2 roles, 3 log-probs"):
+        make(role=(1, 2))
+
+
+def test_counting_leaves_out_the_token_that_nothing_predicts():
+    trajectory = make(ids=range(5), role=(3, 3, 4, 3, 5), logprob=[0.0] * 5)
+    assert trajectory.count(Role.ACTION) == 2
+    assert trajectory.count(Role.ACTION, Role.STATUS) == 3
+    assert trajectory.count(Role.FEEDBACK) == 0
+    assert make((), (), ()).count(Role.ACTION) == 0

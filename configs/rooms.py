@@ -1,6 +1,6 @@
 """Rooms: walk a map that is nowhere written down; the dynamics are in what the tools write back.
 
-    python -m echo_jax.train --config=configs/rooms.py --workdir=runs/rooms
+python -m echo_jax.train --config=configs/rooms.py --workdir=runs/rooms
 """
 
 from echo_jax.config import default_config
@@ -16,5 +16,5 @@ def get_config():
     c.warm_start.demonstrations = 512
     c.warm_start.success_rate = 0.3
     c.loss.observation_weight = 0.1
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 3e-4
     return c

@@ -1,6 +1,6 @@
 """A run of seconds, for tests: every part of the quickstart at its smallest. It is too short to learn anything.
 
-    python -m echo_jax.train --config=configs/tiny.py --workdir=runs/tiny
+python -m echo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 """
 
 from echo_jax.config import default_config

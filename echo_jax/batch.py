@@ -37,7 +37,7 @@ def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
 def empty(micro_batches: int, rows: int, length: int) -> Batch:
     """Returns a numpy batch of padding, to be filled."""
     shape = (micro_batches, rows, length)
-    dtypes = {name: np.int32 for name in ("tokens", "targets", "segment_ids", "positions")} | {"role": np.int8}
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | {"role": np.int8}
     fields = {name: np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch.__dataclass_fields__}
     fields["temperature"] += 1.0
     return Batch(**fields)

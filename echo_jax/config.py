@@ -161,7 +161,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(config.model.num_heads % config.model.num_kv_heads == 0,
             f"config.model.num_heads = {config.model.num_heads} is not divisible by "
             f"config.model.num_kv_heads = {config.model.num_kv_heads}")  # fmt: skip
-    require(config.model.head_dim % 2 == 0, f"config.model.head_dim = {config.model.head_dim}: rotary needs an even one")
+    require(
+        config.model.head_dim % 2 == 0, f"config.model.head_dim = {config.model.head_dim}: rotary needs an even one"
+    )
     for name in ("num_heads", "num_kv_heads", "ffn_dim"):
         require(config.model[name] % config.mesh.tensor == 0,
                 f"config.model.{name} = {config.model[name]} is not divisible by mesh.tensor = {config.mesh.tensor}")  # fmt: skip

@@ -80,7 +80,9 @@ def start(renderer: Renderer, rules: Rules, prompt: str) -> Episode:
     """
     rendered = renderer.prompt(prompt) + renderer.generation_prompt()
     if len(rendered.ids) >= rules.max_tokens:
-        raise ValueError(f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}")
+        raise ValueError(
+            f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}"
+        )
     return Episode(renderer, rules, rendered.ids, rendered.roles, (0.0,) * len(rendered.ids))
 
 
@@ -160,9 +162,7 @@ def _observe(episode: Episode, parts: list[Part], *, attempt: str) -> Episode:
     next_turn = episode.renderer.generation_prompt()
     if len(episode.ids) + len(next_turn.ids) >= episode.rules.max_tokens:
         return _end(episode, Outcome.MAX_TOKENS, attempt=attempt)
-    return dataclasses.replace(
-        _append(episode, next_turn), phase=Phase.GENERATE, attempts=(*episode.attempts, attempt)
-    )
+    return dataclasses.replace(_append(episode, next_turn), phase=Phase.GENERATE, attempts=(*episode.attempts, attempt))
 
 
 def _append(episode: Episode, new: Rendered) -> Episode:

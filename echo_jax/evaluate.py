@@ -44,7 +44,13 @@ class Evaluator:
         self._transcripts: list[Trajectory] | None = None
 
     def __call__(
-        self, params, version: int, *, episodes: int, samples: int = 1, on_finish: Callable[[int], None] = lambda done: None
+        self,
+        params,
+        version: int,
+        *,
+        episodes: int,
+        samples: int = 1,
+        on_finish: Callable[[int], None] = lambda done: None,
     ) -> dict[str, float]:
         """Returns the `eval/` metrics of `samples` rollouts on each of `episodes` held-out tasks."""
         self._engine.set_params(params, version)
@@ -97,7 +103,9 @@ def pass_at_k(trajectories: Sequence[Trajectory], samples: int) -> dict[str, flo
         rates = [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
         if rates:
             metrics[f"eval/pass@{k}"] = float(np.mean(rates))
-            metrics[f"eval/pass@{k}_stderr"] = float(np.std(rates, ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else 0.0
+            metrics[f"eval/pass@{k}_stderr"] = (
+                float(np.std(rates, ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else 0.0
+            )
     return metrics
 
 

@@ -10,7 +10,6 @@ from echo_jax.batch import Batch
 from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.roles import OBSERVATION_ROLES, Role
 
-
 # Metrics that are sums over micro-batches, and the count that turns each into a mean.
 MEANS = {
     "policy/entropy": "policy/tokens",

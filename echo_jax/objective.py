@@ -57,7 +57,9 @@ def _per_token(mask: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 OBSERVATION_NORMALIZERS: dict[str, Normalizer] = {
-    "observation": lambda mask, environment: _per_sequence(mask, environment.sum()),  # the paper's |O|, warnings included
+    "observation": lambda mask, environment: _per_sequence(
+        mask, environment.sum()
+    ),  # the paper's |O|, warnings included
     "selected": lambda mask, environment: _per_sequence(mask, mask.sum()),  # |O'|
     "token": _per_token,  # prime-rl
 }

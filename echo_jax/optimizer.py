@@ -7,7 +7,8 @@ def make_optimizer(
     *, learning_rate: float, warmup_steps: int, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
     schedule = optax.join_schedules(
-        [optax.linear_schedule(0.0, learning_rate, warmup_steps), optax.constant_schedule(learning_rate)], [warmup_steps]
+        [optax.linear_schedule(0.0, learning_rate, warmup_steps), optax.constant_schedule(learning_rate)],
+        [warmup_steps],
     )
     return optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)

@@ -116,7 +116,11 @@ class Collector:
             collection.close()
 
     def scripted(
-        self, jobs: Sequence[Job], solve: Sequence[bool], seed: int, on_finish: Callable[[int], None] = lambda done: None
+        self,
+        jobs: Sequence[Job],
+        solve: Sequence[bool],
+        seed: int,
+        on_finish: Callable[[int], None] = lambda done: None,
     ) -> list[Trajectory]:
         """Runs each task's own demonstrator, the right one or a flawed one, through the same episodes and tools."""
         futures = [

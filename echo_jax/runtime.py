@@ -5,6 +5,7 @@ In: a validated config. Out: tokenizer, mesh, model, tasks, engine and collector
 
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable
 
 import grain
@@ -19,8 +20,8 @@ from echo_jax.checkpoint import CheckpointError
 from echo_jax.config import ConfigError
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.episode import Rules
-from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.metrics import MetricsError
+from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.objective import Objective
 from echo_jax.optimizer import make_optimizer
 from echo_jax.render import Renderer
@@ -70,16 +71,10 @@ class Runtime:
         )
 
     def make_collector(self) -> Collector:
-        rollout, box = self.config.rollout, self.config.sandbox
+        rollout = self.config.rollout
         rules = Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens)
-        limits = sandbox.Limits(
-            timeout_seconds=box.timeout_seconds,
-            output_bytes=box.output_bytes,
-            memory_bytes=box.memory_bytes,
-            disk_bytes=box.disk_bytes,
-            processes=box.processes,
-        )
-        return Collector(self.renderer, rules, limits, box.backend, rollout.tool_threads)
+        limits = sandbox_limits(self.config)
+        return Collector(self.renderer, rules, limits, self.config.sandbox.backend, rollout.tool_threads)
 
     def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         o = self.config.optimizer
@@ -107,6 +102,17 @@ class Runtime:
         return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
 
 
+def sandbox_limits(config: ml_collections.ConfigDict) -> sandbox.Limits:
+    box = config.sandbox
+    return sandbox.Limits(
+        timeout_seconds=box.timeout_seconds,
+        output_bytes=box.output_bytes,
+        memory_bytes=box.memory_bytes,
+        disk_bytes=box.disk_bytes,
+        processes=box.processes,
+    )
+
+
 def build(config: ml_collections.ConfigDict) -> Runtime:
     """Builds the parts. Everything that can be wrong with a config or a host is found here.
 
@@ -116,12 +122,13 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
       SandboxUnavailable: no sandbox works on this host.
     """
     config_lib.validate(config)
-    sandbox.probe(config.sandbox.backend)
     tokenizer = Tokenizer(config.tokenizer.path)
     mixture = dict(config.task.mixture)
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
     model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model)
     try:
+        sandbox_limits(config)
+        sandbox.probe(config.sandbox.backend)
         families = make_families(mixture, parameters)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         graphdef, params = abstract_params(model_config, mesh)
@@ -154,4 +161,17 @@ def run_program(main: Callable[[flags.FlagValues], int | None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; a config file or an override that does not fit the config is one message with its place."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if frame.name in ("get_config", "sweep")]
+        place = f"{ours[-1].filename}:{ours[-1].lineno}: " if ours else ""
+        reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        print(f"error: {place}{type(error).__name__}: {reason}", file=sys.stderr)
+        sys.exit(1)

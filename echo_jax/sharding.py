@@ -31,7 +31,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     need = data * fsdp * tensor
     if need > len(devices):
-        raise ValueError(f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {need} devices, there are {len(devices)}")
+        raise ValueError(
+            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {need} devices, there are {len(devices)}"
+        )
     grid = np.asarray(devices[:need]).reshape(data, fsdp, tensor)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 

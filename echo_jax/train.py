@@ -56,21 +56,19 @@ class Trainer:
         self.warm_steps = self.config.warm_start.num_steps
         self.last_step = self.warm_steps + self.config.num_steps
         self.state = self._restore_or_init()
-        self.saved_step = self.step = int(self.state.step)
+        self.step = int(self.state.step)
+        self.saved_step = self.checkpointer.latest_step()
         self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0)
 
     def run(self) -> None:
         """Goes from wherever the workdir stands to the end of the run."""
-        if self.step == 0:
-            # The state before the first step: from here on an interruption never starts over.
-            self._save()
         if self.step < self.warm_steps:
             self._warm_start()
         elif self.step == 0:
             self.metrics.write(0, self._evaluate())
         if self.step < self.last_step:
             self._reinforce()
-        self._save()
+        self.save()
 
     def close(self) -> None:
         self.checkpointer.close()
@@ -189,10 +187,11 @@ class Trainer:
         self.metrics.write(self.step, metrics)
         progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
         if _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step):
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
-        if self.checkpointer.latest_step() != self.step and self.saved_step != self.step or self.step == 0:
+    def save(self) -> None:
+        """Saves a checkpoint of this step, in the background, unless there is one."""
+        if self.saved_step != self.step:
             self.checkpointer.save(self.step, self.state, {"step": self.step})
             self.saved_step = self.step
 
@@ -269,7 +268,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             try:
                 trainer.run()
             except Interrupted:
-                trainer._save()
+                trainer.save()
         if received:
             print(f"stopped after step {trainer.step} of {trainer.last_step}; run the same command again to resume")
             return 128 + received[0]
@@ -282,6 +281,8 @@ def main(args: flags.FlagValues) -> int:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file; override any field with --config.section.field=value.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file; override any field with --config.section.field=value."
+    )
     flags.DEFINE_string("workdir", None, "Folder of the run; an unfinished run in it is resumed.")
     runtime_lib.run_program(main)

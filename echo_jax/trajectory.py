@@ -50,7 +50,9 @@ class Trajectory:
 
     def __post_init__(self):
         if not len(self.ids) == len(self.role) == len(self.logprob):
-            raise TrajectoryError(f"{len(self.ids)} ids, {len(self.role)} roles, {len(self.logprob)} log-probs: lengths differ")
+            raise TrajectoryError(
+                f"{len(self.ids)} ids, {len(self.role)} roles, {len(self.logprob)} log-probs: lengths differ"
+            )
 
     def count(self, *roles: Role) -> int:
         """Returns how many tokens have one of these roles, the first token (never predicted) left out."""

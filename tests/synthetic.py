@@ -60,7 +60,8 @@ def trajectory(rng: np.random.Generator, length: int, *, group: int = 0, reward:
 def trajectories(seed: int, count: int = 7, longest: int = 30) -> list[Trajectory]:
     rng = np.random.default_rng(seed)
     return [
-        trajectory(rng, int(rng.integers(4, longest + 1)), group=i % 3, reward=float(rng.integers(2))) for i in range(count)
+        trajectory(rng, int(rng.integers(4, longest + 1)), group=i % 3, reward=float(rng.integers(2)))
+        for i in range(count)
     ]
 
 

@@ -103,4 +103,6 @@ def test_neither_the_scale_nor_the_shift_of_rewards_matters(values, scale, shift
 def test_the_order_of_rollouts_does_not_matter(values, random):
     order = list(range(len(values)))
     random.shuffle(order)
-    np.testing.assert_allclose(advantages(*[values[i] for i in order]), advantages(*values)[order], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        advantages(*[values[i] for i in order]), advantages(*values)[order], rtol=1e-5, atol=1e-6
+    )

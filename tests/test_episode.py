@@ -54,7 +54,9 @@ def text_by(episode, role):
 
 # -- any episode ---------------------------------------------------------------------------------------------------
 
-commands = st.sampled_from(["bash ls", "bash", "bash  a b", "submit oak", "submit", "bashls", "python x", "", "<|end|>"])
+commands = st.sampled_from(
+    ["bash ls", "bash", "bash  a b", "submit oak", "submit", "bashls", "python x", "", "<|end|>"]
+)
 sampled_ids = st.one_of(
     commands.map(TOKENIZER.encode),
     st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=12),
@@ -76,7 +78,9 @@ def turns(draw, budget):
 @st.composite
 def results(draw):
     status = draw(st.sampled_from(Status))
-    exit_code = {Status.OK: 0, Status.TIMEOUT: None, Status.INFRA: None}.get(status, draw(st.sampled_from([1, 137, None])))
+    exit_code = {Status.OK: 0, Status.TIMEOUT: None, Status.INFRA: None}.get(
+        status, draw(st.sampled_from([1, 137, None]))
+    )
     dropped = draw(st.sampled_from([0, 0, 1, 123456789]))
     return result(draw(output), status=status, exit_code=exit_code, tail=draw(output), dropped=dropped)
 

@@ -47,7 +47,8 @@ def test_every_predicted_token_arrives_once_with_all_its_fields(seed, count):
         expected |= {name: value[1:] for name, value in vars(w).items()}
         expected["positions"] = np.arange(len(t.ids) - 1)
         assert any(
-            len(f["tokens"]) == len(t.ids) - 1 and all(np.array_equal(f[name], value) for name, value in expected.items())
+            len(f["tokens"]) == len(t.ids) - 1
+            and all(np.array_equal(f[name], value) for name, value in expected.items())
             for f in found
         )
 

@@ -96,7 +96,12 @@ def test_control_symbols_are_five_ids_that_read_as_their_names():
 
 @pytest.mark.parametrize(
     "before",
-    ["", pytest.param(" ", marks=pytest.mark.xfail(strict=True, reason="8 words are two pieces after a space: train anew"))],
+    [
+        "",
+        pytest.param(
+            " ", marks=pytest.mark.xfail(strict=True, reason="8 words are two pieces after a space: train anew")
+        ),
+    ],
 )
 def test_every_word_of_the_tasks_is_one_piece(before):
     assert [word for word in WORDS if len(TOKENIZER.encode(before + word)) != 1] == []
@@ -152,4 +157,6 @@ def test_a_foreign_model_is_refused_and_the_cause_named(tmp_path, edit, message)
 
 
 def test_an_unchanged_copy_of_the_model_is_accepted(tmp_path):
-    assert Tokenizer(edited_model(tmp_path / "same.model", lambda model: None)).encode("bash ls") == TOKENIZER.encode("bash ls")
+    assert Tokenizer(edited_model(tmp_path / "same.model", lambda model: None)).encode("bash ls") == TOKENIZER.encode(
+        "bash ls"
+    )

@@ -116,13 +116,16 @@ def test_parameters_lie_as_the_axis_table_says():
 def only(*roles):
     """The trajectories with every other token's role made PROMPT, so that nothing else is trained."""
     return [
-        dataclasses.replace(t, role=np.where(np.isin(t.role, roles), t.role, Role.PROMPT).astype(np.int8)) for t in CHOSEN
+        dataclasses.replace(t, role=np.where(np.isin(t.role, roles), t.role, Role.PROMPT).astype(np.int8))
+        for t in CHOSEN
     ]
 
 
 def test_prompt_scaffold_status_and_pad_have_exactly_zero_gradient():
     untrained = only(Role.SCAFFOLD, Role.STATUS, Role.TRUNCATION)
-    sums, grads, _ = gradient(untrained, np.ones(len(CHOSEN)), objective=dataclasses.replace(ECHO, observation_weight=9.0))
+    sums, grads, _ = gradient(
+        untrained, np.ones(len(CHOSEN)), objective=dataclasses.replace(ECHO, observation_weight=9.0)
+    )
     assert sums["loss/total"] == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 

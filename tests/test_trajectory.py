@@ -17,7 +17,14 @@ VOCAB = 1280
 
 def make(ids=(1, 2, 3), role=(2, 1, 3), logprob=(0.0, 0.0, -0.1), **fields):
     defaults = dict(
-        task="lookup/train/0", group=0, policy_version=4, reward=1.0, scored=True, outcome="submitted", turns=1, calls={"ok": 1}
+        task="lookup/train/0",
+        group=0,
+        policy_version=4,
+        reward=1.0,
+        scored=True,
+        outcome="submitted",
+        turns=1,
+        calls={"ok": 1},
     )
     arrays = (np.asarray(x, dtype) for x, dtype in ((ids, np.int32), (role, np.int8), (logprob, np.float32)))
     return Trajectory(*arrays, **(defaults | fields))
@@ -50,7 +57,9 @@ def saved(tmp_path):
 texts = st.text(st.characters(codec="utf-8"), max_size=8) | st.binary(max_size=4).map(
     lambda data: data.decode("utf-8", "surrogateescape")
 )
-log_probabilities = st.floats(max_value=0.0, width=32, allow_nan=False) | st.sampled_from([-0.0, -1e-45, -3.4e38, -np.inf])
+log_probabilities = st.floats(max_value=0.0, width=32, allow_nan=False) | st.sampled_from(
+    [-0.0, -1e-45, -3.4e38, -np.inf]
+)
 
 
 @st.composite

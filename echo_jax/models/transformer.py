@@ -191,7 +191,9 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh):
 def abstract_params(config: ModelConfig, mesh: Mesh):
     """Returns (graph definition, pytree of ShapeDtypeStruct with shardings), with no memory used."""
     if config.vocab_size % mesh.shape["tensor"]:
-        raise ValueError(f"a vocabulary of {config.vocab_size} is not divisible by mesh.tensor = {mesh.shape['tensor']}")
+        raise ValueError(
+            f"a vocabulary of {config.vocab_size} is not divisible by mesh.tensor = {mesh.shape['tensor']}"
+        )
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
     graphdef, state = nnx.split(model)
     pure = nnx.to_pure_dict(state)
@@ -207,5 +209,3 @@ def abstract_params(config: ModelConfig, mesh: Mesh):
 def bind(graphdef, params) -> Transformer:
     """Returns the model over these parameters; for use inside a jitted function."""
     return nnx.merge(graphdef, params)
-
-

@@ -85,7 +85,9 @@ class LookupFamily:
 
     def __post_init__(self):
         if min(self.folders, self.files) < 1:
-            raise ValueError(f"task.lookup: {self.folders} folders and {self.files} files; there must be one of each at least")
+            raise ValueError(
+                f"task.lookup: {self.folders} folders and {self.files} files; there must be one of each at least"
+            )
         needed = self.folders + self.files * (1 + KEYED_LINES) + MIN_VALUES
         if not needed <= len(self._words) <= self.words <= len(WORDS):
             raise ValueError(f"task.lookup.words = {self.words}, {len(self._words)} of them of use: {self.folders} folders and "

@@ -26,14 +26,18 @@ class Tokenizer:
     def __init__(self, path: str | Path = ""):
         path = Path(path) if path else DEFAULT_MODEL
         if not path.is_file():
-            raise TokenizerError(f"there is no tokenizer model at {path}; leave tokenizer.path empty for the built-in one")
+            raise TokenizerError(
+                f"there is no tokenizer model at {path}; leave tokenizer.path empty for the built-in one"
+            )
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size = self._pieces.vocab_size()
         names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
-        bytes_and_roles = {name for i, name in enumerate(names) if self._pieces.is_byte(i) or self._pieces.is_control(i)}
+        bytes_and_roles = {
+            name for i, name in enumerate(names) if self._pieces.is_byte(i) or self._pieces.is_control(i)
+        }
         needed = (*CONTROL_SYMBOLS, *(f"<0x{b:02X}>" for b in range(256)))
         missing = [name for name in needed if name not in bytes_and_roles]
         if missing:

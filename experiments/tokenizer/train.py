@@ -36,7 +36,16 @@ def corpus():
             yield "bash " + command.format(key="", path="")
         for name in EXITS:
             yield move(name)
-        yield from ("submit", "submit .", "bash ls", "room to room", "./ . /", "lines in", "first value in", "last value in")
+        yield from (
+            "submit",
+            "submit .",
+            "bash ls",
+            "room to room",
+            "./ . /",
+            "lines in",
+            "first value in",
+            "last value in",
+        )
         yield from ("exit", "timeout", "bytes dropped", "unknown tool", "no such file or directory", "Is a directory")
         yield from ("grep: ", "head: cannot open", "wc: ", "bash: line", "for reading")
     for module in (email, io, shlex, shutil, subprocess, tarfile, textwrap):

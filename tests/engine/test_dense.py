@@ -93,7 +93,7 @@ def talk(engine, sessions, delay=lambda lane, turn: 0):
       {lane: (all ids of the session, its turns)}.
     """
     todo, due, said = {}, {}, collections.defaultdict(list)
-    ids = {lane: () for lane in sessions}
+    ids = dict.fromkeys(sessions, ())
     for lane, (rollout, asks) in sessions.items():
         engine.open(lane, rollout)
         todo[lane], due[lane] = list(asks), delay(lane, 0)

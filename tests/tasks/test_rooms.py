@@ -102,7 +102,7 @@ def test_it_does_not_matter_by_which_name_the_room_was_entered(visit):
     task = max(all_pairs("train"), key=lambda task: len(task.path))
     assert visit(task, [f"cd {name}" for name in task.path], task.goal_sign) == 1.0
     assert visit(task, ["cd -P " + "/".join(task.path)], task.goal_sign) == 1.0
-    assert visit(task, [f"mkdir -p '/tmp/it'\"'\"'s'; cd '/tmp/it'\"'\"'s'"], task.goal_sign) == 0.0
+    assert visit(task, ["mkdir -p '/tmp/it'\"'\"'s'; cd '/tmp/it'\"'\"'s'"], task.goal_sign) == 0.0
 
 
 def test_what_the_agent_left_behind_does_not_decide(visit):

@@ -41,7 +41,9 @@ def test_a_task_is_a_function_of_its_index_in_whatever_order_it_is_read():
     assert one[17] == forwards[17] == stream()[17]
 
 
-@pytest.mark.parametrize("mixture", [{"lookup": 3.0, "rooms": 1.0}, {"lookup": 1, "rooms": 1}, {"lookup": 0.1, "rooms": 0.9}])
+@pytest.mark.parametrize(
+    "mixture", [{"lookup": 3.0, "rooms": 1.0}, {"lookup": 1, "rooms": 1}, {"lookup": 0.1, "rooms": 0.9}]
+)
 def test_families_come_by_weight_and_no_task_is_skipped_or_repeated(mixture):
     endless = stream(mixture)
     tasks = [endless[i] for i in range(400)]

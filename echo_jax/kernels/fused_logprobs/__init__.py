@@ -45,7 +45,9 @@ def fused_logprobs(
       ValueError: shapes do not fit, or the implementation does not exist.
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden [N, D] {hidden.shape}, head [V, D] {head.shape}, targets [N] {targets.shape} do not fit")
+        raise ValueError(
+            f"hidden [N, D] {hidden.shape}, head [V, D] {head.shape}, targets [N] {targets.shape} do not fit"
+        )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     temperature = jax.numpy.broadcast_to(jax.numpy.asarray(temperature, jax.numpy.float32), targets.shape)

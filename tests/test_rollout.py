@@ -1,0 +1,505 @@
+"""Laws of collecting rollouts, with real sandboxes and a tiny model that knows how to call tools."""
+
+import dataclasses
+import functools
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import TINY
+
+from echo_jax import rollout
+from echo_jax.engine.dense import DenseEngine
+from echo_jax.episode import Rules
+from echo_jax.kernels.fused_logprobs import fused_logprobs
+from echo_jax.models.transformer import abstract_params, bind
+from echo_jax.render import Renderer
+from echo_jax.roles import Role
+from echo_jax.rollout import START_ATTEMPTS, Collector, Interrupted, Job, rollout_metrics
+from echo_jax.sharding import make_mesh
+from echo_jax.tasks.task import Script
+from echo_jax.tokenizer import Tokenizer
+from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.trajectory import Trajectory
+
+TOKENIZER = Tokenizer()
+RENDERER = Renderer(TOKENIZER)
+RULES = Rules(max_turns=4, max_tokens=96, max_turn_tokens=12)
+LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
+LANES, TEMPERATURE = 3, 0.9
+CALLER = dataclasses.replace(TINY, vocab_size=TOKENIZER.vocab_size, embed_dim=32, tie_embeddings=False)
+HABITS = {
+    "bash ls": 1.8,
+    "bash cat oak": 1.8,
+    "bash wc -l oak": 1.8,
+    "bash false": 1.8,
+    "submit oak": 1.65,
+    "submit ./elm": 1.65,
+    "oak": 1.5,
+}  # what the model writes, and how strongly
+
+
+@dataclasses.dataclass(frozen=True)
+class ScriptedTask:
+    """A task whose script and score are given."""
+
+    name: str
+    script: Callable[[], Script] = lambda: iter(())
+    judge: Callable[[str | None], float] = lambda answer: float(answer == "oak")
+    prompt: str = "value of oak"
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=lambda: {"oak": b"elm\nash\n", "elm": b"1\n"})
+    symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    setup: str = ""
+
+    def score(self, answer, sandbox):
+        return self.judge(answer)
+
+    def demonstrate(self, rng, *, solve):
+        yield from self.script()
+
+
+def says(*turns):
+    """A script that says these turns, whatever it is answered."""
+
+    def script():
+        for text in turns:
+            assert isinstance((yield text), str)
+
+    return script
+
+
+def jobs_of(count, **fields):
+    """Jobs of the same words and files, apart by their names, groups and rollouts."""
+    return [Job(ScriptedTask(f"task {i}", **fields), group=i // 2, rollout=100 + i) for i in range(count)]
+
+
+def scripted_jobs(*scripts, **fields):
+    return [Job(ScriptedTask(f"task {i}", script, **fields), group=i, rollout=i) for i, script in enumerate(scripts)]
+
+
+@functools.cache
+def caller():
+    """Returns (graph definition, parameters) of a model that mostly continues a token as one of `HABITS` does."""
+    graphdef, abstract = abstract_params(CALLER, make_mesh(1, 1, 1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0.0, 0.1, x.shape).astype(x.dtype), abstract)
+    codes: dict[int, int] = {}
+    for text, strength in HABITS.items():
+        turn = [TOKENIZER.assistant, *TOKENIZER.encode(text), TOKENIZER.end]
+        for token, following in zip(turn, turn[1:], strict=False):
+            code = codes.setdefault(token, len(codes))
+            params["embedding"][token] = 3.0 * np.eye(CALLER.embed_dim)[code]
+            params["lm_head"][following, code] = max(strength, params["lm_head"][following, code])
+    assert len(codes) <= CALLER.embed_dim
+    return graphdef, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    engine = DenseEngine(
+        caller()[0], CALLER, lanes=LANES, max_tokens=RULES.max_tokens, temperature=TEMPERATURE,
+        stop_id=RENDERER.stop_id, seed=0,
+    )  # fmt: skip
+    engine.set_params(caller()[1], 5)
+    return engine
+
+
+@pytest.fixture
+def engine(shared):
+    yield shared
+    assert not shared.busy
+    shared.set_params(caller()[1], 5)  # which needs all sessions ended
+
+
+@pytest.fixture
+def collector():
+    with Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=3) as collector:
+        yield collector
+    assert own_sandboxes() == 0
+
+
+def own_sandboxes():
+    """Counts the bwrap processes that this process started."""
+    count = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        count += fields["Name"] == "bwrap" and int(fields["PPid"]) == os.getpid()
+    return count
+
+
+def same(a, b):
+    """Whether two trajectories are equal to the last bit."""
+    arrays = ("ids", "role", "logprob")
+    return all(
+        x.tobytes() == y.tobytes() if name in arrays else x == y
+        for name, x, y in ((name, getattr(a, name), getattr(b, name)) for name in vars(a))
+    )
+
+
+@functools.cache
+def scorer():
+    def score(params, ids):
+        model = bind(caller()[0], params)
+        hidden = model(ids[None], jnp.arange(RULES.max_tokens)[None], jnp.ones((1, RULES.max_tokens), jnp.int32))[0]
+        return fused_logprobs(hidden[:-1], model.head(), ids[1:], temperature=TEMPERATURE).logprob
+
+    return jax.jit(score)
+
+
+def failing(times, error):
+    """Returns a Sandbox class whose first `times` starts for each set of files fail, and the list of its starts."""
+    starts = []
+
+    class Failing(Sandbox):
+        def __init__(self, *, files, **options):
+            starts.append(tuple(files))
+            if starts.count(tuple(files)) <= times:
+                raise error
+            super().__init__(files=files, **options)
+
+    return Failing, starts
+
+
+class Dying(Sandbox):
+    """A sandbox that dies at its second command."""
+
+    calls = 0
+
+    def run(self, command, **options):
+        self.calls += 1
+        if self.calls == 2:
+            self.close()
+        return super().run(command, **options)
+
+
+# -- sampled rollouts ----------------------------------------------------------------------------------------------
+
+
+def test_every_job_gives_one_trajectory_in_order_however_many_there_are(collector, engine):
+    for count in (0, 1, LANES, 4 * LANES + 1):
+        jobs = jobs_of(count)
+        trajectories = collector.rollouts(jobs, engine)
+        assert [(t.task, t.group) for t in trajectories] == [(job.task.name, job.group) for job in jobs]
+        assert all(t.policy_version == 5 for t in trajectories)
+    # The model must do all that a policy can do, or these tests show little.
+    assert {t.outcome for t in trajectories} >= {"submitted", "max_turns"}
+    assert {status for t in trajectories for status in t.calls} >= {"ok", "nonzero", "submit", "unknown_tool"}
+    assert {t.reward for t in trajectories} == {0.0, 1.0}
+
+
+def test_the_trainer_agrees_on_every_sampled_token(collector, engine):
+    """Through prompt, turns, observations and their roles: what is stored is what was computed."""
+    for trajectory in collector.rollouts(jobs_of(9), engine):
+        action = trajectory.role == Role.ACTION
+        assert ((trajectory.logprob != 0) == action).all()
+        ids = np.zeros(RULES.max_tokens, np.int32)
+        ids[: len(trajectory.ids)] = trajectory.ids
+        expected = np.asarray(scorer()(caller()[1], ids))[: len(trajectory.ids) - 1]
+        np.testing.assert_allclose(trajectory.logprob[1:][action[1:]], expected[action[1:]], atol=1e-4)
+
+
+def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkeypatch):
+    jobs = jobs_of(10)
+    expected = collector.rollouts(jobs, engine)
+    run, finish, opened = rollout.Host.run, rollout.Host.finish, rollout.Host.open
+    for seed in range(3):
+        clock = random.Random(seed)
+        for name, method in (("run", run), ("finish", finish), ("open", opened)):
+
+            def slow(host, *arguments, method=method):
+                time.sleep(clock.random() ** 4 * 0.15)
+                return method(host, *arguments)
+
+            monkeypatch.setattr(rollout.Host, name, slow)
+        assert all(map(same, collector.rollouts(jobs, engine), expected))
+
+
+def test_a_rollout_does_not_depend_on_its_neighbours(collector, engine):
+    jobs = jobs_of(9)
+    expected = collector.rollouts(jobs, engine)
+    for i in (0, 4, 8):  # with fewer jobs, but each still in the lane that it had
+        alone = collector.rollouts([*jobs_of(i % LANES), jobs[i]], engine)[-1]
+        assert same(alone, expected[i])
+
+
+def test_one_thread_is_enough_for_all_tools(engine):
+    jobs = jobs_of(7)
+    with (
+        Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=1) as one,
+        Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=16) as many,
+    ):
+        assert all(map(same, one.rollouts(jobs, engine), many.rollouts(jobs, engine)))
+
+
+def test_progress_counts_up_to_the_number_of_jobs(collector, engine):
+    seen = []
+    collector.rollouts(jobs_of(5), engine, seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 5
+    seen.clear()
+    collector.scripted(scripted_jobs(*[says("submit oak")] * 4), [True] * 4, 0, seen.append)
+    assert seen == [1, 2, 3, 4]
+
+
+# -- faults of the machine -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, START_ATTEMPTS - 1])
+def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkeypatch, times):
+    jobs = [
+        dataclasses.replace(job, task=dataclasses.replace(job.task, files={f"f{i}": b""}))
+        for i, job in enumerate(jobs_of(5))
+    ]
+    expected = collector.rollouts(jobs, engine)
+    unreliable, starts = failing(times, SandboxBroken("injected"))
+    monkeypatch.setattr(rollout, "Sandbox", unreliable)
+    assert all(map(same, collector.rollouts(jobs, engine), expected))
+    assert len(starts) == 5 * (times + 1)
+
+
+def test_a_sandbox_that_never_starts_gives_an_unscored_trajectory_and_stops_no_other(collector, engine, monkeypatch):
+    jobs = jobs_of(7)
+    expected = collector.rollouts(jobs, engine)
+    jobs[2] = dataclasses.replace(jobs[2], task=dataclasses.replace(jobs[2].task, files={"bad": b""}))
+    starts = []
+
+    class Unlucky(Sandbox):
+        def __init__(self, *, files, **options):
+            starts.append("bad" in files)
+            if "bad" in files:
+                raise SandboxBroken("injected")
+            super().__init__(files=files, **options)
+
+    monkeypatch.setattr(rollout, "Sandbox", Unlucky)
+    trajectories = collector.rollouts(jobs, engine)
+    assert sum(starts) == START_ATTEMPTS
+    lost = trajectories.pop(2)
+    assert (lost.outcome, lost.scored, lost.reward) == ("infra", False, 0.0)
+    first_turn = expected.pop(2)
+    cut = len(lost.ids)
+    assert lost.turns >= 1
+    assert lost.ids.tolist() == first_turn.ids[:cut].tolist()  # what was sampled until the fault is kept
+    assert lost.logprob.tobytes() == first_turn.logprob[:cut].tobytes()
+    assert all(map(same, trajectories, expected))
+
+
+def test_a_setup_that_fails_is_a_fault_of_the_machine(collector):
+    trajectory = collector.scripted(scripted_jobs(says("submit oak"), setup="exit 3"), [True], 0)[0]
+    assert (trajectory.outcome, trajectory.scored, trajectory.turns, trajectory.calls) == ("infra", False, 0, {})
+
+
+def test_setup_runs_where_the_agent_will_stand(collector):
+    job = scripted_jobs(says("bash pwd", "submit oak"), setup="mkdir d; cd d")
+    trajectory = collector.scripted(job, [True], 0)[0]
+    assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "/work/d\n"
+
+
+def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, monkeypatch):
+    monkeypatch.setattr(rollout, "Sandbox", Dying)
+    jobs = scripted_jobs(says("bash ls", "bash ls", "bash ls"), says("bash ls", "submit oak"))
+    dead, alive = collector.scripted(jobs, [True] * 2, 0)
+    assert (dead.outcome, dead.scored, dead.reward, dead.turns) == ("infra", False, 0.0, 2)
+    assert dead.calls == {"ok": 1, "infra": 1}
+    assert TOKENIZER.decode(dead.ids[dead.role == Role.OBSERVATION]) == "elm\noak\n"
+    assert (alive.outcome, alive.scored, alive.reward) == ("submitted", True, 1.0)
+
+
+def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, monkeypatch):
+    class DiesLate(Sandbox):
+        def kill_processes(self):
+            raise SandboxError("injected")
+
+    monkeypatch.setattr(rollout, "Sandbox", DiesLate)
+    trajectory = collector.scripted(scripted_jobs(says("submit oak")), [True], 0)[0]
+    assert (trajectory.outcome, trajectory.scored, trajectory.reward) == ("infra", False, 0.0)
+
+
+def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
+    """Else an agent could leave the baseline of its group at will."""
+
+    class UsedUp(Sandbox):
+        def run(self, command, **options):
+            self.close()
+            return CommandResult(Status.OOM, None, b"", b"", 0, 0.1, "/work")
+
+    monkeypatch.setattr(rollout, "Sandbox", UsedUp)
+    trajectory = collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)[0]
+    assert (trajectory.outcome, trajectory.scored, trajectory.reward) == ("submitted", True, 0.0)
+    assert trajectory.calls == {"oom": 1, "submit": 1}
+
+
+# -- what the policy brings about is scored ------------------------------------------------------------------------
+
+
+def test_what_tools_do_to_an_agent_is_an_observation(collector):
+    script = says("bash kill -9 $$", "bash sleep 9", "submit oak")
+    limits = dataclasses.replace(LIMITS, timeout_seconds=0.2)
+    with Collector(RENDERER, RULES, limits, "auto", tool_threads=1) as hasty:
+        trajectory = hasty.scripted(scripted_jobs(script), [True], 0)[0]
+    assert (trajectory.scored, trajectory.reward, trajectory.outcome) == (True, 1.0, "submitted")
+    assert trajectory.calls == {"signal": 1, "timeout": 1, "submit": 1}
+    statuses = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.STATUS])
+    assert statuses == "exit 137timeout"
+
+
+@pytest.mark.parametrize("size", [100, 128, 129, 255, 256, 257])
+def test_an_output_is_observed_whole_up_to_the_cap(size):
+    """The sandbox gives what is longer than half the cap in two pieces."""
+    jobs = scripted_jobs(says(f"bash printf %{size}s | tr ' ' x", "submit oak"))
+    with Collector(RENDERER, Rules(4, 900, 40), LIMITS, "auto", tool_threads=1) as roomy:
+        trajectory = roomy.scripted(jobs, [True], 0)[0]
+    assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "x" * min(size, LIMITS.output_bytes)
+    notice = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.TRUNCATION])
+    assert notice == ("1 bytes dropped" if size > LIMITS.output_bytes else "")
+
+
+def test_an_answer_never_given_is_judged_as_none(collector):
+    answers = []
+    jobs = scripted_jobs(says(*["bash ls"] * 9), judge=lambda answer: answers.append(answer) or 0.5)
+    trajectory = collector.scripted(jobs, [True], 0)[0]
+    assert (answers, trajectory.reward, trajectory.scored, trajectory.outcome) == ([None], 0.5, True, "max_turns")
+
+
+# -- scripts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_hears_what_its_call_printed(collector):
+    heard = []
+
+    def script():
+        heard.append((yield "bash ls; exit 1"))
+        heard.append((yield "nonsense"))
+        yield "submit oak"
+
+    trajectory = collector.scripted(scripted_jobs(script), [True], 0)[0]
+    assert heard == ["elm\noak\n", ""]
+    assert trajectory.reward == 1.0
+
+
+def test_a_script_whose_turn_was_cut_off_goes_on(collector):
+    trajectory = collector.scripted(scripted_jobs(says("bash " + "oak " * 50, "submit oak")), [True], 0)[0]
+    assert (trajectory.calls, trajectory.reward) == ({"unclosed": 1, "submit": 1}, 1.0)
+    assert trajectory.count(Role.ACTION) == RULES.max_turn_tokens + len(RENDERER.action("submit oak").ids)
+
+
+def test_a_script_that_does_not_submit_is_an_error_that_names_its_task(collector):
+    with pytest.raises(ValueError, match=r"script of task task 0 ended without submitting.*12 tokens"):
+        collector.scripted(scripted_jobs(says("bash ls")), [True], 0)
+
+
+def test_an_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, engine):
+    def crash(answer):
+        raise ZeroDivisionError
+
+    jobs = jobs_of(4)
+    jobs[1] = dataclasses.replace(jobs[1], task=dataclasses.replace(jobs[1].task, judge=crash))
+    with pytest.raises(ZeroDivisionError):
+        collector.rollouts(jobs, engine)
+    assert own_sandboxes() == 0
+    with pytest.raises(ZeroDivisionError):
+        collector.scripted(scripted_jobs(says("submit oak"), judge=crash), [True], 0)
+    with pytest.raises(ValueError, match="leaves no room in rollout.max_tokens = 96"):
+        collector.rollouts(jobs_of(1, prompt="oak " * 99), engine)
+    assert len(collector.rollouts(jobs_of(4), engine)) == 4
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["rollouts", "scripted"])
+def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine, monkeypatch, way):
+    """Soon: when the calls under way have ended, which takes their time-out at most."""
+    limits = dataclasses.replace(LIMITS, timeout_seconds=1.0)
+    under_way = threading.Event()
+
+    class Waiting(Sandbox):
+        def run(self, command, **options):
+            under_way.set()
+            return super().run("sleep 60", **options)
+
+    monkeypatch.setattr(rollout, "Sandbox", Waiting)
+    with Collector(RENDERER, RULES, limits, "auto", tool_threads=3) as collector:
+
+        def stop():
+            assert under_way.wait(30)
+            stopped.append(time.monotonic())
+            collector.stop.set()
+
+        stopped = []
+        thread = threading.Thread(target=stop)
+        thread.start()
+        with pytest.raises(Interrupted):
+            if way == "rollouts":
+                collector.rollouts(jobs_of(20), engine)
+            else:
+                collector.scripted(scripted_jobs(*[says(*["bash ls"] * 4)] * 20), [True] * 20, 0)
+        assert time.monotonic() - stopped[0] < limits.timeout_seconds + 2
+        thread.join()
+        if way == "rollouts":
+            assert own_sandboxes() == 0
+        with pytest.raises(Interrupted):  # it stays stopped
+            collector.rollouts(jobs_of(1), engine)
+    assert own_sandboxes() == 0
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+
+def trajectory(*, group=0, reward=0.0, scored=True, turns=1, tokens=10, calls=None):
+    return Trajectory(
+        ids=np.zeros(tokens, np.int32),
+        role=np.zeros(tokens, np.int8),
+        logprob=np.zeros(tokens, np.float32),
+        task="t",
+        group=group,
+        policy_version=0,
+        reward=reward,
+        scored=scored,
+        outcome="submitted",
+        turns=turns,
+        calls=calls or {},
+    )
+
+
+def test_metrics_by_hand():
+    metrics = rollout_metrics(
+        [
+            trajectory(group=0, reward=1.0, turns=2, calls={"ok": 1, "submit": 1}),
+            trajectory(group=0, reward=0.0, turns=3, tokens=20, calls={"ok": 2, "oom": 1}),
+            trajectory(group=1, reward=0.5, turns=1, calls={"submit": 1}),
+            trajectory(group=1, reward=0.9, turns=1, scored=False, calls={"infra": 1}),
+        ],
+        "x",
+    )
+    calls = {"ok": 3, "submit": 2, "oom": 1, "infra": 1}
+    for status in (*Status, "unknown_tool", "unclosed", "submit"):
+        assert metrics.pop(f"x/calls_{status}") == calls.get(status, 0)
+    assert metrics == {
+        "x/turns": 1.75, "x/tokens": 12.5, "x/infra": 1, "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5
+    }  # fmt: skip
+
+
+def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
+    monkeypatch.setattr(rollout, "Sandbox", Dying)
+    trajectories = collector.rollouts(jobs_of(12), engine)
+    metrics = rollout_metrics(trajectories)
+    assert metrics["rollout/calls_infra"] > 0
+    counted = sum(value for name, value in metrics.items() if name.startswith("rollout/calls_"))
+    assert counted == sum(sum(t.calls.values()) for t in trajectories) == sum(t.turns for t in trajectories)
+
+
+def test_rollouts_of_which_none_was_scored_have_no_rates():
+    metrics = rollout_metrics([trajectory(scored=False), trajectory(scored=False)])
+    assert metrics["rollout/infra"] == 2
+    assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())

@@ -8,10 +8,11 @@ from echo_jax.trajectory import Trajectory
 
 
 def group_advantages(trajectories: Sequence[Trajectory], epsilon: float = 1e-6) -> np.ndarray:
-    """Returns f32 [R]: (reward - mean) / (std + epsilon) over each group, std with ddof 0 (GRPO, arXiv 2402.03300, 4.1.2).
+    """Returns f32 [R]: (reward - mean) / (std + epsilon) over each group, std with ddof 0 (GRPO, arXiv 2402.03300,
+    4.1.2).
 
-    A rollout that was not scored gets 0 and is left out of its group's mean and std; so does a lone survivor's. A group of
-    equal rewards gets exactly 0.
+    A rollout that was not scored gets 0 and is left out of its group's mean and std; so does a lone survivor's. A
+    group of equal rewards gets exactly 0.
     """
     rewards = np.asarray([t.reward for t in trajectories], np.float64)
     scored = np.asarray([t.scored for t in trajectories], bool)

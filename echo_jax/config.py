@@ -108,6 +108,33 @@ def default_config() -> ml_collections.ConfigDict:
     return c.lock()
 
 
+# What `validate` checks field by field.
+_MAY_BE_ZERO = (
+    "seed",
+    "num_steps",
+    "task.rooms.map_seed",
+    "rollout.save_every",
+    "warm_start.num_steps",
+    "warm_start.demonstrations",
+    "optimizer.warmup_steps",
+    "eval.every",
+)
+_NOT_NEGATIVE = (
+    "loss.observation_weight",
+    "loss.clip_low",
+    "loss.clip_high",
+    "warm_start.observation_weight",
+    "warm_start.learning_rate",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+)
+_CHOICES = {
+    "loss.observation_normalizer": ("observation", "selected", "token"),
+    "loss.policy_normalizer": ("sequence", "token"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+}
+
+
 def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
     """Returns {"section.field": value} over all leaves."""
     leaves = {}
@@ -128,47 +155,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(message)
 
     fields = flat(config)
-    nonnegative = {"seed", "num_steps", "rollout.save_every", "warm_start.num_steps", "warm_start.demonstrations",
-                   "eval.every", "optimizer.warmup_steps", "task.rooms.map_seed"}  # fmt: skip
     for name, value in fields.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        least = 0 if name in nonnegative else 1
-        require(value >= least, f"config.{name} = {value}: it must be at least {least}")
-    for name in ("loss.observation_weight", "warm_start.observation_weight", "optimizer.learning_rate",
-                 "warm_start.learning_rate", "optimizer.weight_decay", "loss.clip_low", "loss.clip_high"):  # fmt: skip
+        if isinstance(value, int) and not isinstance(value, bool):
+            least = 0 if name in _MAY_BE_ZERO else 1
+            require(value >= least, f"config.{name} = {value}: it must be at least {least}")
+    for name in _NOT_NEGATIVE:
         require(fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
-    choices = {
-        "loss.observation_normalizer": ("observation", "selected", "token"),
-        "loss.policy_normalizer": ("sequence", "token"),
-        "model.compute_dtype": ("float32", "bfloat16"),
-    }
-    for name, allowed in choices.items():
+    for name, allowed in _CHOICES.items():
         require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
-    require(0 <= config.warm_start.success_rate <= 1,
-            f"config.warm_start.success_rate = {config.warm_start.success_rate}: a share between 0 and 1")  # fmt: skip
-    require(config.rollout.temperature > 0,
-            f"config.rollout.temperature = {config.rollout.temperature}: it must be above 0")  # fmt: skip
-    require(config.rollout.max_tokens <= config.pack.length,
-            f"config.rollout.max_tokens = {config.rollout.max_tokens} does not fit a packed row of "
-            f"config.pack.length = {config.pack.length}")  # fmt: skip
-    require(config.warm_start.num_steps == 0 or config.warm_start.demonstrations >= config.warm_start.batch,
-            f"config.warm_start.demonstrations = {config.warm_start.demonstrations} is less than one batch of "
-            f"config.warm_start.batch = {config.warm_start.batch}")  # fmt: skip
-    data_shards = config.mesh.data * config.mesh.fsdp
-    require(config.pack.rows % data_shards == 0,
-            f"config.pack.rows = {config.pack.rows} is not divisible by mesh.data × mesh.fsdp = {data_shards}")  # fmt: skip
-    require(config.model.num_heads % config.model.num_kv_heads == 0,
-            f"config.model.num_heads = {config.model.num_heads} is not divisible by "
-            f"config.model.num_kv_heads = {config.model.num_kv_heads}")  # fmt: skip
+    share = config.warm_start.success_rate
+    require(0 <= share <= 1, f"config.warm_start.success_rate = {share}: it must lie between 0 and 1")
+    temperature = config.rollout.temperature
+    require(temperature > 0, f"config.rollout.temperature = {temperature}: it must be above 0")
+    tokens, length = config.rollout.max_tokens, config.pack.length
+    require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
+    made, batch = config.warm_start.demonstrations, config.warm_start.batch
     require(
-        config.model.head_dim % 2 == 0, f"config.model.head_dim = {config.model.head_dim}: rotary needs an even one"
+        config.warm_start.num_steps == 0 or made >= batch,
+        f"config.warm_start.demonstrations = {made} is less than one batch of config.warm_start.batch = {batch}",
     )
-    for name in ("num_heads", "num_kv_heads", "ffn_dim"):
-        require(config.model[name] % config.mesh.tensor == 0,
-                f"config.model.{name} = {config.model[name]} is not divisible by mesh.tensor = {config.mesh.tensor}")  # fmt: skip
-    require(config.model.embed_dim % config.mesh.fsdp == 0,
-            f"config.model.embed_dim = {config.model.embed_dim} is not divisible by mesh.fsdp = {config.mesh.fsdp}")  # fmt: skip
+    model, mesh = config.model, config.mesh
+    require(model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even one")
+    divisions = [
+        ("pack.rows", config.pack.rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp),
+        ("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp),
+        ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
+        ("model.num_heads", model.num_heads, "mesh.tensor", mesh.tensor),
+        ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
+        ("model.ffn_dim", model.ffn_dim, "mesh.tensor", mesh.tensor),
+    ]
+    for name, value, by, divisor in divisions:
+        require(value % divisor == 0, f"config.{name} = {value} is not divisible by {by} = {divisor}")
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -192,6 +209,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
         if ours.get(name, missing) != theirs.get(name, missing)
     ]
     raise ConfigError(
-        f"workdir {workdir} holds a run of another config:\n" + "\n".join(differing)
+        f"workdir {workdir} holds a run of another config:\n"
+        + "\n".join(differing)
         + "\nUse the same config to resume it, or another --workdir for a new run."
-    )  # fmt: skip
+    )

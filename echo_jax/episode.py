@@ -1,7 +1,7 @@
 """One episode as a pure state machine: `advance(episode, event) -> episode`. No clock, no device, no subprocess.
 
-In: events (what was sampled, what a tool answered). Out: the episode's next wish (sample so many tokens, run this call, stop)
-and in the end a `Trajectory`. Every token's role is stamped here, when the token is born.
+In: events (what was sampled, what a tool answered). Out: the episode's next wish (sample so many tokens, run this
+call, stop) and in the end a `Trajectory`. Every token's role is stamped here, when the token is born.
 """
 
 import dataclasses
@@ -110,8 +110,10 @@ def parse_call(text: str) -> Call | str:
 
 def _after_turn(episode: Episode, turn: Sampled) -> Episode:
     if not 0 < len(turn.ids) == len(turn.logprobs) <= episode.sample_budget:
-        raise ValueError(f"a turn of {len(turn.ids)} ids and {len(turn.logprobs)} log-probs, where 1 to "
-                         f"{episode.sample_budget} tokens were asked for")  # fmt: skip
+        raise ValueError(
+            f"a turn of {len(turn.ids)} ids and {len(turn.logprobs)} log-probs, where 1 to "
+            f"{episode.sample_budget} tokens were asked for"
+        )
     episode = dataclasses.replace(
         episode,
         ids=episode.ids + turn.ids,

@@ -73,7 +73,8 @@ def echo_loss(
       token_block: tokens whose logits exist at once.
 
     Returns:
-      The share of the loss (f32 scalar; shares of micro-batches add up), and metric sums (maxima for names in `MAXIMA`).
+      The share of the loss (f32 scalar; shares of micro-batches add up), and metric sums (maxima for names in
+      `MAXIMA`).
     """
     # Padding is scored against token 0 and weighs nothing.
     scores = fused_logprobs(

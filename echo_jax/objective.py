@@ -5,8 +5,8 @@ batch-wide denominator. The device then computes one sum (loss.py):
 
     L = Σ policy_weight · pg / Σ policy_denominator  +  Σ observation_weight · CE / Σ observation_denominator
 
-The terms never share a denominator, denominators are summed over the whole update before micro-batching, and so the loss
-does not depend on packing, micro-batches, sharding or hosts. Source: ECHO, arXiv 2605.24517, eqs. 2 and 3.
+The terms never share a denominator, denominators are summed over the whole update before micro-batching, and so the
+loss does not depend on packing, micro-batches, sharding or hosts. Source: ECHO, arXiv 2605.24517, eqs. 2 and 3.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ POLICY_NORMALIZERS: dict[str, Normalizer] = {
 def weigh(trajectory: Trajectory, advantage: float, objective: Objective) -> TokenWeights:
     """Stamps the weights of one trajectory.
 
-    The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's weights.
+    The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
     """
     predicted = np.arange(len(trajectory.ids)) > 0
     action = predicted & (trajectory.role == Role.ACTION)

@@ -26,8 +26,8 @@ class Packed:
 def capacity(trajectories: int, max_tokens: int, *, rows: int, length: int) -> int:
     """Returns the micro-batches that suffice for any batch of so many trajectories of at most `max_tokens`.
 
-    First fit leaves at most one row half empty, so two rows always hold more than one row's worth: the bound keeps the batch's
-    shape, and with it the compiled step, the same for a whole run.
+    First fit leaves at most one row half empty, so two rows always hold more than one row's worth: the bound keeps
+    the batch's shape, and with it the compiled step, the same for a whole run.
     """
     worst_rows = min(trajectories, 2 * trajectories * max_tokens // length + 1)
     return -(-worst_rows // rows)
@@ -57,8 +57,8 @@ def pack(
 ) -> Packed:
     """Packs trajectories into `micro_batches` × `rows` rows of `length` predicted tokens.
 
-    A trajectory of n tokens fills n - 1 slots (its first token is never predicted), whole and in one row; none is cut or
-    dropped.
+    A trajectory of n tokens fills n - 1 slots (its first token is never predicted), whole and in one row; none is cut
+    or dropped.
 
     Raises:
       ValueError: one is shorter than two tokens or longer than a row, or all together do not fit.
@@ -66,12 +66,16 @@ def pack(
     sizes = [len(t.ids) - 1 for t in trajectories]
     for trajectory, size in zip(trajectories, sizes, strict=True):
         if not 1 <= size <= length:
-            raise ValueError(f"trajectory of task {trajectory.task} has {size + 1} tokens; "
-                             f"a row of pack.length = {length} takes 2 to {length + 1}")  # fmt: skip
+            raise ValueError(
+                f"trajectory of task {trajectory.task} has {size + 1} tokens; "
+                f"a row of pack.length = {length} takes 2 to {length + 1}"
+            )
     layout = first_fit(sizes, length)
     if len(layout) > micro_batches * rows:
-        raise ValueError(f"{len(trajectories)} trajectories need {len(layout)} rows of {length} tokens; "
-                         f"there are {micro_batches} × {rows}")  # fmt: skip
+        raise ValueError(
+            f"{len(trajectories)} trajectories need {len(layout)} rows of {length} tokens; "
+            f"there are {micro_batches} × {rows}"
+        )
     batch = batch_lib.empty(micro_batches, rows, length)
     for row, members in enumerate(layout):
         start = 0

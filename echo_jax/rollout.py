@@ -1,7 +1,7 @@
 """Runs episodes: one thread drives the engine, a pool of threads runs tools in sandboxes.
 
-In: tasks. Out: one `Trajectory` for each, in order, none lost: a crash or a time-out of a tool is an observation, a fault of
-the machine is a recorded outcome.
+In: tasks. Out: one `Trajectory` for each, in order, none lost: a crash or a time-out of a tool is an observation, a
+fault of the machine is a recorded outcome.
 """
 
 import concurrent.futures
@@ -105,8 +105,8 @@ class Collector:
     ) -> list[Trajectory]:
         """Samples one trajectory a job from the engine's policy.
 
-        Job i runs in lane i mod lanes, after the job before it there: with it, its tokens and log-probs are the same however
-        long the tools take. `on_finish` is called with the number of finished rollouts.
+        Job i runs in lane i mod lanes, after the job before it there: with it, its tokens and log-probs are the same
+        however long the tools take. `on_finish` is called with the number of finished rollouts.
         """
         collection = _Collection(self, jobs, engine)
         try:
@@ -159,8 +159,10 @@ class Collector:
                 try:
                     text = script.send(observation)
                 except StopIteration as error:
-                    raise ValueError(f"the script of task {job.task.name} ended without submitting; perhaps a turn of it is "
-                                     f"longer than {self._rules.max_turn_tokens} tokens") from error  # fmt: skip
+                    raise ValueError(
+                        f"the script of task {job.task.name} ended without submitting; perhaps a turn of it is "
+                        f"longer than {self._rules.max_turn_tokens} tokens"
+                    ) from error
                 observation = ""
                 action = self._renderer.action(text)
                 ids = action.ids[: episode.sample_budget]

@@ -147,8 +147,8 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
 
 
 def run_program(main: Callable[[flags.FlagValues], int | None]) -> None:
-    """Runs a program's main on its flags: `--config` and `--workdir` are required, and an error that the user can mend is
-    one message, not a traceback."""
+    """Runs a program's main on its flags: `--config` and `--workdir` are required, and an error that the user can
+    mend is one message, not a traceback."""
     flags.mark_flags_as_required(["config", "workdir"])
 
     def guarded(argv: list[str]) -> int | None:

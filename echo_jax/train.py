@@ -1,9 +1,10 @@
 """Trains an agent: a warm start on scripted demonstrations, then ECHO on its own rollouts.
 
-    python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.loss.observation_weight=0.05
+    python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+    --config.loss.observation_weight=0.05
 
-Run again on the same workdir, it resumes. The workdir holds config.json, metrics.jsonl (one object a step), tensorboard/,
-rollouts/ and checkpoints/, and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
+Run again on the same workdir, it resumes. The workdir holds config.json, metrics.jsonl (one object a step),
+tensorboard/, rollouts/ and checkpoints/, and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
 """
 
 import contextlib

@@ -98,7 +98,8 @@ def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mes
 def make_train_step(
     graphdef, abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, options: LossOptions
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted update; it donates the state and lays the next one out like `abstract`, so it compiles once."""
+    """Returns the jitted update; it donates the state and lays the next one out like `abstract`, so it compiles
+    once."""
 
     def train_step(state: TrainState, batch: Batch, micro_batches: jax.Array):
         sums, grads = loss_and_grads(graphdef, state.params, batch, micro_batches, mesh, options)

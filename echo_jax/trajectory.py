@@ -1,6 +1,7 @@
 """One rollout, as tokens with their writers; and rollouts on disk.
 
-In: what episode.py built. Out: the rows of packing.py, or a `.jsonl.gz` file that holds everything needed to train on them.
+In: what episode.py built. Out: the rows of packing.py, or a `.jsonl.gz` file that holds everything needed to train on
+them.
 """
 
 import dataclasses

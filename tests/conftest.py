@@ -1,8 +1,13 @@
-"""Every test sees eight CPU devices; a test that wants one makes its mesh from `jax.devices()[:1]`."""
+"""Every test sees eight CPU devices; a test that wants one makes its mesh from one of them."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        # Tests compile much and compute little: compiling without optimisation makes them several times faster.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )

@@ -1,9 +1,9 @@
 """A dense KV-cache engine: every session owns one lane of a fixed batch.
 
-In: the new ids of some sessions. Out: sampled ids and their log-probs. The host owns the ids; the device owns the cache. One
-program does everything: each step feeds one token to every running lane, a known one (prompt, observation) or the one just
-sampled, so each token is computed once in its life and by the same program, whatever else runs beside it. That makes results
-independent of when tools answer. One thread owns an engine.
+In: the new ids of some sessions. Out: sampled ids and their log-probs. The host owns the ids; the device owns the
+cache. One program does everything: each step feeds one token to every running lane, a known one (prompt, observation)
+or the one just sampled, so each token is computed once in its life and by the same program, whatever else runs beside
+it. That makes results independent of when tools answer. One thread owns an engine.
 """
 
 import functools
@@ -91,8 +91,10 @@ class DenseEngine:
         """Appends known ids to a session and asks for up to `max_new` sampled ones; `step` returns them."""
         known = self.known(lane)
         if self._host.budget[lane] or not ids or max_new < 1 or known + len(ids) + max_new > self.max_tokens:
-            raise ValueError(f"lane {lane}: {known} + {len(ids)} known and {max_new} new tokens do not fit {self.max_tokens}, "
-                             "or the lane is busy")  # fmt: skip
+            raise ValueError(
+                f"lane {lane} is busy, or {known} + {len(ids)} known and {max_new} new tokens do not fit "
+                f"{self.max_tokens}"
+            )
         self._host.ids[lane, known : known + len(ids)] = ids
         self._host.known[lane] = self._turn_start[lane] = known + len(ids)
         self._host.budget[lane] = max_new

@@ -1,7 +1,7 @@
 """A decoder-only transformer: RoPE, RMSNorm, grouped-query attention, SwiGLU; layers stacked, scanned, rematerialised.
 
-In: token ids. Out: hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's door:
-`init_params` gives a graph definition and a plain pytree, and everything above works on those.
+In: token ids. Out: hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's
+door: `init_params` gives a graph definition and a plain pytree, and everything above works on those.
 """
 
 import dataclasses

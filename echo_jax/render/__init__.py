@@ -1,9 +1,10 @@
 """Turns text into ids that know their writer: the built-in chat format.
 
-    <|task|> what the agent reads <|assistant|> bash ls <|end|> <|tool|> output <|note|> exit 2 <|end|> <|assistant|> ...
+    <|task|> what the agent reads <|assistant|> bash ls <|end|> <|tool|> output <|note|> exit 2 <|end|> <|assistant|>
+    ...
 
-Control symbols stand between all parts, so encoding the parts one by one is the same as encoding them in one pass, a body's
-tokens decode to exactly that body, and no tool output can imitate a notice of the harness.
+Control symbols stand between all parts, so encoding the parts one by one is the same as encoding them in one pass, a
+body's tokens decode to exactly that body, and no tool output can imitate a notice of the harness.
 """
 
 import dataclasses

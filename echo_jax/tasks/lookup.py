@@ -77,7 +77,8 @@ def _guess(task: LookupTask, rng: np.random.Generator) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LookupFamily:
-    """Trees of `files` files in `folders` folders; names, keys and values are drawn from the first `words` of `WORDS`."""
+    """Trees of `files` files in `folders` folders; names, keys and values are drawn from the first `words` of
+    `WORDS`."""
 
     folders: int
     files: int
@@ -90,8 +91,10 @@ class LookupFamily:
             )
         needed = self.folders + self.files * (1 + KEYED_LINES) + MIN_VALUES
         if not needed <= len(self._words) <= self.words <= len(WORDS):
-            raise ValueError(f"task.lookup.words = {self.words}, {len(self._words)} of them of use: {self.folders} folders and "
-                             f"{self.files} files need at least {needed}, and there are {len(WORDS)}")  # fmt: skip
+            raise ValueError(
+                f"task.lookup.words = {self.words}, {len(self._words)} of them of use: {self.folders} folders and "
+                f"{self.files} files need at least {needed}, and there are {len(WORDS)}"
+            )
 
     @functools.cached_property
     def _words(self) -> list[str]:

@@ -1,8 +1,8 @@
 """Rooms: walk from one room to another on a map that is nowhere written down.
 
 Rooms are directories with opaque names, exits are symlinks `n e s w` (a wall leads back to the same room), and the file
-`sign` names the room. The map is fixed by a seed, tasks are start/goal pairs on it, so the dynamics can be learned: from
-rewards alone, or from what the tools wrote back. The goal is checked by where the shell stands at the end.
+`sign` names the room. The map is fixed by a seed, tasks are start/goal pairs on it, so the dynamics can be learned:
+from rewards alone, or from what the tools wrote back. The goal is checked by where the shell stands at the end.
 """
 
 import dataclasses

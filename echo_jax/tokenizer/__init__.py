@@ -41,8 +41,10 @@ class Tokenizer:
         needed = (*CONTROL_SYMBOLS, *(f"<0x{b:02X}>" for b in range(256)))
         missing = [name for name in needed if name not in bytes_and_roles]
         if missing:
-            raise TokenizerError(f"{path} lacks the control symbols or byte pieces {missing[:8]}; build it with "
-                                 "experiments/tokenizer/train.py")  # fmt: skip
+            raise TokenizerError(
+                f"{path} lacks the control symbols or byte pieces {missing[:8]}; build it with "
+                "experiments/tokenizer/train.py"
+            )
         self._byte_id = [names.index(f"<0x{b:02X}>") for b in range(256)]
         self._bytes = [
             bytes([int(name[3:5], 16)]) if self._pieces.is_byte(i) else name.replace("\u2581", " ").encode()
@@ -52,8 +54,9 @@ class Tokenizer:
         self.task, self.assistant, self.tool, self.note, self.end = (names.index(s) for s in CONTROL_SYMBOLS)
         probe = " a  b\t\n\n\0\u2581\ufb01\U0001f9ff\udcff " + "".join(CONTROL_SYMBOLS)
         if (back := self.decode(self.encode(probe))) != probe:
-            raise TokenizerError(f"{path} is lossy: {probe!r} comes back as {back!r}; build it with "
-                                 "experiments/tokenizer/train.py")  # fmt: skip
+            raise TokenizerError(
+                f"{path} is lossy: {probe!r} comes back as {back!r}; build it with experiments/tokenizer/train.py"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; control symbols spelled out in it become plain pieces."""

@@ -1,7 +1,8 @@
 """Trains the tokenizer that ships with the package: `python experiments/tokenizer/train.py --output=FILE`.
 
-Small on purpose (a tiny model's embedding should not dwarf it) and lossless: identity normalisation, byte fallback, no dummy
-prefix, roles as control symbols. The corpus is the words and commands of the built-in tasks, then shell and Python text.
+Small on purpose (a tiny model's embedding should not dwarf it) and lossless: identity normalisation, byte fallback,
+no dummy prefix, roles as control symbols. The corpus is the words and commands of the built-in tasks, then shell and
+Python text.
 """
 
 import email
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import textwrap
+from pathlib import Path
 
 import sentencepiece
 from absl import app, flags
@@ -49,7 +51,7 @@ def corpus():
         yield from ("exit", "timeout", "bytes dropped", "unknown tool", "no such file or directory", "Is a directory")
         yield from ("grep: ", "head: cannot open", "wc: ", "bash: line", "for reading")
     for module in (email, io, shlex, shutil, subprocess, tarfile, textwrap):
-        yield from open(module.__file__, encoding="utf-8").read().splitlines()
+        yield from Path(module.__file__).read_text(encoding="utf-8").splitlines()
 
 
 def main(_):
@@ -72,8 +74,7 @@ def main(_):
         eos_id=-1,
         minloglevel=1,
     )
-    with open(OUTPUT.value, "wb") as file:
-        file.write(model.getvalue())
+    Path(OUTPUT.value).write_bytes(model.getvalue())
     print(f"{OUTPUT.value}: {VOCAB.value} pieces, {len(model.getvalue()):,} bytes")
 
 

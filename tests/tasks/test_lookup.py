@@ -1,4 +1,5 @@
-"""Laws of the lookup tasks: the right script earns 1 in a real sandbox, nothing else does, and nothing gives it away."""
+"""Laws of the lookup tasks: the right script earns 1 in a real sandbox, nothing else does, and nothing gives it
+away."""
 
 import collections
 import functools
@@ -130,7 +131,8 @@ def test_large_indices_are_tasks_of_their_own(index):
 
 @pytest.mark.parametrize(
     ("folders", "files", "words", "numbers"),
-    [(3, 6, 76, "77"), (3, 6, len(WORDS) + 1, str(len(WORDS))), (30, 40, 96, "240"), (0, 6, 96, "0 folders"), (3, 0, 96, "0 files"),
+    [(3, 6, 76, "77"), (3, 6, len(WORDS) + 1, str(len(WORDS))), (30, 40, 96, "240"), (0, 6, 96, "0 folders"), (3, 0,
+    96, "0 files"),
      (-1, 6, 96, "-1 folders"), (3, 6, -1, "77")],
 )  # fmt: skip
 def test_parameters_that_cannot_work_are_refused_with_the_numbers(folders, files, words, numbers):

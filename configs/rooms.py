@@ -9,7 +9,7 @@ from echo_jax.config import default_config
 def get_config():
     c = default_config()
     c.task.mixture = {"rooms": 1.0}
-    c.num_steps = 60
+    c.num_steps = 40
     c.rollout.max_turns = 8
     c.rollout.max_tokens = 128
     c.warm_start.num_steps = 80

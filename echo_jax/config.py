@@ -4,6 +4,7 @@ In: overrides from a config file or the command line. Out: one locked `ConfigDic
 """
 
 import json
+import os
 from pathlib import Path
 
 import ml_collections
@@ -197,9 +198,14 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     ours = json.loads(json.dumps(flat(config)))
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        scratch = path.with_name("config.json.tmp")
+        scratch.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        os.replace(scratch, path)
         return
-    theirs = json.loads(path.read_text())
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
     if ours == theirs:
         return
     missing = "(no such field)"

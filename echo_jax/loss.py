@@ -92,24 +92,24 @@ def echo_loss(
 
     action = (batch.role == Role.ACTION).astype(jnp.float32)
     observation = sum((batch.role == role).astype(jnp.float32) for role in OBSERVATION_ROLES)
-    gap = action * jnp.abs(logprob - batch.sampler_logprob)
-    active = (batch.policy_weight * jnp.abs(batch.advantage) > 0) | (batch.observation_weight > 0)
-    if policy == "imitation":
-        active = (batch.policy_weight > 0) | (batch.observation_weight > 0)
+    acts = batch.policy_weight > 0 if policy == "imitation" else batch.policy_weight * jnp.abs(batch.advantage) > 0
+    active = acts | (batch.observation_weight > 0)
     sums = {
         "policy/loss": policy_term,
         "loss/observation": observation_term,
         "loss/total": policy_term + observation_term,
         "policy/entropy": jnp.sum(action * entropy),
-        "policy/clip_fraction": jnp.sum(action * clipped),
-        "policy/sampler_gap": jnp.sum(gap),
-        "policy/sampler_gap_max": jnp.max(gap),
         "observation/ce": jnp.sum(observation * -logprob),
         "policy/tokens": jnp.sum(action),
         "observation/tokens": jnp.sum(observation),
         "loss/active_fraction": jnp.sum(active, dtype=jnp.float32),
         "pack/tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
     }
+    if policy != "imitation":  # where a policy sampled the actions, not a script
+        gap = action * jnp.abs(logprob - batch.sampler_logprob)
+        sums["policy/clip_fraction"] = jnp.sum(action * clipped)
+        sums["policy/sampler_gap"] = jnp.sum(gap)
+        sums["policy/sampler_gap_max"] = jnp.max(gap)
     return policy_term + observation_term, sums
 
 
@@ -122,7 +122,8 @@ def finish_metrics(sums: dict[str, jax.Array]) -> dict[str, float]:
     """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out."""
     values = {name: float(value) for name, value in sums.items()}
     for name, count in MEANS.items():
-        total = values.pop(name)
-        if values[count] > 0:
-            values[name] = total / values[count]
+        if name in values:
+            total = values.pop(name)
+            if values[count] > 0:
+                values[name] = total / values[count]
     return values

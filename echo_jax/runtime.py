@@ -33,8 +33,16 @@ from echo_jax.tools import sandbox
 from echo_jax.train_step import TrainState, abstract_state
 from echo_jax.trajectory import TrajectoryError
 
-# What a user can mend: printed as one message instead of a traceback.
-USER_ERRORS = (ConfigError, TokenizerError, sandbox.SandboxError, CheckpointError, MetricsError, TrajectoryError)
+# What a user can mend: printed as one message instead of a traceback. An OSError names its path.
+USER_ERRORS = (
+    ConfigError,
+    TokenizerError,
+    sandbox.SandboxError,
+    CheckpointError,
+    MetricsError,
+    TrajectoryError,
+    OSError,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""The transformer: packed rows equal sequences alone, decoding equals the forward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import MESH, TINY
+
+from echo_jax.models.transformer import PARAM_AXES, abstract_params, bind, init_cache, init_params
+from echo_jax.sharding import MESH_AXES, MESH_AXIS_OF, make_mesh
+
+
+def forward(config, params, tokens, positions, segment_ids):
+    graphdef, _ = abstract_params(config, MESH)
+    return jax.jit(lambda params: bind(graphdef, params)(tokens, positions, segment_ids))(params)
+
+
+def random_tokens(seed, *shape):
+    return np.random.default_rng(seed).integers(0, TINY.vocab_size, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decoding_token_by_token_equals_the_forward_pass(tied):
+    config = dataclasses.replace(TINY, tie_embeddings=tied)
+    graphdef, params = init_params(config, 3, MESH)
+    assert ("lm_head" in params) is not tied
+    tokens = random_tokens(0, 3, 9)
+    positions = np.broadcast_to(np.arange(9), (3, 9))
+    whole = forward(config, params, tokens, positions, np.ones_like(tokens))
+    step = jax.jit(lambda params, t, p, cache: bind(graphdef, params).decode(t, p, cache))
+    cache = init_cache(config, 3, 12)
+    for t in range(9):
+        hidden, cache = step(params, tokens[:, t], positions[:, t], cache)
+        np.testing.assert_allclose(hidden, whole[:, t], atol=2e-5)
+
+
+def test_an_idle_lane_writes_nothing():
+    graphdef, params = init_params(TINY, 3, MESH)
+    cache = init_cache(TINY, 2, 4)
+    _, after = bind(graphdef, params).decode(jnp.array([5, 6]), jnp.array([0, 4]), cache)
+    assert (after.k[:, 0, 0] != 0).any()
+    assert (after.k[:, 1] == 0).all()
+
+
+def test_two_sequences_in_a_row_equal_each_alone():
+    _, params = init_params(TINY, 3, MESH)
+    a, b = random_tokens(1, 5), random_tokens(2, 7)
+    packed = forward(
+        TINY,
+        params,
+        np.concatenate([a, b])[None],
+        np.concatenate([np.arange(5), np.arange(7)])[None],
+        np.concatenate([np.full(5, 1), np.full(7, 2)])[None],
+    )[0]
+    for own, alone in ((packed[:5], a), (packed[5:], b)):
+        expected = forward(TINY, params, alone[None], np.arange(len(alone))[None], np.ones((1, len(alone)), np.int32))
+        np.testing.assert_allclose(own, expected[0], atol=2e-5)
+
+
+def test_rematerialisation_changes_no_gradient():
+    tokens = random_tokens(4, 2, 6)
+    positions = np.broadcast_to(np.arange(6), (2, 6))
+    grads = []
+    for remat in (True, False):
+        config = dataclasses.replace(TINY, remat=remat)
+        graphdef, params = init_params(config, 3, MESH)
+
+        def loss(params, graphdef=graphdef):
+            return jnp.sum(bind(graphdef, params)(tokens, positions, np.ones_like(tokens)) ** 2)
+
+        grads.append(jax.jit(jax.grad(loss))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *grads)
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    _, params = init_params(config, 3, MESH)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens = random_tokens(5, 1, 6)
+    hidden = forward(config, params, tokens, np.arange(6)[None], np.ones_like(tokens))
+    assert hidden.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        hidden.astype(np.float32), forward(TINY, params, tokens, np.arange(6)[None], np.ones_like(tokens)), atol=0.1
+    )
+
+
+def test_the_axis_tables_fit_together():
+    logical = {axis for axes in PARAM_AXES.values() for axis in axes}
+    assert logical <= MESH_AXIS_OF.keys()
+    used = {axis for axes in MESH_AXIS_OF.values() for axis in ((axes,) if isinstance(axes, str) else axes or ())}
+    assert used <= set(MESH_AXES)
+
+
+def test_a_mesh_that_does_not_fit_names_the_numbers():
+    with pytest.raises(ValueError, match=r"needs 27 devices, there are 8"):
+        make_mesh(3, 3, 3)
+    with pytest.raises(ValueError, match=r"64 is not divisible by mesh\.tensor = 3"):
+        abstract_params(TINY, make_mesh(1, 1, 3))

@@ -1,0 +1,84 @@
+"""Config files only assign; a workdir belongs to one config."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from echo_jax.config import ConfigError, claim_workdir, default_config, flat, validate
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_says_how_to_run_it(path):
+    module = load(path)
+    validate(module.get_config())
+    program = "sweep" if hasattr(module, "sweep") else "train"
+    place = path.relative_to(path.parents[len(path.parts) - 1 - path.parts.index("configs")])
+    assert f"python -m echo_jax.{program} --config={place}" in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "varied"),
+    [
+        ("observation_weight", "rooms", "loss.observation_weight"),
+        ("learning_rate", "quickstart", "optimizer.learning_rate"),
+    ],
+)
+def test_an_ablation_differs_from_its_base_in_one_declared_place(name, base, varied):
+    by_stem = {path.stem: path for path in CONFIGS}
+    ablation = load(by_stem[name])
+    assert flat(ablation.get_config()) == flat(load(by_stem[base]).get_config())
+    runs = list(ablation.sweep())
+    assert all(set(run) == {varied, "seed"} for run in runs)
+    assert len({tuple(run.items()) for run in runs}) == len(runs)
+
+
+def test_a_field_that_does_not_exist_cannot_be_set():
+    with pytest.raises((AttributeError, KeyError), match="observation_weight"):
+        default_config().loss.observation_wieght = 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("num_steps", -1, "num_steps = -1"),
+        ("model.num_layers", 0, "num_layers = 0"),
+        ("model.head_dim", 33, "head_dim = 33"),
+        ("model.num_kv_heads", 3, "num_kv_heads = 3"),
+        ("model.compute_dtype", "float16", "bfloat16"),
+        ("optimizer.learning_rate", -1.0, "learning_rate = -1.0"),
+        ("loss.policy_normalizer", "mean", "sequence, token"),
+        ("pack.rows", 0, "pack.rows = 0"),
+        ("mesh.fsdp", 5, "mesh.fsdp = 5"),
+        ("warm_start.demonstrations", 3, "demonstrations = 3"),
+    ],
+)
+def test_a_bad_value_is_named(field, value, named):
+    config = default_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+def test_a_workdir_takes_only_its_own_config(tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path / "w")
+    claim_workdir(config, tmp_path / "w")
+    config.seed = 5
+    with pytest.raises(ConfigError, match="seed: there 0, here 5"):
+        claim_workdir(config, tmp_path / "w")
+
+
+def test_a_damaged_config_record_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        claim_workdir(default_config(), tmp_path)

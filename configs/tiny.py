@@ -8,7 +8,7 @@ from echo_jax.config import default_config
 
 def get_config():
     c = default_config()
-    c.num_steps = 3
+    c.num_steps = 4
     c.model.num_layers = 2
     c.model.embed_dim = 32
     c.model.num_heads = 2
@@ -22,13 +22,15 @@ def get_config():
     c.rollout.max_turn_tokens = 12
     c.rollout.tool_threads = 2
     c.rollout.save_every = 1
-    c.warm_start.num_steps = 4
+    c.warm_start.num_steps = 30  # enough to call tools, so that RL has observations to train on
     c.warm_start.demonstrations = 8
-    c.warm_start.batch = 4
+    c.warm_start.success_rate = 1.0
+    c.warm_start.batch = 8
+    c.warm_start.learning_rate = 1e-2
     c.pack.length = 64
     c.pack.rows = 2
     c.loss.token_block = 64
     c.eval.episodes = 4
     c.eval.transcripts = 4
-    c.checkpoint.every = 2
+    c.checkpoint.every = 10
     return c

@@ -54,7 +54,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.max_tokens = 96  # of a whole trajectory
     c.rollout.max_turn_tokens = 24  # sampled in one turn
     c.rollout.temperature = 1.0  # of sampling, in training and evaluation
-    c.rollout.tool_threads = 8  # sandboxes at work at once
+    c.rollout.tool_threads = 8  # tool calls at work at once; as many sandboxes as rollouts are open
     c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
 
     c.sandbox = ml_collections.ConfigDict()
@@ -129,6 +129,7 @@ _NOT_NEGATIVE = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
 )
+_POSITIVE = ("rollout.temperature", "optimizer.clip_norm", "model.rope_theta", "model.norm_eps")
 _CHOICES = {
     "loss.observation_normalizer": ("observation", "selected", "token"),
     "loss.policy_normalizer": ("sequence", "token"),
@@ -166,8 +167,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
     share = config.warm_start.success_rate
     require(0 <= share <= 1, f"config.warm_start.success_rate = {share}: it must lie between 0 and 1")
-    temperature = config.rollout.temperature
-    require(temperature > 0, f"config.rollout.temperature = {temperature}: it must be above 0")
+    for name in _POSITIVE:
+        require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must lie in [0, 1)")
     tokens, length = config.rollout.max_tokens, config.pack.length
     require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
     made, batch = config.warm_start.demonstrations, config.warm_start.batch
@@ -190,18 +193,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes config.json into a new workdir, or checks that an old one belongs to the same config.
-
-    Raises `ConfigError` that lists the differing fields: resuming under another config would mix two experiments.
-    """
+    """Writes config.json into a new workdir, or checks that an old one belongs to the same config."""
     path = workdir / "config.json"
-    ours = json.loads(json.dumps(flat(config)))
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name("config.json.tmp")
-        scratch.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
-        os.replace(scratch, path)
+    if path.exists():
+        check_workdir(config, workdir)
         return
+    workdir.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name("config.json.tmp")
+    scratch.write_text(json.dumps(flat(config), indent=2, sort_keys=True) + "\n")
+    os.replace(scratch, path)
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Raises `ConfigError`, listing the fields, if a workdir holds no run or a run of another config: going on would
+    mix two experiments."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
+    ours = json.loads(json.dumps(flat(config)))
     try:
         theirs = json.loads(path.read_text())
     except ValueError as error:

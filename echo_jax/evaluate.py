@@ -20,6 +20,8 @@ from echo_jax import runtime as runtime_lib
 from echo_jax import trajectory as trajectory_lib
 from echo_jax.batch import to_mesh
 from echo_jax.checkpoint import Checkpointer
+from echo_jax.cli import run_program
+from echo_jax.config import check_workdir
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.loss import add_sums, finish_metrics
 from echo_jax.objective import weigh
@@ -112,6 +114,7 @@ def pass_at_k(trajectories: Sequence[Trajectory], samples: int) -> dict[str, flo
 def main(args: flags.FlagValues) -> None:
     config, workdir = args.config, Path(args.workdir)
     runtime = runtime_lib.build(config)
+    check_workdir(config, workdir)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         state, _ = checkpointer.restore(runtime.abstract_state())
     step = int(state.step)
@@ -127,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
     flags.DEFINE_integer("episodes", None, "Held-out tasks; default: eval.episodes of the config.", lower_bound=1)
     flags.DEFINE_integer("samples", 1, "Rollouts a task; above 1, pass@k is printed too.", lower_bound=1)
-    runtime_lib.run_program(main)
+    run_program(main, runtime_lib.USER_ERRORS)

@@ -17,10 +17,14 @@ from echo_jax.episode import Call, Episode, Phase, Rules
 from echo_jax.render import Renderer
 from echo_jax.tasks.task import Task
 from echo_jax.tools import TOOLS
-from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
 from echo_jax.trajectory import Sampled, Trajectory
 
 START_ATTEMPTS = 3  # of a sandbox, before its rollout is given up as a fault of the machine
+
+
+class RolloutError(RuntimeError):
+    """Rollouts cannot be made: the machine fails every time, or the budgets leave no room to act."""
 
 
 class Interrupted(Exception):
@@ -36,14 +40,15 @@ class Job:
     rollout: int  # global index: the root of its sampling keys
 
 
-class Host:
-    """The host's side of one episode: its sandbox. Every method runs in a thread of the pool, one at a time."""
+class Environment:
+    """What one episode acts on: its sandbox. Every method runs in a thread of the pool, one at a time."""
 
     def __init__(self, task: Task, limits: Limits, backend: str):
         self._task = task
         self._limits = limits
         self._backend = backend
         self._sandbox: Sandbox | None = None
+        self.fault = ""  # what the machine did wrong last
         self._used_up = False  # the agent's own doing: it took all memory, and the sandbox died of it
 
     def open(self) -> bool:
@@ -53,15 +58,20 @@ class Host:
                 self._sandbox = Sandbox(
                     limits=self._limits, backend=self._backend, files=self._task.files, symlinks=self._task.symlinks
                 )
-            except SandboxError:
+            except SandboxBroken as error:
+                self.fault = str(error)
                 continue
-            if not self._task.setup or self._sandbox.run(self._task.setup).status is Status.OK:
+            setup = self._sandbox.run(self._task.setup) if self._task.setup else None
+            if setup is None or setup.status is Status.OK:
                 return True
+            self.fault = f"setup {self._task.setup!r}: {setup.status} {setup.head.decode(errors='replace')}"
             self.close()
         return False
 
     def run(self, call: Call) -> CommandResult:
         result = TOOLS[call.name]().run(self._sandbox, call.argument)
+        if result.status is Status.INFRA:
+            self.fault = result.head.decode(errors="replace")
         self._used_up = result.status is Status.OOM and result.exit_code is None
         return result
 
@@ -122,7 +132,12 @@ class Collector:
         seed: int,
         on_finish: Callable[[int], None] = lambda done: None,
     ) -> list[Trajectory]:
-        """Runs each task's own demonstrator, the right one or a flawed one, through the same episodes and tools."""
+        """Runs each task's own demonstrator, the right one or a flawed one, through the same episodes and tools.
+
+        Raises:
+          RolloutError: one failed. A script does what it should, so the machine is at fault; the result would be kept
+            and used for the whole run, so it must be complete.
+        """
         futures = [
             self._pool.submit(self._script, job, right, np.random.default_rng([seed, job.rollout]))
             for job, right in zip(jobs, solve, strict=True)
@@ -136,15 +151,16 @@ class Collector:
         finally:
             for future in futures:
                 future.cancel()
+            concurrent.futures.wait(futures)
 
-    def _start(self, job: Job) -> tuple[Episode, Host]:
+    def _start(self, job: Job) -> tuple[Episode, Environment]:
         episode = episode_lib.start(self._renderer, self._rules, job.task.prompt)
-        return episode, Host(job.task, self._limits, self._backend)
+        return episode, Environment(job.task, self._limits, self._backend)
 
     def _script(self, job: Job, solve: bool, rng: np.random.Generator) -> Trajectory:
-        episode, host = self._start(job)
+        episode, environment = self._start(job)
         try:
-            if not host.open():
+            if not environment.open():
                 episode = episode_lib.abandon(episode)
             script = job.task.demonstrate(rng, solve=solve)
             observation = None
@@ -152,14 +168,14 @@ class Collector:
                 if self.stop.is_set():
                     raise Interrupted
                 if episode.phase is Phase.CALL:
-                    result = host.run(episode.call)
+                    result = environment.run(episode.call)
                     observation = (result.head + result.tail).decode("utf-8", "surrogateescape")
                     episode = episode_lib.advance(episode, result)
                     continue
                 try:
                     text = script.send(observation)
                 except StopIteration as error:
-                    raise ValueError(
+                    raise RolloutError(
                         f"the script of task {job.task.name} ended without submitting; perhaps a turn of it is "
                         f"longer than {self._rules.max_turn_tokens} tokens"
                     ) from error
@@ -168,13 +184,18 @@ class Collector:
                 ids = action.ids[: episode.sample_budget]
                 turn = Sampled(ids, (0.0,) * len(ids), stopped=len(ids) == len(action.ids), policy_version=-1)
                 episode = episode_lib.advance(episode, turn)
-            return _score(job, episode, host)
+            trajectory = _score(job, episode, environment)
+            if not trajectory.scored:
+                raise RolloutError(
+                    f"the script of task {job.task.name} failed on this machine: {environment.fault or 'no cause'}"
+                )
+            return trajectory
         finally:
-            host.close()
+            environment.close()
 
 
-def _score(job: Job, episode: Episode, host: Host) -> Trajectory:
-    reward = host.finish(episode.answer)
+def _score(job: Job, episode: Episode, environment: Environment) -> Trajectory:
+    reward = environment.finish(episode.answer)
     if reward is None:
         episode = episode_lib.abandon(episode)
     return episode_lib.to_trajectory(episode, task=job.task.name, group=job.group, reward=reward or 0.0)
@@ -188,7 +209,7 @@ class _Collection:
         self._jobs = jobs
         self._engine = engine
         self._pool = collector._pool
-        self._hosts: dict[int, Host] = {}
+        self._environments: dict[int, Environment] = {}
         self._opened: dict[int, concurrent.futures.Future] = {}
         self._episodes: dict[int, Episode] = {}
         self._waiting: dict[concurrent.futures.Future, int] = {}  # tool call or score under way -> job
@@ -209,6 +230,12 @@ class _Collection:
             for future in [future for future in self._waiting if future.done()]:
                 self._collect(self._waiting.pop(future), future.result())
                 on_finish(len(self._done))
+        if not any(trajectory.scored for trajectory in self._done.values()):
+            faults = [environment.fault for environment in self._environments.values() if environment.fault]
+            raise RolloutError(
+                f"all {len(self._jobs)} rollouts failed on this machine; mend the cause, then run the same command "
+                f"again. The last one: {faults[-1] if faults else 'no cause'}"
+            )
         return [self._done[i] for i in range(len(self._jobs))]
 
     def close(self) -> None:
@@ -217,15 +244,15 @@ class _Collection:
         for future in pending:
             future.cancel()
         concurrent.futures.wait(pending)
-        for host in self._hosts.values():
-            host.close()
+        for environment in self._environments.values():
+            environment.close()
 
     def _begin(self, i: int) -> None:
         job = self._jobs[i]
         lane = i % self._engine.lanes
         self._in_lane[lane] = i
-        self._episodes[i], self._hosts[i] = self._collector._start(job)
-        self._opened[i] = self._pool.submit(self._hosts[i].open)  # while the policy writes its first turn
+        self._episodes[i], self._environments[i] = self._collector._start(job)
+        self._opened[i] = self._pool.submit(self._environments[i].open)  # while the policy writes its first turn
         self._engine.open(lane, job.rollout)
         self._ask(i)
 
@@ -258,11 +285,11 @@ class _Collection:
     def _call(self, i: int, call: Call) -> CommandResult:
         if not self._opened[i].result():
             return CommandResult(Status.INFRA, None, b"", b"", 0, 0.0, "")
-        return self._hosts[i].run(call)
+        return self._environments[i].run(call)
 
     def _finish(self, i: int, episode: Episode) -> Trajectory:
         self._opened[i].result()
-        return _score(self._jobs[i], episode, self._hosts[i])
+        return _score(self._jobs[i], episode, self._environments[i])
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str = "rollout") -> dict[str, float]:

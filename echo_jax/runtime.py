@@ -4,14 +4,11 @@ In: a validated config. Out: tokenizer, mesh, model, tasks, engine and collector
 """
 
 import dataclasses
-import sys
-import traceback
-from collections.abc import Callable
 
 import grain
 import ml_collections
+import numpy as np
 import optax
-from absl import app, flags, logging
 from jax.sharding import Mesh
 
 from echo_jax import config as config_lib
@@ -19,15 +16,16 @@ from echo_jax import packing
 from echo_jax.checkpoint import CheckpointError
 from echo_jax.config import ConfigError
 from echo_jax.engine.dense import DenseEngine
-from echo_jax.episode import Rules
+from echo_jax.episode import Rules, start
 from echo_jax.metrics import MetricsError
 from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.objective import Objective
 from echo_jax.optimizer import make_optimizer
 from echo_jax.render import Renderer
-from echo_jax.rollout import Collector
+from echo_jax.rollout import Collector, RolloutError
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.stream import make_families, task_stream
+from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import Tokenizer, TokenizerError
 from echo_jax.tools import sandbox
 from echo_jax.train_step import TrainState, abstract_state
@@ -41,6 +39,7 @@ USER_ERRORS = (
     CheckpointError,
     MetricsError,
     TrajectoryError,
+    RolloutError,
     OSError,
 )
 
@@ -80,9 +79,10 @@ class Runtime:
 
     def make_collector(self) -> Collector:
         rollout = self.config.rollout
-        rules = Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens)
         limits = sandbox_limits(self.config)
-        return Collector(self.renderer, rules, limits, self.config.sandbox.backend, rollout.tool_threads)
+        return Collector(
+            self.renderer, episode_rules(self.config), limits, self.config.sandbox.backend, rollout.tool_threads
+        )
 
     def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         o = self.config.optimizer
@@ -108,6 +108,28 @@ class Runtime:
         rows, length = self.config.pack.rows, self.config.pack.length
         capacity = packing.capacity(at_most, self.config.rollout.max_tokens, rows=rows, length=length)
         return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
+
+
+def episode_rules(config: ml_collections.ConfigDict) -> Rules:
+    rollout = config.rollout
+    return Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens)
+
+
+def _check_budgets(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
+    """Raises `ConfigError` if a prompt or the first turn of a solution does not fit the budgets of an episode."""
+    for task in tasks:
+        try:
+            episode = start(renderer, episode_rules(config), task.prompt)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        turn = next(task.demonstrate(np.random.default_rng(0), solve=True))
+        length = len(renderer.action(turn).ids)
+        if length > episode.sample_budget:
+            raise ConfigError(
+                f"the turn {turn!r}, which solves task {task.name}, has {length} tokens: more than "
+                f"config.rollout.max_turn_tokens = {config.rollout.max_turn_tokens} or than a prompt of "
+                f"{len(episode.ids)} tokens leaves of config.rollout.max_tokens = {config.rollout.max_tokens}"
+            )
 
 
 def sandbox_limits(config: ml_collections.ConfigDict) -> sandbox.Limits:
@@ -139,47 +161,21 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
         sandbox.probe(config.sandbox.backend)
         families = make_families(mixture, parameters)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        graphdef, params = abstract_params(model_config, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if tokenizer.vocab_size % config.mesh.tensor:
+        raise ConfigError(f"{tokenizer.vocab_size} pieces are not divisible by mesh.tensor = {config.mesh.tensor}")
+    graphdef, params = abstract_params(model_config, mesh)
+    renderer = Renderer(tokenizer)
+    train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
+    _check_budgets(config, renderer, [train_tasks[i] for i in range(16)])
     return Runtime(
         config=config,
-        renderer=Renderer(tokenizer),
+        renderer=renderer,
         mesh=mesh,
         model_config=model_config,
         graphdef=graphdef,
         abstract_params=params,
-        train_tasks=task_stream(mixture, families, split="train", seed=config.seed),
+        train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
     )
-
-
-def run_program(main: Callable[[flags.FlagValues], int | None]) -> None:
-    """Runs a program's main on its flags: `--config` and `--workdir` are required, and an error that the user can
-    mend is one message, not a traceback."""
-    flags.mark_flags_as_required(["config", "workdir"])
-
-    def guarded(argv: list[str]) -> int | None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        logging.set_verbosity(logging.WARNING)
-        try:
-            return main(flags.FLAGS)
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-
-    app.run(guarded, flags_parser=_parse_flags)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags; a config file or an override that does not fit the config is one message with its place."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if frame.name in ("get_config", "sweep")]
-        place = f"{ours[-1].filename}:{ours[-1].lineno}: " if ours else ""
-        reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        print(f"error: {place}{type(error).__name__}: {reason}", file=sys.stderr)
-        sys.exit(1)

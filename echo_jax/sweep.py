@@ -26,11 +26,12 @@ from types import ModuleType
 from typing import Any, TextIO
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from echo_jax.cli import run_program
 from echo_jax.metrics import MetricsError, read_metrics
 
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
@@ -264,34 +265,21 @@ def _last_values(path: Path) -> dict[str, float]:
     return latest
 
 
-def main() -> None:
+def main(args: flags.FlagValues) -> int:
+    return run_sweep(
+        config_flags.get_config_filename(args["config"]),
+        Path(args.workdir),
+        common=config_flags.get_override_values(args["config"]),
+        only=args.only,
+        dry_run=args.dry_run,
+    )
+
+
+if __name__ == "__main__":
     config_flags.DEFINE_config_file(
         "config", None, "Config file with get_config(arg=None) and sweep(); may end in :arg."
     )
     flags.DEFINE_string("workdir", None, "Folder for the runs' workdirs and for results.csv.")
     flags.DEFINE_bool("dry_run", False, "Print the command of every run, and start none.")
     flags.DEFINE_string("only", "", "Start only the runs in whose name this regular expression is found.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_main)
-
-
-def _main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"what is not a flag is not understood: {' '.join(argv[1:])}")
-    values = flags.FLAGS
-    try:
-        status = run_sweep(
-            config_flags.get_config_filename(values["config"]),
-            Path(values.workdir),
-            common=config_flags.get_override_values(values["config"]),
-            only=values.only,
-            dry_run=values.dry_run,
-        )
-    except (SweepError, MetricsError) as error:
-        print(f"sweep: {error}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()
+    run_program(main, (SweepError, MetricsError, OSError))

@@ -1,13 +1,15 @@
 """Trains an agent: a warm start on scripted demonstrations, then ECHO on its own rollouts.
 
-    python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
-    --config.loss.observation_weight=0.05
+    python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.seed=1
 
 Run again on the same workdir, it resumes. The workdir holds config.json, metrics.jsonl (one object a step),
 tensorboard/, rollouts/ and checkpoints/, and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
 """
 
 import contextlib
+import fcntl
+import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -26,10 +28,11 @@ from echo_jax import trajectory as trajectory_lib
 from echo_jax.advantages import group_advantages
 from echo_jax.batch import to_mesh
 from echo_jax.checkpoint import Checkpointer, check_free_space
+from echo_jax.cli import run_program
 from echo_jax.config import claim_workdir
 from echo_jax.evaluate import Evaluator
 from echo_jax.loss import finish_metrics
-from echo_jax.metrics import MetricsWriter
+from echo_jax.metrics import MetricsWriter, read_metrics
 from echo_jax.models.transformer import init_params
 from echo_jax.objective import weigh
 from echo_jax.progress import Progress
@@ -41,6 +44,10 @@ from echo_jax.trajectory import Trajectory
 SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
 DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
 DEMONSTRATION_ORDER_SEED = 11
+
+
+class TrainError(RuntimeError):
+    """The run cannot go on; what was saved before is intact."""
 
 
 class Trainer:
@@ -59,6 +66,7 @@ class Trainer:
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         self.saved_step = self.checkpointer.latest_step()
+        self.recorded_step = self.step  # a step is complete once its metrics are written
         self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0)
 
     def run(self) -> None:
@@ -144,6 +152,12 @@ class Trainer:
             self.state, sums = train_step(self.state, batch, jnp.int32(packed.micro_batches))
             metrics = finish_metrics(jax.device_get(sums))
             self.step += 1
+            if not math.isfinite(metrics["loss/total"] + metrics["train/gradient_norm"]):
+                raise TrainError(
+                    f"step {self.step}: loss {metrics['loss/total']}, gradient norm {metrics['train/gradient_norm']}. "
+                    f"Nothing of it was saved; the last checkpoint is of step {self.saved_step}. Try a smaller "
+                    "optimizer.learning_rate, in another --workdir"
+                )
             seconds = time.perf_counter() - start
             return metrics | {
                 "pack/efficiency": packed.efficiency,
@@ -186,6 +200,7 @@ class Trainer:
 
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> None:
         self.metrics.write(self.step, metrics)
+        self.recorded_step = self.step
         progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
         if _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step):
             self.save()
@@ -228,6 +243,17 @@ def _fold(seed: int, purpose: int) -> int:
 
 
 @contextlib.contextmanager
+def only_process_in(workdir: Path) -> Iterator[None]:
+    """Holds the workdir's lock; raises `TrainError` if another process has it. A killed process leaves none."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainError(f"another process is training in {workdir}; stop it, or use another --workdir") from error
+        yield
+
+
+@contextlib.contextmanager
 def stop_on_signal(collector: Collector) -> Iterator[list[int]]:
     """Turns the first SIGINT or SIGTERM into `collector.stop`; a second one ends the process as usual.
 
@@ -238,8 +264,8 @@ def stop_on_signal(collector: Collector) -> Iterator[list[int]]:
     def handle(number, _):
         received.append(number)
         collector.stop.set()
-        print("\nstopping: saving a checkpoint (once more to stop at once)", flush=True)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.write(1, b"\nstopping: saving a checkpoint (once more to stop at once)\n")  # print is not reentrant
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -259,9 +285,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     claim_workdir(config, workdir)
     done = workdir / "DONE"
     if done.exists():
-        print(f"{workdir} is complete: {done.read_text().strip()}")
+        print(summary(workdir))
         return 0
-    with runtime.make_collector() as collector, stop_on_signal(collector) as received:
+    with (
+        only_process_in(workdir),
+        runtime.make_collector() as collector,
+        stop_on_signal(collector) as received,
+    ):
         trainer = Trainer(runtime, collector, workdir)
         with contextlib.closing(trainer):
             if trainer.step:
@@ -269,12 +299,26 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             try:
                 trainer.run()
             except Interrupted:
-                trainer.save()
-        if received:
-            print(f"stopped after step {trainer.step} of {trainer.last_step}; run the same command again to resume")
-            return 128 + received[0]
+                if trainer.recorded_step == trainer.step:  # else its metrics are not written: it is made again
+                    trainer.save()
+                stopped = f"stopped; run the same command again to resume from step {trainer.saved_step or 0}"
+                print(f"{stopped} of {trainer.last_step}")
+                return 128 + received[0]
     done.write_text(f"{trainer.last_step} steps\n")
+    print(summary(workdir))
     return 0
+
+
+def summary(workdir: Path) -> str:
+    """Returns the first and the last evaluation of a run, from its metrics."""
+    lines = [f"complete: {workdir}"]
+    evaluations = [r for r in read_metrics(workdir / "metrics.jsonl") if r.get("eval/pass@1") is not None]
+    for record in evaluations[:1] + evaluations[1:][-1:]:
+        lines.append(
+            f"  step {record['step']}: held-out solve rate {record['eval/solve_rate']:.3f} "
+            f"± {record['eval/pass@1_stderr']:.3f}, observation CE {record['eval/observation_ce']:.3f} nats"
+        )
+    return "\n".join(lines)
 
 
 def main(args: flags.FlagValues) -> int:
@@ -286,4 +330,4 @@ if __name__ == "__main__":
         "config", None, "Config file; override any field with --config.section.field=value."
     )
     flags.DEFINE_string("workdir", None, "Folder of the run; an unfinished run in it is resumed.")
-    runtime_lib.run_program(main)
+    run_program(main, (*runtime_lib.USER_ERRORS, TrainError))

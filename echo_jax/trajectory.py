@@ -4,6 +4,7 @@ In: what episode.py built. Out: the rows of packing.py, or a `.jsonl.gz` file th
 them.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -61,17 +62,26 @@ class Trajectory:
 
 
 def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> None:
-    """Writes a gzipped JSON-lines file, whole or not at all: one header, one line a trajectory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a gzipped JSON-lines file, whole or not at all: one header, one line a trajectory.
+
+    Raises:
+      TrajectoryError: the file cannot be written, as on a full disk.
+    """
     scratch = path.with_name(path.name + ".tmp")
-    with gzip.open(scratch, "wt", compresslevel=3) as file:
-        file.write(json.dumps(_header(vocab_size)) + "\n")
-        for trajectory in trajectories:
-            record = dataclasses.asdict(trajectory)
-            record["logprob"] = [float(np.float32(x)) for x in trajectory.logprob]
-            record["ids"], record["role"] = trajectory.ids.tolist(), trajectory.role.tolist()
-            file.write(json.dumps(record) + "\n")
-    os.replace(scratch, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(scratch, "wt", compresslevel=3) as file:
+            file.write(json.dumps(_header(vocab_size)) + "\n")
+            for trajectory in trajectories:
+                file.write(json.dumps(_to_record(trajectory)) + "\n")
+        os.replace(scratch, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise TrajectoryError(
+            f"{path} could not be written: {error.strerror or error}. Free some space or mend the cause, "
+            "then run the same command again: it resumes from the last checkpoint"
+        ) from error
 
 
 def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
@@ -84,7 +94,10 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
         with gzip.open(path, "rt") as file:
             header, *records = [json.loads(line) for line in file]
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise TrajectoryError(f"{path} is not a saved-rollouts file or is damaged ({error})") from error
+        raise TrajectoryError(
+            f"{path} is not a saved-rollouts file or is damaged ({error}). In the workdir of a run: delete it, "
+            "then run the same command again, which makes it anew"
+        ) from error
     if header != _header(vocab_size):
         raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {_header(vocab_size)}")
     try:
@@ -95,6 +108,13 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
 
 def _header(vocab_size: int) -> dict:
     return {"format": FORMAT, "vocab_size": vocab_size, "roles": {role.name: int(role) for role in Role}}
+
+
+def _to_record(trajectory: Trajectory) -> dict:
+    record = dataclasses.asdict(trajectory)
+    record["logprob"] = [float(np.float32(x)) for x in trajectory.logprob]
+    record["ids"], record["role"] = trajectory.ids.tolist(), trajectory.role.tolist()
+    return record
 
 
 def _from_record(record: dict) -> Trajectory:

@@ -58,6 +58,8 @@ def test_a_field_that_does_not_exist_cannot_be_set():
         ("optimizer.learning_rate", -1.0, "learning_rate = -1.0"),
         ("loss.policy_normalizer", "mean", "sequence, token"),
         ("pack.rows", 0, "pack.rows = 0"),
+        ("optimizer.clip_norm", 0.0, "clip_norm = 0.0"),
+        ("optimizer.b2", 1.0, "b2 = 1.0"),
         ("mesh.fsdp", 5, "mesh.fsdp = 5"),
         ("warm_start.demonstrations", 3, "demonstrations = 3"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import random
 import threading
@@ -93,7 +94,7 @@ def caller():
     codes: dict[int, int] = {}
     for text, strength in HABITS.items():
         turn = [TOKENIZER.assistant, *TOKENIZER.encode(text), TOKENIZER.end]
-        for token, following in zip(turn, turn[1:], strict=False):
+        for token, following in itertools.pairwise(turn):
             code = codes.setdefault(token, len(codes))
             params["embedding"][token] = 3.0 * np.eye(CALLER.embed_dim)[code]
             params["lm_head"][following, code] = max(strength, params["lm_head"][following, code])
@@ -211,16 +212,18 @@ def test_the_trainer_agrees_on_every_sampled_token(collector, engine):
 def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkeypatch):
     jobs = jobs_of(10)
     expected = collector.rollouts(jobs, engine)
-    run, finish, opened = rollout.Host.run, rollout.Host.finish, rollout.Host.open
-    for seed in range(3):
-        clock = random.Random(seed)
-        for name, method in (("run", run), ("finish", finish), ("open", opened)):
+    clock = random.Random(0)
 
-            def slow(host, *arguments, method=method):
-                time.sleep(clock.random() ** 4 * 0.15)
-                return method(host, *arguments)
+    def slowed(method):
+        def slow(host, *arguments):
+            time.sleep(clock.random() ** 4 * 0.15)
+            return method(host, *arguments)
 
-            monkeypatch.setattr(rollout.Host, name, slow)
+        return slow
+
+    for name in ("open", "run", "finish"):
+        monkeypatch.setattr(rollout.Environment, name, slowed(getattr(rollout.Environment, name)))
+    for _ in range(3):
         assert all(map(same, collector.rollouts(jobs, engine), expected))
 
 
@@ -416,7 +419,7 @@ def test_an_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, 
 # -- stopping ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["rollouts", "scripted"])
+@pytest.mark.parametrize("way", ["sampled", "scripted"])
 def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine, monkeypatch, way):
     """Soon: when the calls under way have ended, which takes their time-out at most."""
     limits = dataclasses.replace(LIMITS, timeout_seconds=1.0)
@@ -427,28 +430,27 @@ def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine,
             under_way.set()
             return super().run("sleep 60", **options)
 
+    def stop():
+        assert under_way.wait(30)
+        stopped.append(time.monotonic())
+        collector.stop.set()
+
     monkeypatch.setattr(rollout, "Sandbox", Waiting)
+    stopped = []
+    thread = threading.Thread(target=stop)
     with Collector(RENDERER, RULES, limits, "auto", tool_threads=3) as collector:
-
-        def stop():
-            assert under_way.wait(30)
-            stopped.append(time.monotonic())
-            collector.stop.set()
-
-        stopped = []
-        thread = threading.Thread(target=stop)
+        collect = {
+            "sampled": lambda: collector.rollouts(jobs_of(20), engine),
+            "scripted": lambda: collector.scripted(scripted_jobs(*[says(*["bash ls"] * 4)] * 20), [True] * 20, 0),
+        }
         thread.start()
         with pytest.raises(Interrupted):
-            if way == "rollouts":
-                collector.rollouts(jobs_of(20), engine)
-            else:
-                collector.scripted(scripted_jobs(*[says(*["bash ls"] * 4)] * 20), [True] * 20, 0)
+            collect[way]()
         assert time.monotonic() - stopped[0] < limits.timeout_seconds + 2
         thread.join()
-        if way == "rollouts":
-            assert own_sandboxes() == 0
+        assert way == "scripted" or own_sandboxes() == 0
         with pytest.raises(Interrupted):  # it stays stopped
-            collector.rollouts(jobs_of(1), engine)
+            collect["sampled"]()
     assert own_sandboxes() == 0
 
 

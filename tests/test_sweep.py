@@ -251,5 +251,5 @@ def test_program_explains_itself_and_its_errors(tmp_path: Path):
         assert text in help_text
     sandbox = Sandbox(tmp_path, [{"loss.wieght": 1.0}])
     result = cli(f"--config={sandbox.config}", f"--workdir={sandbox.workdir}")
-    assert result.returncode == 2
-    assert result.stderr.startswith("sweep: run wieght=1.0: the config does not take {'loss.wieght': 1.0}")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: run wieght=1.0: the config does not take {'loss.wieght': 1.0}")

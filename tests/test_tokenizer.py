@@ -1,21 +1,22 @@
 """Laws of the tokenizer: bytes come back exactly, text never speaks for the harness, a wrong model file is refused."""
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from echo_jax.tasks.words import WORDS
 from echo_jax.tokenizer import CONTROL_SYMBOLS, DEFAULT_MODEL, Tokenizer, TokenizerError
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 TOKENIZER = Tokenizer()
 CONTROL_IDS = {TOKENIZER.task, TOKENIZER.assistant, TOKENIZER.tool, TOKENIZER.note, TOKENIZER.end, TOKENIZER.pad}
 Piece = model_pb2.ModelProto.SentencePiece
 
 # What tokenizers lose or misread, between arbitrary text.
 awkward = st.sampled_from(
-    [*CONTROL_SYMBOLS, "<pad>", "<unk>", "<0x41>", "\u2581", "\0", "\n", "\r\n", "\t", " ", "  ", "    ", "\ufeff", "\u200b",
-     "e\u0301", "\u00e9", "\ufb01", "\u212b", "\u3000", "\U0001f9ff", "<|", "|>", "bash", " oak"]
+    [*CONTROL_SYMBOLS, "<pad>", "<unk>", "<0x41>", "<|", "|>", "\u2581", "\0", "\n", "\r\n", "\t", " ", "  ", "    ",
+     "\ufeff", "\u200b", "e\u0301", "\u00e9", "\ufb01", "\u212b", "\u3000", "\U0001f9ff", "bash", " oak"]
 )  # fmt: skip
 texts = st.lists(st.one_of(awkward, st.text(max_size=8)), max_size=12).map("".join)
 byte_strings = st.lists(st.one_of(st.binary(max_size=8), awkward.map(str.encode)), max_size=12).map(b"".join)
@@ -55,13 +56,13 @@ def normalize(**fields):
     return edit
 
 
-@settings(deadline=None)
+@PATIENT
 @given(texts)
 def test_text_comes_back_exactly(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-@settings(deadline=None)
+@PATIENT
 @given(byte_strings)
 @example(bytes(range(256)))
 @example(b"\xe2\x96")  # U+2581, cut
@@ -72,7 +73,7 @@ def test_bytes_that_are_no_text_come_back_exactly(data):
     assert decoded.encode("utf-8", "surrogateescape") == data
 
 
-@settings(deadline=None)
+@PATIENT
 @given(texts)
 @example("".join(CONTROL_SYMBOLS))
 def test_text_never_becomes_a_control_symbol(text):
@@ -81,7 +82,7 @@ def test_text_never_becomes_a_control_symbol(text):
     assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
 
 
-@settings(deadline=None)
+@PATIENT
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
 def test_whatever_a_policy_samples_has_a_text(ids):
     text = TOKENIZER.decode(ids)

@@ -117,7 +117,8 @@ def test_a_finished_run_is_not_run_again(finished):
     before = (finished / "metrics.jsonl").read_bytes()
     status, output = finish(start(finished))
     assert status == 0
-    assert "is complete" in output
+    assert "complete" in output
+    assert output.count("held-out solve rate") == 2
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 

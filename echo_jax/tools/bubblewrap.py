@@ -120,7 +120,11 @@ class Jail:
                 self._group.add(self._pid)
         except (OSError, EOFError, ValueError) as error:
             self._fail(error)
-        self.exchange([b"write", *files], seconds=START_SECONDS, payload_bytes=0)
+        try:
+            self.exchange([b"write", *files], seconds=START_SECONDS, payload_bytes=0)
+        except BaseException:
+            self.close()
+            raise
 
     def _spawn(self, plan: Plan, limits: Limits) -> None:
         given = [_memory_file(content) for content in (_filter(), _PASSWD, _GROUP, _bytecode(), _python_wrapper())]

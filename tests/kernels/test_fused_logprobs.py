@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_float64(implementation, tokens, vocab, block
         assert np.linalg.norm(own - value) <= 1e-5 * np.linalg.norm(value)
 
 
-def test_no_array_of_all_logits_exists_in_the_chunked_program():
+def test_no_array_of_all_logits_or_of_many_heads_exists_in_the_chunked_program():
     tokens, vocab = 512, 300
     hidden, head, targets, temperature, _ = problem(tokens, vocab)
 
@@ -72,6 +72,7 @@ def test_no_array_of_all_logits_exists_in_the_chunked_program():
     assert f"[{tokens},{vocab}]" in compiled("reference")
     assert f"[{tokens},{vocab}]" not in compiled("xla")
     assert f"[64,{vocab}]" in compiled("xla")
+    assert f"[{tokens // 64},{vocab},{hidden.shape[1]}]" not in compiled("xla")  # nor a copy of the head a block
 
 
 def test_bad_input_is_an_error_that_names_it():

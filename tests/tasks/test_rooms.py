@@ -107,8 +107,9 @@ def test_it_does_not_matter_by_which_name_the_room_was_entered(visit):
 
 def test_what_the_agent_left_behind_does_not_decide(visit):
     task = all_pairs("train")[0]
-    lies = ["pwd() { echo /work/%s; }; cd() { :; }; export -f pwd cd" % task.goal, f"export PWD=/work/{task.goal}"]
-    assert visit(task, lies, task.goal_sign) == 0.0
+    lie = f"pwd() {{ echo /work/{task.goal}; }}"
+    assert visit(task, [f"{lie}; export -f pwd; export PWD=/work/{task.goal}"], task.goal_sign) == 0.0
+    assert visit(task, [f"trap - EXIT; echo '{lie}' > /run/shell/env"], task.goal_sign) == 0.0  # read by the next shell
 
 
 def test_a_sandbox_that_died_before_the_score_is_no_zero():

@@ -82,7 +82,8 @@ class Environment:
                 return None
             self._sandbox.kill_processes()
             return self._task.score(answer, self._sandbox)
-        except SandboxError:
+        except SandboxError as error:
+            self.fault = str(error)
             return 0.0 if self._used_up else None
         finally:
             self.close()
@@ -230,7 +231,7 @@ class _Collection:
             for future in [future for future in self._waiting if future.done()]:
                 self._collect(self._waiting.pop(future), future.result())
                 on_finish(len(self._done))
-        if not any(trajectory.scored for trajectory in self._done.values()):
+        if self._jobs and not any(trajectory.scored for trajectory in self._done.values()):
             faults = [environment.fault for environment in self._environments.values() if environment.fault]
             raise RolloutError(
                 f"all {len(self._jobs)} rollouts failed on this machine; mend the cause, then run the same command "

@@ -23,7 +23,7 @@ from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.models.transformer import abstract_params, bind
 from echo_jax.render import Renderer
 from echo_jax.roles import Role
-from echo_jax.rollout import START_ATTEMPTS, Collector, Interrupted, Job, rollout_metrics
+from echo_jax.rollout import START_ATTEMPTS, Collector, Interrupted, Job, RolloutError, rollout_metrics
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.task import Script
 from echo_jax.tokenizer import Tokenizer
@@ -157,18 +157,30 @@ def scorer():
     return jax.jit(score)
 
 
-def failing(times, error):
-    """Returns a Sandbox class whose first `times` starts for each set of files fail, and the list of its starts."""
+def with_task(jobs, i, **fields):
+    """Returns the jobs with another task at place i."""
+    changed = dataclasses.replace(jobs[i], task=dataclasses.replace(jobs[i].task, **fields))
+    return [*jobs[:i], changed, *jobs[i + 1 :]]
+
+
+def begins_like(part, whole):
+    """Whether a trajectory is the other one up to where it ends, to the last bit."""
+    arrays = ("ids", "role", "logprob")
+    return all(getattr(whole, name).tobytes().startswith(getattr(part, name).tobytes()) for name in arrays)
+
+
+def unreliable(times, which=lambda files: True):
+    """Returns a Sandbox class whose first `times` starts for each set of files (of `which`) fail, and its starts."""
     starts = []
 
-    class Failing(Sandbox):
+    class Unreliable(Sandbox):
         def __init__(self, *, files, **options):
             starts.append(tuple(files))
-            if starts.count(tuple(files)) <= times:
-                raise error
+            if which(files) and starts.count(tuple(files)) <= times:
+                raise SandboxBroken("injected")
             super().__init__(files=files, **options)
 
-    return Failing, starts
+    return Unreliable, starts
 
 
 class Dying(Sandbox):
@@ -215,9 +227,9 @@ def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkey
     clock = random.Random(0)
 
     def slowed(method):
-        def slow(host, *arguments):
+        def slow(environment, *arguments):
             time.sleep(clock.random() ** 4 * 0.15)
-            return method(host, *arguments)
+            return method(environment, *arguments)
 
         return slow
 
@@ -259,46 +271,35 @@ def test_progress_counts_up_to_the_number_of_jobs(collector, engine):
 
 @pytest.mark.parametrize("times", [1, START_ATTEMPTS - 1])
 def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkeypatch, times):
-    jobs = [
-        dataclasses.replace(job, task=dataclasses.replace(job.task, files={f"f{i}": b""}))
-        for i, job in enumerate(jobs_of(5))
-    ]
+    jobs = jobs_of(5)
+    for i in range(5):
+        jobs = with_task(jobs, i, files={f"f{i}": b""})
     expected = collector.rollouts(jobs, engine)
-    unreliable, starts = failing(times, SandboxBroken("injected"))
-    monkeypatch.setattr(rollout, "Sandbox", unreliable)
+    replacement, starts = unreliable(times)
+    monkeypatch.setattr(rollout, "Sandbox", replacement)
     assert all(map(same, collector.rollouts(jobs, engine), expected))
     assert len(starts) == 5 * (times + 1)
 
 
 def test_a_sandbox_that_never_starts_gives_an_unscored_trajectory_and_stops_no_other(collector, engine, monkeypatch):
-    jobs = jobs_of(7)
-    expected = collector.rollouts(jobs, engine)
-    jobs[2] = dataclasses.replace(jobs[2], task=dataclasses.replace(jobs[2].task, files={"bad": b""}))
-    starts = []
-
-    class Unlucky(Sandbox):
-        def __init__(self, *, files, **options):
-            starts.append("bad" in files)
-            if "bad" in files:
-                raise SandboxBroken("injected")
-            super().__init__(files=files, **options)
-
-    monkeypatch.setattr(rollout, "Sandbox", Unlucky)
-    trajectories = collector.rollouts(jobs, engine)
-    assert sum(starts) == START_ATTEMPTS
-    lost = trajectories.pop(2)
+    expected = collector.rollouts(jobs_of(7), engine)
+    replacement, starts = unreliable(99, lambda files: "bad" in files)
+    monkeypatch.setattr(rollout, "Sandbox", replacement)
+    trajectories = collector.rollouts(with_task(jobs_of(7), 2, files={"bad": b""}), engine)
+    assert starts.count(("bad",)) == START_ATTEMPTS
+    lost, other = trajectories.pop(2), expected.pop(2)
     assert (lost.outcome, lost.scored, lost.reward) == ("infra", False, 0.0)
-    first_turn = expected.pop(2)
-    cut = len(lost.ids)
     assert lost.turns >= 1
-    assert lost.ids.tolist() == first_turn.ids[:cut].tolist()  # what was sampled until the fault is kept
-    assert lost.logprob.tobytes() == first_turn.logprob[:cut].tobytes()
+    assert begins_like(lost, other)  # what was sampled until the fault is kept
     assert all(map(same, trajectories, expected))
 
 
-def test_a_setup_that_fails_is_a_fault_of_the_machine(collector):
-    trajectory = collector.scripted(scripted_jobs(says("submit oak"), setup="exit 3"), [True], 0)[0]
-    assert (trajectory.outcome, trajectory.scored, trajectory.turns, trajectory.calls) == ("infra", False, 0, {})
+def test_a_setup_that_fails_is_a_fault_of_the_machine(collector, engine):
+    trajectories = collector.rollouts(with_task(jobs_of(3), 1, setup="exit 3"), engine)
+    assert [t.scored for t in trajectories] == [True, False, True]
+    assert trajectories[1].outcome == "infra"
+    with pytest.raises(RolloutError, match="script of task task 0 failed .* setup 'exit 3': nonzero"):
+        collector.scripted(scripted_jobs(says("submit oak"), setup="exit 3"), [True], 0)
 
 
 def test_setup_runs_where_the_agent_will_stand(collector):
@@ -307,24 +308,47 @@ def test_setup_runs_where_the_agent_will_stand(collector):
     assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "/work/d\n"
 
 
-def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, monkeypatch):
+def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, engine, monkeypatch):
+    expected = collector.rollouts(jobs_of(12), engine)
     monkeypatch.setattr(rollout, "Sandbox", Dying)
-    jobs = scripted_jobs(says("bash ls", "bash ls", "bash ls"), says("bash ls", "submit oak"))
-    dead, alive = collector.scripted(jobs, [True] * 2, 0)
-    assert (dead.outcome, dead.scored, dead.reward, dead.turns) == ("infra", False, 0.0, 2)
-    assert dead.calls == {"ok": 1, "infra": 1}
-    assert TOKENIZER.decode(dead.ids[dead.role == Role.OBSERVATION]) == "elm\noak\n"
-    assert (alive.outcome, alive.scored, alive.reward) == ("submitted", True, 1.0)
+    trajectories = collector.rollouts(jobs_of(12), engine)
+    lost = [i for i, t in enumerate(trajectories) if not t.scored]
+    assert 0 < len(lost) < 12
+    for i, trajectory in enumerate(trajectories):
+        assert (i in lost) == (trajectory.outcome == "infra")
+        if i in lost:
+            assert begins_like(trajectory, expected[i])
+            assert (trajectory.calls["infra"], trajectory.reward) == (1, 0.0)
+        else:
+            assert same(trajectory, expected[i])
+    with pytest.raises(RolloutError, match="task 0 failed on this machine: .*closed"):
+        collector.scripted(scripted_jobs(says("bash ls", "bash ls", "submit oak")), [True], 0)
 
 
-def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, monkeypatch):
+def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, monkeypatch):
     class DiesLate(Sandbox):
-        def kill_processes(self):
-            raise SandboxError("injected")
+        def __init__(self, *, files, **options):
+            super().__init__(files=files, **options)
+            self.dies = "bad" in files
 
+        def kill_processes(self):
+            if self.dies:
+                raise SandboxError("injected")
+
+    expected = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
     monkeypatch.setattr(rollout, "Sandbox", DiesLate)
-    trajectory = collector.scripted(scripted_jobs(says("submit oak")), [True], 0)[0]
-    assert (trajectory.outcome, trajectory.scored, trajectory.reward) == ("infra", False, 0.0)
+    trajectories = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
+    assert (trajectories[0].outcome, trajectories[0].scored, trajectories[0].reward) == ("infra", False, 0.0)
+    assert trajectories[0].ids.tobytes() == expected[0].ids.tobytes()
+    assert all(map(same, trajectories[1:], expected[1:]))
+    with pytest.raises(RolloutError, match="task 0 failed on this machine: injected"):
+        collector.scripted(scripted_jobs(says("submit oak"), files={"bad": b""}), [True], 0)
+
+
+def test_a_machine_on_which_every_rollout_fails_is_an_error_with_its_cause(collector, engine, monkeypatch):
+    monkeypatch.setattr(rollout, "Sandbox", unreliable(99)[0])
+    with pytest.raises(RolloutError, match="all 5 rollouts failed on this machine.*injected"):
+        collector.rollouts(jobs_of(5), engine)
 
 
 def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
@@ -396,7 +420,7 @@ def test_a_script_whose_turn_was_cut_off_goes_on(collector):
 
 
 def test_a_script_that_does_not_submit_is_an_error_that_names_its_task(collector):
-    with pytest.raises(ValueError, match=r"script of task task 0 ended without submitting.*12 tokens"):
+    with pytest.raises(RolloutError, match=r"script of task task 0 ended without submitting.*12 tokens"):
         collector.scripted(scripted_jobs(says("bash ls")), [True], 0)
 
 
@@ -404,10 +428,8 @@ def test_an_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, 
     def crash(answer):
         raise ZeroDivisionError
 
-    jobs = jobs_of(4)
-    jobs[1] = dataclasses.replace(jobs[1], task=dataclasses.replace(jobs[1].task, judge=crash))
     with pytest.raises(ZeroDivisionError):
-        collector.rollouts(jobs, engine)
+        collector.rollouts(with_task(jobs_of(4), 1, judge=crash), engine)
     assert own_sandboxes() == 0
     with pytest.raises(ZeroDivisionError):
         collector.scripted(scripted_jobs(says("submit oak"), judge=crash), [True], 0)
@@ -448,7 +470,7 @@ def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine,
             collect[way]()
         assert time.monotonic() - stopped[0] < limits.timeout_seconds + 2
         thread.join()
-        assert way == "scripted" or own_sandboxes() == 0
+        assert own_sandboxes() == 0
         with pytest.raises(Interrupted):  # it stays stopped
             collect["sampled"]()
     assert own_sandboxes() == 0

@@ -81,22 +81,23 @@ def test_a_run_leaves_what_the_readme_says(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"config.json", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "DONE"} <= names
     records = read_metrics(finished / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(1, 8))
-    assert {"eval/solve_rate", "eval/observation_ce"} <= records[3].keys() & records[-1].keys()
+    assert [record["step"] for record in records] == list(range(1, 35))
+    assert {"eval/solve_rate", "eval/observation_ce"} <= records[29].keys() & records[-1].keys()
     assert {"policy/loss", "loss/total", "rollout/solve_rate", "pack/efficiency", "policy/sampler_gap"} <= records[
         -1
     ].keys()
-    assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[4:])
+    assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[30:])
+    assert records[-1]["train/gradient_norm"] > 0
 
 
 def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "interrupted"
     first = start(workdir)
-    wait_for_step(workdir, 3, first)  # in the warm start, one step after a checkpoint
+    wait_for_step(workdir, 13, first)  # in the warm start, three steps after a checkpoint
     first.kill()
     finish(first)
     second = start(workdir)
-    wait_for_step(workdir, 5, second)  # in RL
+    wait_for_step(workdir, 31, second)  # in RL
     second.send_signal(signal.SIGINT)
     status, output = finish(second)
     assert status == 130, output
@@ -148,7 +149,7 @@ def test_evaluate_prints_one_line_of_json(finished):
         check=True,
     )
     result = json.loads(run.stdout)
-    assert result["step"] == 7
+    assert result["step"] == 34
     assert {
         "eval/solve_rate",
         "eval/pass@1",
@@ -173,14 +174,14 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_on(finished, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished, workdir)
     (workdir / "DONE").unlink()
-    newest = workdir / "checkpoints" / "7"
+    newest = workdir / "checkpoints" / "34"
     for path in newest.rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"checkpoints/7.*delete") as error:
+    with pytest.raises(CheckpointError, match=r"checkpoints/34.*delete") as error:
         train.train(tiny.get_config(), workdir)
-    assert "step 6" in str(error.value)
-    assert len(read_metrics(workdir / "metrics.jsonl")) == 7
+    assert "step 30" in str(error.value)
+    assert len(read_metrics(workdir / "metrics.jsonl")) == 34
 
 
 def test_without_a_sandbox_nothing_starts(tmp_path, monkeypatch):

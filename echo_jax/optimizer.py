@@ -6,10 +6,8 @@ import optax
 def make_optimizer(
     *, learning_rate: float, warmup_steps: int, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    schedule = optax.join_schedules(
-        [optax.linear_schedule(0.0, learning_rate, warmup_steps), optax.constant_schedule(learning_rate)],
-        [warmup_steps],
-    )
+    # Update n of the warm-up has n / (warmup_steps + 1) of the learning rate: none is spent on a rate of 0.
+    schedule = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
     )

@@ -227,4 +227,4 @@ def test_golden_losses():
     """Three updates of a tiny model. If a change means to move these numbers, print and replace them; else it is a
     bug."""
     _, _, losses = three_updates([(CHOSEN, ADVANTAGES)] * 3)
-    np.testing.assert_allclose(losses, [0.137596, 0.137596, 0.011856], rtol=1e-4)
+    np.testing.assert_allclose(losses, [0.137596, 0.01256, 0.006168], rtol=1e-4)

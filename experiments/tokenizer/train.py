@@ -28,7 +28,7 @@ VOCAB = flags.DEFINE_integer("vocab", 1280, "pieces, of which 256 are bytes")
 
 def corpus():
     """Yields lines. Every word appears often enough, with and without a space before it, to become a piece."""
-    for _ in range(400):
+    for _ in range(1000):
         for word in WORDS:
             yield word
             yield f" {word}"

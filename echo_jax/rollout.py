@@ -300,10 +300,10 @@ def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str = "rollout")
     for trajectory in trajectories:
         for status, count in trajectory.calls.items():
             statuses[status] = statuses.get(status, 0) + count
-    groups: dict[int, set[float]] = {}
+    groups: dict[int, list[float]] = {}
     for trajectory in trajectories:
         if trajectory.scored:
-            groups.setdefault(trajectory.group, set()).add(trajectory.reward)
+            groups.setdefault(trajectory.group, []).append(trajectory.reward)
     metrics = {
         "turns": float(np.mean([t.turns for t in trajectories])),
         "tokens": float(np.mean([len(t.ids) for t in trajectories])),
@@ -312,7 +312,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str = "rollout")
     if scored:
         metrics["solve_rate"] = float(np.mean([reward >= 1.0 for reward in scored]))
         metrics["reward"] = float(np.mean(scored))
-        metrics["mixed_groups"] = float(np.mean([len(rewards) > 1 for rewards in groups.values()]))
+        if len(scored) > len(groups):  # else no group has two to compare
+            metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))
     for status in (*Status, "unknown_tool", "unclosed", "submit"):
         metrics[f"calls_{status}"] = statuses.get(status, 0)
     return {f"{prefix}/{name}": value for name, value in metrics.items()}

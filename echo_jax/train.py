@@ -2,8 +2,9 @@
 
     python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.seed=1
 
-Run again on the same workdir, it resumes. The workdir holds config.json, metrics.jsonl (one object a step),
-tensorboard/, rollouts/ and checkpoints/, and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
+Run again on the same workdir, it resumes. The workdir holds config.json, provenance.jsonl (commit, diff and versions,
+one line a start), metrics.jsonl (one object a step), tensorboard/, rollouts/ and checkpoints/, and DONE when the run is
+complete. Ctrl-C saves a checkpoint and stops.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from echo_jax import provenance
 from echo_jax import runtime as runtime_lib
 from echo_jax import trajectory as trajectory_lib
 from echo_jax.advantages import group_advantages
@@ -292,6 +294,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         runtime.make_collector() as collector,
         stop_on_signal(collector) as received,
     ):
+        provenance.record(workdir)
         trainer = Trainer(runtime, collector, workdir)
         with contextlib.closing(trainer):
             if trainer.step:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "echo_jax"
 
 # rank -> modules, dotted below echo_jax; a folder's modules may import each other
 RANKS = [
-    {"", "roles", "config", "metrics", "progress", "checkpoint", "sharding", "cli"},
+    {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli"},
     {"batch", "tokenizer", "tools", "kernels"},
     {"trajectory", "render", "models"},
     {"tasks", "advantages", "objective", "optimizer"},

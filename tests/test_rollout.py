@@ -527,3 +527,7 @@ def test_rollouts_of_which_none_was_scored_have_no_rates():
     assert metrics["rollout/infra"] == 2
     assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_one_rollout_a_task_says_nothing_about_mixed_groups():
+    assert "rollout/mixed_groups" not in rollout_metrics([trajectory(group=0), trajectory(group=1)])

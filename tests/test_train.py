@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -17,8 +18,10 @@ import pytest
 from configs import tiny
 from echo_jax import config as config_lib
 from echo_jax import runtime, train
+from echo_jax import trajectory as trajectory_lib
 from echo_jax.checkpoint import Checkpointer, CheckpointError
 from echo_jax.metrics import read_metrics
+from echo_jax.rollout import Collector, Job
 from echo_jax.tools import bubblewrap, sandbox
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +82,15 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_the_readme_says(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"config.json", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "DONE"} <= names
+    assert {
+        "config.json",
+        "provenance.jsonl",
+        "metrics.jsonl",
+        "tensorboard",
+        "rollouts",
+        "checkpoints",
+        "DONE",
+    } <= names
     records = read_metrics(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 35))
     assert {"eval/solve_rate", "eval/observation_ce"} <= records[29].keys() & records[-1].keys()
@@ -235,10 +246,80 @@ def test_a_full_disk_ends_with_advice_and_keeps_what_was_saved(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+def test_a_disk_that_fills_in_mid_run_loses_nothing_before_the_last_checkpoint(tmp_path):
+    """Something else fills the disk after step 12; the last checkpoint is of step 10."""
+    bwrap = str(sandbox.probe())
+    tight = ["--dev-bind", "/", "/", "--size", "30000000", "--tmpfs", str(tmp_path)]
+    reached = f"""grep -qs '"step": 12' {tmp_path}/w/metrics.jsonl"""
+    fill = f"(until {reached}; do sleep 0.02; done; cat /dev/zero >{tmp_path}/filler) 2>&- & "
+    after = f"; status=$?; rm {tmp_path}/filler; ls {tmp_path}/w/checkpoints; exit $status"
+    run = subprocess.run(
+        [bwrap, *tight, "sh", "-c", fill + '"$@"' + after, "sh", *command("train", tmp_path / "w")],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "resumes from" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert "10" in run.stdout.splitlines()
+
+
+def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
+    workdir = tmp_path / "w"
+    config_lib.claim_workdir(tiny.get_config(), workdir)
+    with train.only_process_in(workdir):
+        status, output = finish(start(workdir))
+    assert status == 1
+    assert f"another process is training in {workdir}" in output
+    assert "Traceback" not in output
+    assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_an_interruption_inside_an_evaluation_loses_nothing(finished, tmp_path):
+    """The step is done but its metrics are not written: it is made again, from the checkpoint before."""
+    workdir = tmp_path / "w"
+    script = """
+import os, signal, sys
+from absl import flags
+from echo_jax import cli, evaluate, train
+call = evaluate.Evaluator.__call__
+def interrupted(self, *arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return call(self, *arguments, **options)
+evaluate.Evaluator.__call__ = interrupted
+from configs import tiny
+from pathlib import Path
+sys.exit(train.train(tiny.get_config(), Path(sys.argv[1])))
+"""
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    broken = subprocess.run(
+        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert broken.returncode == 128 + signal.SIGTERM, broken.stderr
+    assert "resume from step 20" in broken.stdout
+    assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == 29
+    status, output = finish(start(workdir))
+    assert status == 0, output
+    assert comparable(workdir) == comparable(finished)
+
+
+class Recorded(NamedTuple):
+    """What a run did."""
+
+    config: ml_collections.ConfigDict
+    reads: set[str]  # leaves of the config
+    compiled: list[int]  # step at each compilation
+    jobs: list[tuple[int, list[Job]]]  # step and jobs of each collection of sampled rollouts
+    workdir: Path
+
+
 @pytest.fixture(scope="module")
 def recorded_run(tmp_path_factory):
-    """A run in this process over a 2 × 2 × 2 mesh, with its config's reads and the step at each compilation."""
-    compiled = []
+    """A run in this process over a 2 × 2 × 2 mesh."""
+    compiled, jobs = [], []
     trainer = None
     original = train.Trainer.__init__
 
@@ -252,6 +333,12 @@ def recorded_run(tmp_path_factory):
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.append(trainer.step if trainer else -1)
 
+    collect = Collector.rollouts
+
+    def remember_jobs(self, chosen, *arguments):
+        jobs.append((trainer.step, chosen))
+        return collect(self, chosen, *arguments)
+
     config = tiny.get_config()
     config.num_steps = 4
     config.warm_start.num_steps = 4
@@ -264,11 +351,14 @@ def recorded_run(tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(on_event)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "__init__", remember)
-        patch.setattr(config_lib, "flat", _unrecorded_flat(config))
+        patch.setattr(Collector, "rollouts", remember_jobs)
+        # These two read every leaf, to write config.json and to check values: that does not count as use.
+        patch.setattr(config_lib, "flat", _on(config, config_lib.flat))
+        patch.setattr(config_lib, "validate", _on(config, config_lib.validate))
         workdir = tmp_path_factory.mktemp("recorded") / "w"
         assert train.train(recording, workdir) == 0
     jax.monitoring.clear_event_listeners()
-    return config, reads, compiled, workdir
+    return Recorded(config, reads, compiled, jobs, workdir)
 
 
 def _recording(config, prefix, reads):
@@ -289,28 +379,58 @@ def _recording(config, prefix, reads):
     return copy
 
 
-def _unrecorded_flat(config):
-    """`config.flat` reads every leaf, to write config.json: that does not count."""
-    fields = config_lib.flat(config)
-    return lambda _: fields
+def _on(config, function):
+    """Returns the function as it is on a config that is not recorded."""
+    result = function(config)
+    return lambda _: result
 
 
 def test_every_config_leaf_is_read_by_something(recorded_run):
     # Broken on purpose: a field added to the default config and read by nothing is named here.
-    config, reads, _, _ = recorded_run
-    unread = set(config_lib.flat(config)) - reads
+    unread = set(config_lib.flat(recorded_run.config)) - recorded_run.reads
     unread -= {name for name in unread if name.startswith("task.rooms.")}  # that family is not in the mixture
     assert not unread
 
 
 def test_nothing_compiles_after_the_first_step_checkpoint_and_evaluation(recorded_run):
-    _, _, compiled, _ = recorded_run
     # Steps 0 and 4 begin the phases, 2 is the first checkpoint, 4 the first evaluation; the run goes on to 8.
-    assert set(compiled) <= {-1, 0, 2, 4}
+    assert set(recorded_run.compiled) <= {-1, 0, 2, 4}
 
 
 def test_a_sharded_run_reports_the_same_kind_of_numbers(recorded_run):
-    workdir = recorded_run[3]
-    records = read_metrics(workdir / "metrics.jsonl")
+    records = read_metrics(recorded_run.workdir / "metrics.jsonl")
     assert len(records) == 8
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[4:])
+
+
+def test_no_task_and_no_sampling_key_is_used_twice_and_evaluation_is_on_held_out_tasks(recorded_run):
+    config = recorded_run.config
+    demonstrations = trajectory_lib.load(
+        recorded_run.workdir / "rollouts" / "demonstrations.jsonl.gz", vocab_size=runtime.build(config).vocab_size
+    )
+    trained = [t.task for t in demonstrations]
+    keys, evaluations = [], []
+    for step, jobs in recorded_run.jobs:
+        if len(jobs) == config.eval.episodes and jobs[0].task.name.split("/")[1] == "heldout":
+            evaluations.append((step, [(job.task.name, job.rollout) for job in jobs]))
+            continue
+        groups = [jobs[i : i + config.rollout.group_size] for i in range(0, len(jobs), config.rollout.group_size)]
+        assert all(len({job.task.name for job in group}) == 1 == len({job.group for job in group}) for group in groups)
+        trained += [group[0].task.name for group in groups]
+        keys += [job.rollout for job in jobs]
+    assert len(trained) == config.warm_start.demonstrations + config.num_steps * config.rollout.groups
+    assert len(set(trained)) == len(trained)
+    assert all(name.startswith("lookup/train/") for name in trained)
+    assert [step for step, _ in evaluations] == [4, 6, 8]
+    (names,) = {tuple(jobs) for _, jobs in evaluations}  # the same each time, so that curves compare
+    assert all(name.startswith("lookup/heldout/") for name, _ in names)
+    assert len(set(keys)) == len(keys)
+    assert not set(keys) & {key for _, key in names}
+
+
+def test_reinforcement_learning_begins_with_a_fresh_optimizer(finished):
+    """34 updates were made, 4 of them by the second phase's optimizer."""
+    counts = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(finished).opt_state)
+              if jax.tree_util.keystr(path).endswith("count")]  # fmt: skip
+    assert counts
+    assert all(count == 4 for count in counts)

@@ -13,8 +13,8 @@ Usage: launch.sh --local 1 [--sweep] [--dry-run] --config=PATH --workdir=DIR [--
   --workdir=DIR  where the run keeps everything; the same command again resumes it
 
 Anything else is passed on. PYTHON names the interpreter (default: python). Paths are relative to the current folder.
-Before it starts, the git SHA, the uncommitted diff and `pip freeze` go to DIR/launch/; the output goes to the screen
-and to DIR/launch/worker-0.log. The exit status is that of the program.
+The command goes to DIR/launch/command.txt, the output to the screen and to DIR/launch/worker-0.log; each run records
+commit, diff and versions itself, in provenance.jsonl. The exit status is that of the program.
 EOF
 }
 
@@ -60,9 +60,6 @@ fi
 
 launch=$workdir/launch
 mkdir -p "$launch"
-{ git -C "$root" rev-parse --verify --quiet HEAD || echo unknown; } >"$launch/git_sha.txt"
-git -C "$root" diff HEAD >"$launch/git_diff.patch" 2>/dev/null || true
-"$python" -m pip freeze >"$launch/pip_freeze.txt" || die "pip freeze failed: is $python the right interpreter?"
 {
   printf '%q ' "${command[@]}"
   printf '\n'

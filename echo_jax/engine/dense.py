@@ -61,8 +61,8 @@ class DenseEngine:
         )
         self._turn_start = zeros(lanes)
         self._params, self._version = None, 0
-        self._decode = functools.partial(
-            _decode, graphdef=graphdef, temperature=temperature, stop_id=stop_id, max_steps=steps_per_call
+        self._program = functools.partial(
+            _run_lanes, graphdef=graphdef, temperature=temperature, stop_id=stop_id, max_steps=steps_per_call
         )
 
     def set_params(self, params, version: int) -> None:
@@ -71,10 +71,10 @@ class DenseEngine:
             lanes = np.flatnonzero(self._host.known).tolist()
             raise RuntimeError(f"weights may only change while no session is open; there are some in the lanes {lanes}")
         if self._params is None:
-            # Placed like what comes out of `decode`, the cache goes in always alike: one program serves all calls.
+            # Placed like what comes out of the program, the cache goes in always alike: one program serves all calls.
             everywhere = replicated(jax.tree.leaves(params)[0].sharding.mesh)
             self._cache = jax.device_put(self._cache, everywhere)
-            self.decode = jax.jit(self._decode, donate_argnums=2, out_shardings=everywhere)
+            self.compiled = jax.jit(self._program, donate_argnums=2, out_shardings=everywhere)
         self._params, self._version = params, version
 
     def open(self, lane: int, rollout: int) -> None:
@@ -106,7 +106,7 @@ class DenseEngine:
     def step(self) -> dict[int, Sampled]:
         """Runs a few decoding steps; returns {lane: its turn} for the lanes that finished one."""
         running = self._host.budget > 0
-        host, self._cache = self.decode(self._params, self._host, self._cache, self._key)
+        host, self._cache = self.compiled(self._params, self._host, self._cache, self._key)
         self._host = jax.tree.map(np.array, host)
         finished = {}
         for lane in np.flatnonzero(running & (self._host.budget == 0)):
@@ -123,7 +123,7 @@ class DenseEngine:
             self.open(lane, rollout=0)
 
 
-def _decode(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_id, max_steps):
+def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_id, max_steps):
     """Up to `max_steps` tokens for every lane with a budget. Returns the lanes and the cache."""
     slots = lanes.ids.shape[1]
     rows = jnp.arange(lanes.ids.shape[0])

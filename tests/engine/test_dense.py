@@ -59,7 +59,7 @@ def unused(shared):
 
     def make(seed=0):
         engine = new_engine(seed=seed)
-        engine.decode = shared.decode
+        engine.compiled = shared.compiled
         return engine
 
     return make
@@ -348,4 +348,4 @@ def test_one_program_serves_all_uses(engine):
         engine.open(0, 1)
         engine.generate(0, (1,) * 20, 20)
         engine.step()
-    assert engine.decode._cache_size() == 1
+    assert engine.compiled._cache_size() == 1

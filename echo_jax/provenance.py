@@ -1,0 +1,40 @@
+"""What a run was made with: one line in `WORKDIR/provenance.jsonl` each time it is started or resumed.
+
+In: the running process. Out: command, commit, uncommitted diff, interpreter and package versions.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository, where the package was not installed away from it
+
+
+def record(workdir: Path, root: Path = ROOT) -> None:
+    """Appends one line. Outside a git checkout `git_sha` and `git_diff` are null."""
+    in_checkout = _git(root, "rev-parse", "--show-toplevel") == f"{root}\n"
+    sha = _git(root, "rev-parse", "HEAD") if in_checkout else None
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.orig_argv,
+        "git_sha": sha and sha.strip(),
+        "git_diff": sha and _git(root, "diff", "HEAD"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name)},
+    }
+    with (workdir / "provenance.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None where there is no git or it refuses."""
+    try:
+        run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace")
+    except FileNotFoundError:
+        return None
+    return run.stdout if run.returncode == 0 else None

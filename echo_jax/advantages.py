@@ -1,26 +1,66 @@
 """Rewards to advantages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from echo_jax.trajectory import Trajectory
 
+EPSILON = 1e-6  # beside the standard deviation
 
-def group_advantages(trajectories: Sequence[Trajectory], epsilon: float = 1e-6) -> np.ndarray:
-    """Returns f32 [R]: (reward - mean) / (std + epsilon) over each group, std with ddof 0 (GRPO, arXiv 2402.03300,
-    4.1.2).
 
-    A rollout that was not scored gets 0 and is left out of its group's mean and std; so does a lone survivor's. A
-    group of equal rewards gets exactly 0.
+def _normalized(rewards: np.ndarray) -> np.ndarray:
+    """(r - mean) / (std + 1e-6), std with ddof 0 (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    return (rewards - rewards.mean()) / (rewards.std() + EPSILON)
+
+
+def _centered(rewards: np.ndarray) -> np.ndarray:
+    """r - mean: no division, which favours tasks of little variance (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
+    return rewards - rewards.mean()
+
+
+def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """r minus the mean of the group's other rewards (RLOO, arXiv 2402.14740)."""
+    return (rewards - rewards.mean()) * len(rewards) / max(len(rewards) - 1, 1)
+
+
+def _reward(rewards: np.ndarray) -> np.ndarray:
+    """The reward itself: REINFORCE without a baseline (Williams 1992)."""
+    return rewards
+
+
+# Each maps the rewards of one group's rollouts to their advantages.
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "group": _normalized,
+    "group_mean": _centered,
+    "leave_one_out": _leave_one_out,
+    "reward": _reward,
+}
+
+
+def advantages_of(trajectories: Sequence[Trajectory], estimator: str = "group") -> np.ndarray:
+    """Returns f32 [R], one of `ADVANTAGES` over each group.
+
+    A rollout that was not scored gets 0 and is left out of its group's statistics. Branches of one rollout have one
+    reward between them, and count once. Where a baseline is subtracted, equal rewards and a lone survivor get
+    exactly 0.
     """
-    rewards = np.asarray([t.reward for t in trajectories], np.float64)
-    scored = np.asarray([t.scored for t in trajectories], bool)
-    groups = np.asarray([t.group for t in trajectories])
-    advantages = np.zeros(len(trajectories), np.float64)
-    for group in np.unique(groups):
-        members = (groups == group) & scored
-        if members.any() and np.ptp(rewards[members]) > 0:
-            own = rewards[members]
-            advantages[members] = (own - own.mean()) / (own.std() + epsilon)
+    advantages = np.zeros(len(trajectories))
+    for members in groups_of(trajectories).values():
+        rewards = {trajectories[i].rollout: trajectories[i].reward for i in members if trajectories[i].scored}
+        if not rewards or (estimator != "reward" and np.ptp(list(rewards.values())) == 0):
+            continue
+        own = ADVANTAGES[estimator](np.asarray(list(rewards.values()), np.float64))
+        by_rollout = dict(zip(rewards, own, strict=True))
+        for i in members:
+            if trajectories[i].scored:
+                advantages[i] = by_rollout[trajectories[i].rollout]
     return advantages.astype(np.float32)
+
+
+def groups_of(trajectories: Sequence[Trajectory]) -> dict[int, list[int]]:
+    """Returns {group: indices of its trajectories}."""
+    groups: dict[int, list[int]] = {}
+    for i, trajectory in enumerate(trajectories):
+        groups.setdefault(trajectory.group, []).append(i)
+    return groups

@@ -20,12 +20,17 @@ class Batch:
     segment_ids: jax.Array  # int32 [M, B, T] trajectory within the row, from 1; 0 is padding
     positions: jax.Array  # int32 [M, B, T] of `tokens` within its trajectory
     role: jax.Array  # int8 [M, B, T] Role of `targets`
+    tool: jax.Array  # int8 [M, B, T] which tool wrote `targets`, as in TOOL_IDS; 0: none did
     policy_weight: jax.Array  # f32 [M, B, T] >= 0, never holds the advantage
     observation_weight: jax.Array  # f32 [M, B, T] >= 0, holds lambda
+    kl_weight: jax.Array  # f32 [M, B, T] >= 0
     policy_denominator: jax.Array  # f32 [M, B, T] what this token adds to the batch-wide denominator
     observation_denominator: jax.Array  # f32 [M, B, T]
     advantage: jax.Array  # f32 [M, B, T]
+    active: jax.Array  # f32 [M, B, T] 1 where a term reads the log-probability, else 0
     sampler_logprob: jax.Array  # f32 [M, B, T] log-prob of `targets` when it was sampled; 0 elsewhere
+    old_logprob: jax.Array  # f32 [M, B, T] that the importance ratio is taken to: the sampler's, or recomputed
+    reference_logprob: jax.Array  # f32 [M, B, T] under the reference of the KL; 0 where there is none
     temperature: jax.Array  # f32 [M, B, T] of sampling on actions, 1 wherever the term is a cross-entropy
 
 
@@ -37,7 +42,9 @@ def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
 def empty(micro_batches: int, rows: int, length: int) -> Batch:
     """Returns a numpy batch of padding, to be filled."""
     shape = (micro_batches, rows, length)
-    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | {"role": np.int8}
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | dict.fromkeys(
+        ("role", "tool"), np.int8
+    )
     fields = {name: np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch.__dataclass_fields__}
     fields["temperature"] += 1.0
     return Batch(**fields)

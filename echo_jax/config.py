@@ -5,6 +5,7 @@ In: overrides from a config file or the command line. Out: one locked `ConfigDic
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import ml_collections
@@ -53,6 +54,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.max_turns = 3
     c.rollout.max_tokens = 96  # of a whole trajectory
     c.rollout.max_turn_tokens = 24  # sampled in one turn
+    c.rollout.warn_last_turn = False  # tell the agent that its last turn has come
     c.rollout.temperature = 1.0  # of sampling, in training and evaluation
     c.rollout.tool_threads = 8  # tool calls at work at once; as many sandboxes as rollouts are open
     c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
@@ -74,15 +76,46 @@ def default_config() -> ml_collections.ConfigDict:
     c.warm_start.observation_weight = 0.2  # action-only sft leaves observation CE worse than uniform
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.clip_low = 0.2  # the importance ratio is clipped to [1 - clip_low, 1 + clip_high]
+    c.loss.mode = "echo"  # grpo (lambda = 0) | echo | env_only (no policy term, no verifier needed)
+    c.loss.mode_changes = ()  # pairs (RL step from 0, mode): from there on that mode
+    # The policy term.
+    c.loss.policy = "grpo"  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_loss.py
+    c.loss.advantage = "auto"  # group | group_mean | leave_one_out | reward; auto: as the policy loss's paper
+    c.loss.policy_normalizer = "auto"  # sequence | token | constant; auto: as the policy loss's paper
+    c.loss.clip_low = (
+        0.2  # the importance ratio is clipped to [1 - clip_low, 1 + clip_high]; dapo .2/.28, gspo 3e-4/4e-4
+    )
     c.loss.clip_high = 0.2
-    c.loss.observation_weight = 0.05  # lambda
-    c.loss.observation_normalizer = "observation"  # observation | selected | token
-    c.loss.policy_normalizer = "sequence"  # sequence | token
+    c.loss.dual_clip = 0.0  # bound of the loss of a negative advantage, in advantages (3 is usual); 0: none
+    c.loss.old_logprobs = "sampler"  # sampler | recomputed: what the importance ratio is taken to
+    c.loss.importance_cap = 2.0  # of truncated importance sampling, for recomputed old log-probs; 0: off
+    c.loss.mask_overlong = False  # leave rollouts that a budget ended out of the policy term
+    c.loss.kl_weight = 0.0  # of the KL to the policy at the start of RL
+    c.loss.kl_estimator = "k3"  # k1 | k2 | k3
+    # The observation term.
+    c.loss.observation_weight = 0.05  # lambda; it does not transfer between normalisers
+    c.loss.observation_schedule = "constant"  # constant | linear (to 0) | step (to 0) | warmup (from 0)
+    c.loss.observation_schedule_steps = 0  # RL steps that the schedule takes; 0: num_steps
+    c.loss.observation_normalizer = "observation"  # observation | selected | token | constant
+    c.loss.class_weights = ml_collections.ConfigDict(
+        {"body": 1.0, "boilerplate": 0.0, "truncation": 0.0, "feedback": 0.0, "warning": 0.0}
+    )
+    c.loss.tool_weights = ml_collections.ConfigDict()  # tool -> weight of what it writes; 1 for a tool not named
+    c.loss.observation_filter = ""  # module:function of (trajectory, bool [T]) -> bool [T], narrows what is trained
+    c.loss.observation_clip = 1.0  # stop training a token whose probability is above this (PaW: 0.2); 1: never
+    c.loss.top_entropy = 1.0  # train observations after this share of turns, the most uncertain (PaW: 0.75)
+    c.loss.reward_adaptive = False  # lambda times (1 - mean reward) of each group (PaW)
+    c.loss.dedupe = False  # train an observation that is repeated within a group once
+    c.loss.min_valid_calls = 0.0  # env_only: least share of a rollout's turns with a valid call
+    c.loss.clean_parse = False  # env_only: leave out rollouts with a turn that was cut off
+    # Both.
+    c.loss.constant = 0  # tokens, the divisor of the constant normalisers; 0: rollout.max_tokens
+    c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
     c.loss.token_block = 1024  # tokens whose logits exist at once in the LM-head loss
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.learning_rate = 3e-4
+    c.optimizer.updates_per_batch = 1  # passes over each RL batch
     c.optimizer.warmup_steps = 10
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
@@ -118,23 +151,26 @@ _MAY_BE_ZERO = (
     "warm_start.num_steps",
     "warm_start.demonstrations",
     "optimizer.warmup_steps",
+    "loss.observation_schedule_steps",
+    "loss.constant",
+    "loss.gradient_metrics_every",
     "eval.every",
 )
 _NOT_NEGATIVE = (
     "loss.observation_weight",
     "loss.clip_low",
     "loss.clip_high",
+    "loss.importance_cap",
+    "loss.kl_weight",
+    *(f"loss.class_weights.{name}" for name in ("body", "boilerplate", "truncation", "feedback", "warning")),
     "warm_start.observation_weight",
     "warm_start.learning_rate",
     "optimizer.learning_rate",
     "optimizer.weight_decay",
 )
 _POSITIVE = ("rollout.temperature", "optimizer.clip_norm", "model.rope_theta", "model.norm_eps")
-_CHOICES = {
-    "loss.observation_normalizer": ("observation", "selected", "token"),
-    "loss.policy_normalizer": ("sequence", "token"),
-    "model.compute_dtype": ("float32", "bfloat16"),
-}
+_SHARE = ("warm_start.success_rate", "loss.min_valid_calls")
+_SHARE_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
@@ -149,8 +185,12 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
     return leaves
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises `ConfigError`, naming field and value, for what no run could use."""
+def validate(config: ml_collections.ConfigDict, choices: Mapping[str, Collection[str]]) -> None:
+    """Raises `ConfigError`, naming field and value, for what no run could use.
+
+    Args:
+      choices: field -> the values that it can have.
+    """
 
     def require(condition: bool, message: str) -> None:
         if not condition:
@@ -163,10 +203,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
             require(value >= least, f"config.{name} = {value}: it must be at least {least}")
     for name in _NOT_NEGATIVE:
         require(fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
-    for name, allowed in _CHOICES.items():
+    for name, allowed in choices.items():
         require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
-    share = config.warm_start.success_rate
-    require(0 <= share <= 1, f"config.warm_start.success_rate = {share}: it must lie between 0 and 1")
+    for name in (*_SHARE, *_SHARE_ABOVE_ZERO):
+        in_range = 0 <= fields[name] <= 1 and (fields[name] > 0 or name in _SHARE)
+        require(in_range, f"config.{name} = {fields[name]}: it must lie between 0 and 1")
+    dual = config.loss.dual_clip
+    require(dual == 0 or dual > 1, f"config.loss.dual_clip = {dual}: it must be above 1, or 0 for none")
     for name in _POSITIVE:
         require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
     for name in ("optimizer.b1", "optimizer.b2"):

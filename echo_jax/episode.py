@@ -11,7 +11,7 @@ import numpy as np
 
 from echo_jax.render import Part, Rendered, Renderer
 from echo_jax.roles import Role
-from echo_jax.tools import TOOLS
+from echo_jax.tools import TOOL_IDS, TOOLS
 from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.trajectory import Sampled, Trajectory
 
@@ -39,6 +39,7 @@ class Rules:
     max_turns: int
     max_tokens: int  # of the whole trajectory
     max_turn_tokens: int  # sampled in one turn
+    warn_last_turn: bool = False  # say so before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Episode:
     rules: Rules
     ids: tuple[int, ...]
     roles: tuple[Role, ...]
+    tools: tuple[int, ...]  # which tool wrote the token, as in TOOL_IDS; 0: none did
     logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
     phase: Phase = Phase.GENERATE
     outcome: Outcome = Outcome.RUNNING
     turns: int = 0
@@ -83,7 +86,7 @@ def start(renderer: Renderer, rules: Rules, prompt: str) -> Episode:
         raise ValueError(
             f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}"
         )
-    return Episode(renderer, rules, rendered.ids, rendered.roles, (0.0,) * len(rendered.ids))
+    return _append(Episode(renderer, rules, (), (), (), (), ()), rendered)
 
 
 def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
@@ -109,16 +112,18 @@ def parse_call(text: str) -> Call | str:
 
 
 def _after_turn(episode: Episode, turn: Sampled) -> Episode:
-    if not 0 < len(turn.ids) == len(turn.logprobs) <= episode.sample_budget:
+    if not 0 < len(turn.ids) == len(turn.logprobs) == len(turn.entropies) <= episode.sample_budget:
         raise ValueError(
-            f"a turn of {len(turn.ids)} ids and {len(turn.logprobs)} log-probs, where 1 to "
-            f"{episode.sample_budget} tokens were asked for"
+            f"a turn of {len(turn.ids)} ids, {len(turn.logprobs)} log-probs and {len(turn.entropies)} entropies, where "
+            f"1 to {episode.sample_budget} tokens were asked for"
         )
     episode = dataclasses.replace(
         episode,
         ids=episode.ids + turn.ids,
         roles=episode.roles + (Role.ACTION,) * len(turn.ids),
+        tools=episode.tools + (0,) * len(turn.ids),
         logprobs=episode.logprobs + turn.logprobs,
+        entropies=episode.entropies + turn.entropies,
         turns=episode.turns + 1,
         policy_version=turn.policy_version,
     )
@@ -138,7 +143,9 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
 def _after_call(episode: Episode, result: CommandResult) -> Episode:
     if result.status is Status.INFRA:
         return abandon(dataclasses.replace(episode, attempts=(*episode.attempts, str(result.status))))
-    return _observe(dataclasses.replace(episode, call=None), observation_parts(result), attempt=str(result.status))
+    tool = TOOL_IDS[episode.call.name]
+    episode = dataclasses.replace(episode, call=None)
+    return _observe(episode, observation_parts(result), tool=tool, attempt=str(result.status))
 
 
 def observation_parts(result: CommandResult) -> list[Part]:
@@ -149,16 +156,18 @@ def observation_parts(result: CommandResult) -> list[Part]:
         parts.insert(1, Part(f"{result.dropped_bytes} bytes dropped", Role.TRUNCATION))
     if result.status is not Status.OK:
         notice = str(result.status) if result.exit_code is None else f"exit {result.exit_code}"
-        parts.append(Part(notice, Role.STATUS))
+        parts.append(Part(notice, Role.BOILERPLATE))
     return parts
 
 
-def _observe(episode: Episode, parts: list[Part], *, attempt: str) -> Episode:
+def _observe(episode: Episode, parts: list[Part], *, attempt: str, tool: int = 0) -> Episode:
     """Appends an observation and asks for the next turn, unless a budget ends the episode first."""
+    if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1:
+        parts = [*parts, Part("last turn", Role.WARNING)]
     observation = episode.renderer.observation(parts)
     if len(episode.ids) + len(observation.ids) > episode.rules.max_tokens:
         return _end(episode, Outcome.MAX_TOKENS, attempt=attempt)
-    episode = _append(episode, observation)
+    episode = _append(episode, observation, tool)
     if episode.turns >= episode.rules.max_turns:
         return _end(episode, Outcome.MAX_TURNS, attempt=attempt)
     next_turn = episode.renderer.generation_prompt()
@@ -167,12 +176,17 @@ def _observe(episode: Episode, parts: list[Part], *, attempt: str) -> Episode:
     return dataclasses.replace(_append(episode, next_turn), phase=Phase.GENERATE, attempts=(*episode.attempts, attempt))
 
 
-def _append(episode: Episode, new: Rendered) -> Episode:
+def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
+    """Adds what was not sampled; of it, the tool wrote its output and what its wrapper adds to that."""
+    by_tool = (Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION)
+    zeros = (0.0,) * len(new.ids)
     return dataclasses.replace(
         episode,
         ids=episode.ids + new.ids,
         roles=episode.roles + new.roles,
-        logprobs=episode.logprobs + (0.0,) * len(new.ids),
+        tools=episode.tools + tuple(tool if role in by_tool else 0 for role in new.roles),
+        logprobs=episode.logprobs + zeros,
+        entropies=episode.entropies + zeros,
     )
 
 
@@ -182,16 +196,20 @@ def _end(episode: Episode, outcome: Outcome, *, attempt: str) -> Episode:
     )
 
 
-def to_trajectory(episode: Episode, *, task: str, group: int, reward: float) -> Trajectory:
+def to_trajectory(episode: Episode, *, task: str, group: int, rollout: int, reward: float) -> Trajectory:
     """Returns a finished episode as numpy arrays."""
     if episode.phase is not Phase.DONE:
         raise ValueError(f"an episode in phase {episode.phase.name} is not finished")
     return Trajectory(
         ids=np.asarray(episode.ids, np.int32),
         role=np.asarray(episode.roles, np.int8),
+        tool=np.asarray(episode.tools, np.int8),
         logprob=np.asarray(episode.logprobs, np.float32),
+        entropy=np.asarray(episode.entropies, np.float32),
         task=task,
         group=group,
+        rollout=rollout,
+        shared=0,
         policy_version=episode.policy_version,
         reward=reward,
         scored=episode.outcome is not Outcome.INFRA,

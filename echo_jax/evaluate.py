@@ -1,9 +1,12 @@
 """Evaluates a run's latest checkpoint on held-out tasks and prints one JSON line.
 
     python -m echo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --episodes=256 --samples=1
+    python -m echo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --trajectories=FILE
 
 In: parameters. Out: the solve rate over sampled rollouts on tasks never trained on, and `eval/observation_ce`, the
-cross-entropy of tool output on fixed transcripts that a script, not the policy, produced on held-out tasks.
+cross-entropy of tool output on fixed transcripts that a script, not the policy, produced on held-out tasks. With
+`--trajectories` (rollouts that a run saved, say another policy's) nothing is sampled: the cross-entropy of their tool
+output per class and tool, with its action-shuffled control and the train/held-out gap (see world_model.py).
 """
 
 import json
@@ -11,26 +14,23 @@ from collections.abc import Callable, Sequence
 from math import comb
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from echo_jax import runtime as runtime_lib
 from echo_jax import trajectory as trajectory_lib
-from echo_jax.batch import to_mesh
 from echo_jax.checkpoint import Checkpointer
 from echo_jax.cli import run_program
 from echo_jax.config import check_workdir
 from echo_jax.engine.dense import DenseEngine
-from echo_jax.loss import add_sums, finish_metrics
-from echo_jax.objective import weigh
 from echo_jax.rollout import Collector, Job, rollout_metrics
 from echo_jax.runtime import Runtime
-from echo_jax.train_step import make_score
 from echo_jax.trajectory import Trajectory
+from echo_jax.world_model import Scorer, compare
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # sampling keys of evaluation: away from training's, the same at every evaluation
+SHUFFLE_SEED = 21
 TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
 
 
@@ -42,7 +42,7 @@ class Evaluator:
         self._collector = collector
         self._engine = engine
         self._workdir = workdir
-        self._score = make_score(runtime.graphdef, runtime.config.loss.token_block)
+        self._score = Scorer(runtime)
         self._transcripts: list[Trajectory] | None = None
 
     def __call__(
@@ -62,24 +62,16 @@ class Evaluator:
             for sample in range(samples)
         ]
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
-        metrics = rollout_metrics(trajectories, "eval") | pass_at_k(trajectories, samples)
+        header = self._runtime.renderer.observation_header
+        metrics = rollout_metrics(trajectories, "eval", header) | pass_at_k(trajectories, samples)
         metrics["eval/observation_ce"] = self.observation_ce(params)
         return metrics
 
     def observation_ce(self, params) -> float:
         """Returns the mean cross-entropy, in nats a token, of the tool output in the fixed held-out transcripts."""
-        runtime = self._runtime
         if self._transcripts is None:
             self._transcripts = self._load_transcripts()
-        objective = runtime.objective(observation_weight=1.0, temperature=1.0)
-        weights = [weigh(t, 0.0, objective) for t in self._transcripts]
-        packed = runtime.pack(self._transcripts, weights, at_most=len(self._transcripts))
-        sums = None
-        for i in range(packed.micro_batches):
-            micro = to_mesh(jax.tree.map(lambda x, i=i: x[i : i + 1], packed.batch), runtime.mesh)
-            more = self._score(params, jax.tree.map(lambda x: x[0], micro))
-            sums = more if sums is None else add_sums(sums, more)
-        return finish_metrics(sums)["observation/ce"]
+        return self._score(params, self._transcripts)["ce"]
 
     def _load_transcripts(self) -> list[Trajectory]:
         """Half right, half flawed demonstrations on held-out tasks: the same for every run of a config's tasks."""
@@ -116,13 +108,19 @@ def main(args: flags.FlagValues) -> None:
     runtime = runtime_lib.build(config)
     check_workdir(config, workdir)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        state, _ = checkpointer.restore(runtime.abstract_state())
-    step = int(state.step)
-    episodes = args.episodes or config.eval.episodes
-    with runtime.make_collector() as collector:
-        evaluator = Evaluator(runtime, collector, runtime.make_engine(), workdir)
-        metrics = evaluator(state.params, step, episodes=episodes, samples=args.samples)
-    print(json.dumps({"step": step, "episodes": episodes, "samples": args.samples} | metrics))
+        state, saved = checkpointer.restore(runtime.abstract_state())
+    result = {"step": saved["step"]}
+    if args.trajectories:
+        trajectories = trajectory_lib.load(Path(args.trajectories), vocab_size=runtime.vocab_size)
+        result |= {"trajectories": args.trajectories, "count": len(trajectories)}
+        result |= compare(Scorer(runtime), state.params, trajectories, SHUFFLE_SEED)
+    else:
+        episodes = args.episodes or config.eval.episodes
+        with runtime.make_collector() as collector:
+            evaluator = Evaluator(runtime, collector, runtime.make_engine(), workdir)
+            metrics = evaluator(state.params, saved["step"], episodes=episodes, samples=args.samples)
+        result |= {"episodes": episodes, "samples": args.samples} | metrics
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
@@ -130,4 +128,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
     flags.DEFINE_integer("episodes", None, "Held-out tasks; default: eval.episodes of the config.", lower_bound=1)
     flags.DEFINE_integer("samples", 1, "Rollouts a task; above 1, pass@k is printed too.", lower_bound=1)
+    flags.DEFINE_string("trajectories", None, "A file of saved rollouts to score, in place of sampling new ones.")
     run_program(main, runtime_lib.USER_ERRORS)

@@ -1,44 +1,46 @@
-"""The ECHO loss: both terms from one pass over the LM head.
+"""The ECHO loss: all terms from one pass over the LM head.
 
 In: hidden states and a micro-batch of packed rows. Out: this micro-batch's share of the loss, and metric sums.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from echo_jax.batch import Batch
 from echo_jax.kernels.fused_logprobs import fused_logprobs
-from echo_jax.roles import OBSERVATION_ROLES, Role
+from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip, Tokens
+from echo_jax.roles import ENVIRONMENT_CLASSES, Role
+from echo_jax.tools import TOOL_IDS
 
+# What the observation metrics are split by: suffix of the name -> which tokens, by role and tool. A class first, all
+# tools together (the body's names have no suffix); then the bodies that each tool wrote.
+SPLITS = {"" if name == "body" else f"_{name}": (role, None) for name, role in ENVIRONMENT_CLASSES.items()}
+SPLITS |= {f"_tool_{name}": (Role.OBSERVATION, tool) for name, tool in TOOL_IDS.items()}
 # Metrics that are sums over micro-batches, and the count that turns each into a mean.
 MEANS = {
     "policy/entropy": "policy/tokens",
     "policy/clip_fraction": "policy/tokens",
     "policy/sampler_gap": "policy/tokens",
-    "observation/ce": "observation/tokens",
+    "policy/mismatch_kl": "policy/tokens",
+    "policy/reference_kl": "policy/tokens",
     "loss/active_fraction": "pack/tokens",
 }
+MEANS |= {f"observation/{what}{split}": f"observation/tokens{split}" for split in SPLITS for what in ("ce", "accuracy")}
 MAXIMA = ("policy/sampler_gap_max",)
 
 
-def clipped_ratio(logprob, sampler_logprob, advantage, clip_low, clip_high):
-    """PPO's clipped surrogate per token, as a loss (arXiv 1707.06347, eq. 7); all f32 of one shape.
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What is the same for every token."""
 
-    Returns (loss, whether the clip is what decides it).
-    """
-    ratio = jnp.exp(logprob - sampler_logprob)
-    free = ratio * advantage
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
-    return -jnp.minimum(free, clipped), clipped < free
-
-
-def imitation(logprob, sampler_logprob, advantage, clip_low, clip_high):
-    """Cross-entropy on a demonstrator's actions (`sft`): no ratio, no advantage, no clip."""
-    del sampler_logprob, advantage, clip_low, clip_high
-    return -logprob, jnp.zeros_like(logprob, bool)
-
-
-POLICY_LOSSES = {"clip": clipped_ratio, "imitation": imitation}
+    policy: str  # a key of POLICY_LOSSES
+    clip: Clip
+    token_block: int  # tokens whose logits exist at once
+    importance_cap: float = 0.0  # of truncated importance sampling, see `echo_loss`; 0: off
+    observation_clip: float = 1.0  # cross-entropy trains a token until its probability is this; 1: always
+    kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
 
 
 def denominators(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -50,33 +52,11 @@ def denominators(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return inverse(batch.policy_denominator.sum()), inverse(batch.observation_denominator.sum())
 
 
-def echo_loss(
-    hidden: jax.Array,
-    head: jax.Array,
-    batch: Batch,
-    inverse_denominators: tuple[jax.Array, jax.Array],
-    *,
-    policy: str,
-    clip_low: float,
-    clip_high: float,
-    token_block: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Policy gradient on actions plus cross-entropy on observations (ECHO, arXiv 2605.24517, eqs. 1 to 3).
+def score(hidden: jax.Array, head: jax.Array, batch: Batch, token_block: int):
+    """Returns the `LogProbs` of a micro-batch's targets, [B, T] each, at their temperatures.
 
-    Args:
-      hidden: [B, T, D].
-      head: [V, D].
-      batch: fields [B, T].
-      inverse_denominators: of the whole update; see `denominators`.
-      policy: a key of `POLICY_LOSSES`.
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      token_block: tokens whose logits exist at once.
-
-    Returns:
-      The share of the loss (f32 scalar; shares of micro-batches add up), and metric sums (maxima for names in
-      `MAXIMA`).
+    Padding is scored against token 0 and weighs nothing.
     """
-    # Padding is scored against token 0 and weighs nothing.
     scores = fused_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
@@ -84,33 +64,76 @@ def echo_loss(
         temperature=batch.temperature.reshape(-1),
         token_block=token_block,
     )
-    logprob, entropy = (x.reshape(batch.targets.shape) for x in (scores.logprob, scores.entropy))
-    surrogate, clipped = POLICY_LOSSES[policy](logprob, batch.sampler_logprob, batch.advantage, clip_low, clip_high)
+    return jax.tree.map(lambda x: x.reshape(batch.targets.shape), scores)
+
+
+def echo_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    batch: Batch,
+    inverse_denominators: tuple[jax.Array, jax.Array],
+    options: LossOptions,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Policy gradient on actions plus cross-entropy on observations (ECHO, arXiv 2605.24517, eqs. 1 to 3).
+
+    With `importance_cap` C each action's policy loss is multiplied by min(p_old / p_sampler, C), without a gradient:
+    truncated importance sampling for a sampler that is not the trainer (Yao et al., "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training", 2025). It never touches a cross-entropy.
+
+    Args:
+      hidden: [B, T, D].
+      head: [V, D].
+      batch: fields [B, T].
+      inverse_denominators: of the whole update; see `denominators`.
+      options: what is the same for every token.
+
+    Returns:
+      The share of the loss (f32 scalar; shares of micro-batches add up), and metric sums (maxima for names in
+      `MAXIMA`).
+    """
+    scores = score(hidden, head, batch, options.token_block)
+    logprob = scores.logprob
+    tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
+    surrogate, clipped = POLICY_LOSSES[options.policy].surrogate(tokens, options.clip)
+    if options.importance_cap:
+        surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
+    # Elsewhere there is no reference: the difference is 0 there, and not an overflow times the weight 0.
+    reference = jnp.where(batch.kl_weight > 0, batch.reference_logprob, jax.lax.stop_gradient(logprob))
+    kl = KL_ESTIMATORS[options.kl_estimator](logprob, reference)
+    cross_entropy = -logprob
+    # PaW (arXiv 2606.02388): what is already this likely has no gradient left.
+    bounded = -jnp.minimum(logprob, jnp.log(options.observation_clip)) if options.observation_clip < 1 else -logprob
+
     per_policy, per_observation = inverse_denominators
     policy_term = per_policy * jnp.sum(batch.policy_weight * surrogate)
-    observation_term = per_observation * jnp.sum(batch.observation_weight * -logprob)
+    kl_term = per_policy * jnp.sum(batch.kl_weight * kl)
+    observation_term = per_observation * jnp.sum(batch.observation_weight * bounded)
+    total = policy_term + kl_term + observation_term
 
     action = (batch.role == Role.ACTION).astype(jnp.float32)
-    observation = sum((batch.role == role).astype(jnp.float32) for role in OBSERVATION_ROLES)
-    acts = batch.policy_weight > 0 if policy == "imitation" else batch.policy_weight * jnp.abs(batch.advantage) > 0
-    active = acts | (batch.observation_weight > 0)
     sums = {
         "policy/loss": policy_term,
+        "loss/kl": kl_term,
         "loss/observation": observation_term,
-        "loss/total": policy_term + observation_term,
-        "policy/entropy": jnp.sum(action * entropy),
-        "observation/ce": jnp.sum(observation * -logprob),
+        "loss/total": total,
+        "policy/entropy": jnp.sum(action * scores.entropy),
         "policy/tokens": jnp.sum(action),
-        "observation/tokens": jnp.sum(observation),
-        "loss/active_fraction": jnp.sum(active, dtype=jnp.float32),
+        "loss/active_fraction": jnp.sum(batch.active),
         "pack/tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
     }
-    if policy != "imitation":  # where a policy sampled the actions, not a script
-        gap = action * jnp.abs(logprob - batch.sampler_logprob)
+    for split, (role, tool) in SPLITS.items():
+        chosen = (batch.role == role) if tool is None else (batch.role == role) & (batch.tool == tool)
+        sums[f"observation/ce{split}"] = jnp.sum(chosen * cross_entropy)
+        sums[f"observation/accuracy{split}"] = jnp.sum(chosen & scores.correct, dtype=jnp.float32)
+        sums[f"observation/tokens{split}"] = jnp.sum(chosen, dtype=jnp.float32)
+    if options.policy != "imitation":  # where a policy sampled the actions, not a script
+        difference = action * (logprob - batch.sampler_logprob)
         sums["policy/clip_fraction"] = jnp.sum(action * clipped)
-        sums["policy/sampler_gap"] = jnp.sum(gap)
-        sums["policy/sampler_gap_max"] = jnp.max(gap)
-    return policy_term + observation_term, sums
+        sums["policy/sampler_gap"] = jnp.sum(jnp.abs(difference))
+        sums["policy/sampler_gap_max"] = jnp.max(jnp.abs(difference))
+        sums["policy/mismatch_kl"] = jnp.sum(jnp.exp(difference) - 1.0 - difference)
+        sums["policy/reference_kl"] = jnp.sum(kl)
+    return total, sums
 
 
 def add_sums(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -119,11 +142,12 @@ def add_sums(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.
 
 
 def finish_metrics(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out."""
+    """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out, and so is the count
+    of tokens that a split of the observation metrics does not have."""
     values = {name: float(value) for name, value in sums.items()}
     for name, count in MEANS.items():
         if name in values:
             total = values.pop(name)
             if values[count] > 0:
                 values[name] = total / values[count]
-    return values
+    return {name: value for name, value in values.items() if value or not name.startswith("observation/tokens_")}

@@ -1,31 +1,61 @@
 """The objective as per-token weights: everything that decides how much a token counts, and nothing else.
 
-In: trajectories and their advantages. Out: for each token its weight in either term and what it adds to that term's
-batch-wide denominator. The device then computes one sum (loss.py):
+In: the trajectories of one update and their advantages. Out: for each token its weight in each term and what it adds to
+that term's batch-wide denominator. The device then computes one sum (loss.py):
 
-    L = Σ policy_weight · pg / Σ policy_denominator  +  Σ observation_weight · CE / Σ observation_denominator
+    L = Σ policy_weight · pg / Σ policy_denominator  +  Σ kl_weight · kl / Σ policy_denominator
+        +  Σ observation_weight · CE / Σ observation_denominator
 
-The terms never share a denominator, denominators are summed over the whole update before micro-batching, and so the
-loss does not depend on packing, micro-batches, sharding or hosts. Source: ECHO, arXiv 2605.24517, eqs. 2 and 3.
+The terms never share a denominator (the KL, a part of the policy term, has the policy's), denominators are summed over
+the whole update before micro-batching, and so the loss does not depend on packing, micro-batches, sharding or hosts.
+Source: ECHO, arXiv 2605.24517, eqs. 2 and 3.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from echo_jax.roles import ENVIRONMENT_ROLES, OBSERVATION_ROLES, Role
-from echo_jax.trajectory import Trajectory
+from echo_jax.advantages import groups_of
+from echo_jax.roles import ENVIRONMENT_ROLES, Role
+from echo_jax.selection import Selection, parsed_well, select
+from echo_jax.trajectory import ENDED_BY_BUDGET, Trajectory
+
+# mode -> the terms that it trains
+MODES = {
+    "grpo": ("policy",),
+    "echo": ("policy", "observation"),
+    "env_only": ("observation",),  # no verifier needed
+    "sft": ("policy", "observation"),  # the policy term is imitation
+}
+# schedule -> share of lambda left at a progress in [0, 1]
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "step": lambda progress: float(progress < 1.0),
+    "warmup": lambda progress: progress,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """How the two terms are weighted and normalised."""
+    """How the terms are weighted and normalised in one update."""
 
-    observation_weight: float  # lambda
-    observation_normalizer: str  # a key of OBSERVATION_NORMALIZERS
-    policy_normalizer: str  # a key of POLICY_NORMALIZERS
+    observation_weight: float  # lambda, of this step: see `scheduled_weight`
     temperature: float  # of the policy term: the sampling temperature, or 1 when imitating
+    mode: str = "echo"  # a key of MODES
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    observation_normalizer: str = "observation"  # a key of OBSERVATION_NORMALIZERS
+    observation_constant: float = 1.0  # tokens, the divisor of `constant`
+    reward_adaptive: bool = False  # lambda times (1 - mean reward) of the group
+    min_valid_calls: float = 0.0  # env_only: least share of turns with a valid call
+    clean_parse: bool = False  # env_only: no turn was cut off
+    policy_normalizer: str = "sequence"  # a key of POLICY_NORMALIZERS
+    policy_constant: float = 1.0  # tokens, the divisor of `constant`
+    filter_zero_variance: bool = False  # groups of equal rewards leave the policy term, denominator too
+    mask_overlong: bool = False  # rollouts that a budget ended leave the policy term, denominator too
+    every_action: bool = False  # the loss reads actions of advantage 0 too
+    kl_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,60 +64,136 @@ class TokenWeights:
 
     policy_weight: np.ndarray
     observation_weight: np.ndarray
+    kl_weight: np.ndarray
     policy_denominator: np.ndarray
     observation_denominator: np.ndarray
     advantage: np.ndarray
     temperature: np.ndarray
+    active: np.ndarray  # 1 where a term reads the log-probability, else 0
 
 
-# A normaliser maps (mask of the term's tokens, mask of |O|) to (weight, denominator) per token.
-Normalizer = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# A normaliser maps (weights of a sequence's tokens in the term, tokens of |O|, divisor of `constant`), all over every
+# branch of one rollout laid end to end, to (weight per token, what each token adds to the denominator).
+Normalizer = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
 
 
-def _per_sequence(mask: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _per_sequence(weights: np.ndarray, length: float) -> tuple[np.ndarray, np.ndarray]:
     """Each sequence's sum over `length`, then the mean over all sequences, also those without such tokens."""
-    counts_once = np.zeros(len(mask))
+    counts_once = np.zeros(len(weights))
     counts_once[1] = 1.0
-    return mask / max(length, 1), counts_once
+    return weights / max(length, 1), counts_once
 
 
-def _per_token(mask: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One mean over all the tokens of the batch."""
-    return mask.astype(float), mask.astype(float)
+def _per_token(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One mean over all the selected tokens of the batch."""
+    return weights, (weights > 0).astype(float)
 
 
 OBSERVATION_NORMALIZERS: dict[str, Normalizer] = {
-    "observation": lambda mask, environment: _per_sequence(
-        mask, environment.sum()
-    ),  # the paper's |O|, warnings included
-    "selected": lambda mask, environment: _per_sequence(mask, mask.sum()),  # |O'|
-    "token": _per_token,  # prime-rl
+    # |O|, warnings included (arXiv 2605.24517, eq. 3)
+    "observation": lambda weights, environment, constant: _per_sequence(weights, environment.sum()),
+    "selected": lambda weights, environment, constant: _per_sequence(weights, (weights > 0).sum()),  # |O'|
+    "token": lambda weights, environment, constant: _per_token(weights),  # prime-rl
+    "constant": lambda weights, environment, constant: _per_sequence(weights, constant),
 }
 POLICY_NORMALIZERS: dict[str, Normalizer] = {
-    "sequence": lambda mask, environment: _per_sequence(mask, mask.sum()),
-    "token": _per_token,
+    "sequence": lambda weights, environment, constant: _per_sequence(weights, weights.sum()),
+    "token": lambda weights, environment, constant: _per_token(weights),
+    "constant": lambda weights, environment, constant: _per_sequence(weights, constant),  # Dr. GRPO
 }
 
 
-def weigh(trajectory: Trajectory, advantage: float, objective: Objective) -> TokenWeights:
-    """Stamps the weights of one trajectory.
+def scheduled_weight(weight: float, schedule: str, step: int, steps: int) -> float:
+    """Returns lambda at an RL step (from 0): `weight` times what the schedule leaves after `steps` steps of it."""
+    return weight * SCHEDULES[schedule](min(step / max(steps, 1), 1.0))
+
+
+def mode_at(step: int, mode: str, changes: Sequence[tuple[int, str]]) -> str:
+    """Returns the mode of an RL step (from 0): the last of `changes` (first step, mode) that has come."""
+    return next((later for first, later in sorted(changes, reverse=True) if first <= step), mode)
+
+
+def weigh(
+    trajectories: Sequence[Trajectory], advantages: np.ndarray | Sequence[float], objective: Objective
+) -> list[TokenWeights]:
+    """Stamps the weights of one update.
 
     The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
+    Tokens that an earlier branch of the same rollout has too weigh nothing, and the branches of a rollout share one
+    normaliser.
     """
-    predicted = np.arange(len(trajectory.ids)) > 0
-    action = predicted & (trajectory.role == Role.ACTION)
-    selected = predicted & np.isin(trajectory.role, OBSERVATION_ROLES)
-    environment = predicted & np.isin(trajectory.role, ENVIRONMENT_ROLES)
-    policy_weight, policy_denominator = POLICY_NORMALIZERS[objective.policy_normalizer](action, environment)
-    observation_weight, observation_denominator = OBSERVATION_NORMALIZERS[objective.observation_normalizer](
-        selected, environment
-    )
-    fields = TokenWeights(
-        policy_weight=policy_weight,
-        observation_weight=objective.observation_weight * observation_weight,
-        policy_denominator=policy_denominator,
-        observation_denominator=observation_denominator,
-        advantage=np.where(action, advantage, 0.0),
-        temperature=np.where(action, objective.temperature, 1.0),
-    )
-    return TokenWeights(**{name: value.astype(np.float32) for name, value in vars(fields).items()})
+    terms = MODES[objective.mode]
+    selected = select(trajectories, objective.selection)
+    lambdas = _lambdas(trajectories, objective) * ("observation" in terms)
+    in_policy = _in_policy_term(trajectories, objective) & ("policy" in terms)
+    in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories])
+
+    weights: list[TokenWeights | None] = [None] * len(trajectories)
+    for branches in _branches(trajectories):
+        own = [np.arange(len(trajectories[i].ids)) >= max(trajectories[i].shared, 1) for i in branches]
+        first = branches[0]
+        joined = lambda parts: np.concatenate(list(parts))  # noqa: E731
+        role = joined(trajectories[i].role for i in branches)
+        predicted = joined(own)
+        environment = predicted & np.isin(role, ENVIRONMENT_ROLES)
+        action = (predicted & (role == Role.ACTION)).astype(float)
+        observed = np.where(predicted, joined(selected[i] for i in branches), 0.0)
+        normalize = POLICY_NORMALIZERS[objective.policy_normalizer]
+        policy = [in_policy[first] * x for x in normalize(action, environment, objective.policy_constant)]
+        normalize = OBSERVATION_NORMALIZERS[objective.observation_normalizer]
+        observation = [
+            in_observation[first] * x for x in normalize(observed, environment, objective.observation_constant)
+        ]
+        advantage = joined(np.full(len(trajectories[i].ids), advantages[i]) for i in branches) * (action > 0)
+        fields = {
+            "policy_weight": policy[0],
+            "observation_weight": lambdas[first] * observation[0],
+            "kl_weight": objective.kl_weight * policy[0],
+            "policy_denominator": policy[1],
+            "observation_denominator": observation[1],
+            "advantage": advantage,
+            "temperature": np.where(role == Role.ACTION, objective.temperature, 1.0),
+        }
+        reads = (fields["policy_weight"] > 0) & (objective.every_action | (advantage != 0))
+        fields["active"] = reads | (fields["observation_weight"] > 0) | (fields["kl_weight"] > 0)
+        cuts = np.cumsum([len(trajectories[i].ids) for i in branches])[:-1]
+        for name, values in fields.items():
+            fields[name] = np.split(values.astype(np.float32), cuts)
+        for k, i in enumerate(branches):
+            weights[i] = TokenWeights(**{name: parts[k] for name, parts in fields.items()})
+    return weights
+
+
+def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """Returns the indices of each rollout's branches, the one that shares nothing first."""
+    rollouts: dict[tuple[int, int], list[int]] = {}
+    for i, t in enumerate(trajectories):
+        rollouts.setdefault((t.group, t.rollout), []).append(i)
+    return [sorted(members, key=lambda i: trajectories[i].shared) for members in rollouts.values()]
+
+
+def _lambdas(trajectories: Sequence[Trajectory], objective: Objective) -> np.ndarray:
+    """Returns lambda for each trajectory. The reward-adaptive form of PaW (arXiv 2606.02388) is taken as 1 minus the
+    group's mean reward: the worse a task goes, the more is learned from what was seen."""
+    lambdas = np.full(len(trajectories), objective.observation_weight)
+    if objective.reward_adaptive:
+        for members in groups_of(trajectories).values():
+            rewards = {trajectories[i].rollout: trajectories[i].reward for i in members if trajectories[i].scored}
+            lambdas[members] *= 1.0 - (np.mean(list(rewards.values())) if rewards else 0.0)
+    return lambdas
+
+
+def _in_policy_term(trajectories: Sequence[Trajectory], objective: Objective) -> np.ndarray:
+    """Returns bool [R]. Overlong filtering and the filter of zero-variance groups are DAPO's (arXiv 2503.14476, section
+    3.4 and eq. 11), here without dropping the rollouts: their observations are still trained."""
+    kept = np.ones(len(trajectories), bool)
+    if objective.mask_overlong:
+        kept &= [t.outcome not in ENDED_BY_BUDGET for t in trajectories]
+    if objective.filter_zero_variance:
+        for members in groups_of(trajectories).values():
+            kept[members] &= len({trajectories[i].reward for i in members if trajectories[i].scored}) > 1
+    return kept
+
+
+def _of_quality(trajectory: Trajectory, objective: Objective) -> bool:
+    return parsed_well(trajectory, min_valid_calls=objective.min_valid_calls, clean=objective.clean_parse)

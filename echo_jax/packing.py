@@ -93,6 +93,7 @@ def _place(batch: Batch, at: tuple, segment: int, trajectory: Trajectory, weight
     batch.segment_ids[at] = segment
     batch.positions[at] = np.arange(len(trajectory.ids) - 1)
     batch.role[at] = trajectory.role[1:]
-    batch.sampler_logprob[at] = trajectory.logprob[1:]
+    batch.tool[at] = trajectory.tool[1:]
+    batch.sampler_logprob[at] = batch.old_logprob[at] = trajectory.logprob[1:]
     for name, values in vars(weights).items():
         getattr(batch, name)[at] = values[1:]

@@ -4,19 +4,26 @@ import enum
 
 
 class Role(enum.IntEnum):
-    """The writer of one token; every mask of the objective is derived from it."""
+    """The writer of one token, its class; every mask of the objective is derived from it."""
 
     PAD = 0  # filler of a packed row
     PROMPT = 1  # the task, as the environment states it
     SCAFFOLD = 2  # turn markers, generation prompts, synthesised closes
     ACTION = 3  # sampled by the policy (or written by a demonstrator), stop token included
     OBSERVATION = 4  # the body of a tool's output
-    STATUS = 5  # boilerplate around an output: exit status, time-out notice
+    BOILERPLATE = 5  # what a tool's wrapper adds to an output: echoed command, exit status, time-out notice
     TRUNCATION = 6  # the notice that stands for the dropped middle of a long output
     FEEDBACK = 7  # the harness's answer to a call it could not parse
+    WARNING = 8  # a rule-based remark of the harness, as that the last turn has come
 
 
-# |O| of the paper: everything the environment wrote after the prompt, warnings included (arXiv 2605.24517, eq. 3).
-ENVIRONMENT_ROLES = (Role.OBSERVATION, Role.STATUS, Role.TRUNCATION, Role.FEEDBACK)
-# O' of the paper: the part of it whose cross-entropy is trained.
-OBSERVATION_ROLES = (Role.OBSERVATION,)
+# |O| of the paper: everything the environment wrote after the prompt, warnings included (arXiv 2605.24517, eq. 3). By
+# the name that each class has in configs and metrics; which of them are trained (O') is a weight for each.
+ENVIRONMENT_CLASSES = {
+    "body": Role.OBSERVATION,
+    "boilerplate": Role.BOILERPLATE,
+    "truncation": Role.TRUNCATION,
+    "feedback": Role.FEEDBACK,
+    "warning": Role.WARNING,
+}
+ENVIRONMENT_ROLES = tuple(ENVIRONMENT_CLASSES.values())

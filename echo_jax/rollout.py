@@ -15,6 +15,7 @@ from echo_jax import episode as episode_lib
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.episode import Call, Episode, Phase, Rules
 from echo_jax.render import Renderer
+from echo_jax.roles import Role
 from echo_jax.tasks.task import Task
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
@@ -183,7 +184,13 @@ class Collector:
                 observation = ""
                 action = self._renderer.action(text)
                 ids = action.ids[: episode.sample_budget]
-                turn = Sampled(ids, (0.0,) * len(ids), stopped=len(ids) == len(action.ids), policy_version=-1)
+                turn = Sampled(
+                    ids,
+                    logprobs=(0.0,) * len(ids),
+                    entropies=(float("nan"),) * len(ids),
+                    stopped=len(ids) == len(action.ids),
+                    policy_version=-1,
+                )
                 episode = episode_lib.advance(episode, turn)
             trajectory = _score(job, episode, environment)
             if not trajectory.scored:
@@ -199,7 +206,9 @@ def _score(job: Job, episode: Episode, environment: Environment) -> Trajectory:
     reward = environment.finish(episode.answer)
     if reward is None:
         episode = episode_lib.abandon(episode)
-    return episode_lib.to_trajectory(episode, task=job.task.name, group=job.group, reward=reward or 0.0)
+    return episode_lib.to_trajectory(
+        episode, task=job.task.name, group=job.group, rollout=job.rollout, reward=reward or 0.0
+    )
 
 
 class _Collection:
@@ -293,8 +302,23 @@ class _Collection:
         return _score(self._jobs[i], episode, self._environments[i])
 
 
-def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str = "rollout") -> dict[str, float]:
-    """Returns what a set of rollouts looks like; rewards are averaged over those that were scored."""
+def imagined_observations(trajectories: Sequence[Trajectory], header: tuple[int, ...]) -> float:
+    """Returns the share of action tokens that spell the header of an observation: the policy writes what only the
+    environment should."""
+    actions = imitated = 0
+    for t in trajectories:
+        action = t.role == Role.ACTION
+        actions += int(action.sum())
+        places = len(t.ids) - len(header) + 1
+        if places > 0:
+            window = np.arange(places)[:, None] + np.arange(len(header))
+            imitated += len(header) * int((action[window] & (t.ids[window] == header)).all(axis=1).sum())
+    return imitated / max(actions, 1)
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str, header: tuple[int, ...]) -> dict[str, float]:
+    """Returns what a set of rollouts looks like; rewards are averaged over those that were scored. `header`: the ids
+    that an observation begins with."""
     scored = [t.reward for t in trajectories if t.scored]
     statuses: dict[str, int] = {}
     for trajectory in trajectories:
@@ -308,6 +332,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str = "rollout")
         "turns": float(np.mean([t.turns for t in trajectories])),
         "tokens": float(np.mean([len(t.ids) for t in trajectories])),
         "infra": sum(not t.scored for t in trajectories),
+        "imagined_observations": imagined_observations(trajectories, header),
     }
     if scored:
         metrics["solve_rate"] = float(np.mean([reward >= 1.0 for reward in scored]))

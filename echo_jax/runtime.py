@@ -13,21 +13,34 @@ from jax.sharding import Mesh
 
 from echo_jax import config as config_lib
 from echo_jax import packing
+from echo_jax.advantages import ADVANTAGES, advantages_of
 from echo_jax.checkpoint import CheckpointError
 from echo_jax.config import ConfigError
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.episode import Rules, start
+from echo_jax.loss import LossOptions
 from echo_jax.metrics import MetricsError
 from echo_jax.models.transformer import ModelConfig, abstract_params
-from echo_jax.objective import Objective
+from echo_jax.objective import (
+    MODES,
+    OBSERVATION_NORMALIZERS,
+    POLICY_NORMALIZERS,
+    SCHEDULES,
+    Objective,
+    mode_at,
+    scheduled_weight,
+)
 from echo_jax.optimizer import make_optimizer
+from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip
 from echo_jax.render import Renderer
+from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout import Collector, RolloutError
+from echo_jax.selection import Selection, SelectionError, load_filter
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.stream import make_families, task_stream
 from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import Tokenizer, TokenizerError
-from echo_jax.tools import sandbox
+from echo_jax.tools import TOOL_IDS, sandbox
 from echo_jax.train_step import TrainState, abstract_state
 from echo_jax.trajectory import TrajectoryError
 
@@ -40,8 +53,23 @@ USER_ERRORS = (
     MetricsError,
     TrajectoryError,
     RolloutError,
+    SelectionError,
     OSError,
 )
+
+
+RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase of its own, the warm start
+CHOICES = {
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "loss.mode": RL_MODES,
+    "loss.policy": [name for name in POLICY_LOSSES if name != "imitation"],
+    "loss.advantage": ("auto", *ADVANTAGES),
+    "loss.policy_normalizer": ("auto", *POLICY_NORMALIZERS),
+    "loss.old_logprobs": ("sampler", "recomputed"),
+    "loss.kl_estimator": KL_ESTIMATORS,
+    "loss.observation_schedule": SCHEDULES,
+    "loss.observation_normalizer": OBSERVATION_NORMALIZERS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +127,62 @@ class Runtime:
         """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
         return abstract_state(self.abstract_params, self.make_optimizer(0.0), self.mesh)
 
-    def objective(self, *, observation_weight: float, temperature: float) -> Objective:
+    def imitation_objective(self) -> Objective:
+        """Returns the objective of the warm start."""
+        return Objective(
+            mode="sft",
+            observation_weight=self.config.warm_start.observation_weight,
+            temperature=1.0,
+            selection=_selection(self.config, from_policy=False),
+            policy_normalizer=POLICY_LOSSES["imitation"].normalizer,
+            every_action=True,
+            **self._observation_normalizer(),
+        )
+
+    def objective(self, step: int) -> Objective:
+        """Returns the objective of an RL step, from 0."""
         loss = self.config.loss
-        return Objective(observation_weight, loss.observation_normalizer, loss.policy_normalizer, temperature)
+        policy = POLICY_LOSSES[loss.policy]
+        steps = loss.observation_schedule_steps or self.config.num_steps
+        return Objective(
+            mode=mode_at(step, loss.mode, loss.mode_changes),
+            observation_weight=scheduled_weight(loss.observation_weight, loss.observation_schedule, step, steps),
+            temperature=self.config.rollout.temperature,
+            selection=_selection(self.config, from_policy=True),
+            reward_adaptive=loss.reward_adaptive,
+            min_valid_calls=loss.min_valid_calls,
+            clean_parse=loss.clean_parse,
+            policy_normalizer=policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer,
+            policy_constant=loss.constant or self.config.rollout.max_tokens,
+            filter_zero_variance=policy.filter_zero_variance,
+            mask_overlong=loss.mask_overlong,
+            every_action=policy.every_action,
+            kl_weight=loss.kl_weight,
+            **self._observation_normalizer(),
+        )
+
+    def advantages(self, trajectories) -> np.ndarray:
+        loss = self.config.loss
+        estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
+        return advantages_of(trajectories, estimator)
+
+    def loss_options(self, policy: str) -> LossOptions:
+        loss = self.config.loss
+        return LossOptions(
+            policy=policy,
+            clip=Clip(loss.clip_low, loss.clip_high, loss.dual_clip),
+            token_block=loss.token_block,
+            importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
+            observation_clip=loss.observation_clip,
+            kl_estimator=loss.kl_estimator,
+        )
+
+    def _observation_normalizer(self) -> dict:
+        loss = self.config.loss
+        return {
+            "observation_normalizer": loss.observation_normalizer,
+            "observation_constant": loss.constant or self.config.rollout.max_tokens,
+        }
 
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
         """Packs into the one shape that holds any `at_most` trajectories of this run."""
@@ -110,9 +191,21 @@ class Runtime:
         return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
 
 
+def _selection(config: ml_collections.ConfigDict, *, from_policy: bool) -> Selection:
+    """Returns the rules of selection; what needs a policy's rollouts in groups is left out for a script's."""
+    loss = config.loss
+    return Selection(
+        class_weights=dict(loss.class_weights),
+        tool_weights=dict(loss.tool_weights),
+        keep=load_filter(loss.observation_filter),
+        top_entropy=loss.top_entropy if from_policy else 1.0,
+        dedupe=loss.dedupe and from_policy,
+    )
+
+
 def episode_rules(config: ml_collections.ConfigDict) -> Rules:
     rollout = config.rollout
-    return Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens)
+    return Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens, rollout.warn_last_turn)
 
 
 def _check_budgets(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
@@ -143,6 +236,30 @@ def sandbox_limits(config: ml_collections.ConfigDict) -> sandbox.Limits:
     )
 
 
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises `ConfigError`, naming field, value and choices, for what no run could use."""
+    config_lib.validate(config, CHOICES)
+    loss = config.loss
+    for change in loss.mode_changes:
+        if not (
+            isinstance(change, tuple) and len(change) == 2 and isinstance(change[0], int) and change[1] in RL_MODES
+        ):
+            raise ConfigError(
+                f"config.loss.mode_changes has {change!r}: each must be (RL step, mode), the mode one of "
+                f"{', '.join(RL_MODES)}"
+            )
+    for field, known in (("class_weights", ENVIRONMENT_CLASSES), ("tool_weights", TOOL_IDS)):
+        for name, weight in loss[field].items():
+            if name not in known or weight < 0:
+                raise ConfigError(
+                    f"config.loss.{field}.{name} = {weight}: choose from {', '.join(known)}, with weights of at least 0"
+                )
+    try:
+        load_filter(loss.observation_filter)
+    except SelectionError as error:
+        raise ConfigError(f"config.loss.observation_filter: {error}") from error
+
+
 def build(config: ml_collections.ConfigDict) -> Runtime:
     """Builds the parts. Everything that can be wrong with a config or a host is found here.
 
@@ -151,7 +268,7 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
       TokenizerError: the tokenizer's model cannot be used.
       SandboxUnavailable: no sandbox works on this host.
     """
-    config_lib.validate(config)
+    validate(config)
     tokenizer = Tokenizer(config.tokenizer.path)
     mixture = dict(config.task.mixture)
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}

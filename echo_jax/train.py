@@ -27,7 +27,6 @@ from ml_collections import config_flags
 from echo_jax import provenance
 from echo_jax import runtime as runtime_lib
 from echo_jax import trajectory as trajectory_lib
-from echo_jax.advantages import group_advantages
 from echo_jax.batch import to_mesh
 from echo_jax.checkpoint import Checkpointer, check_free_space
 from echo_jax.cli import run_program
@@ -40,7 +39,7 @@ from echo_jax.objective import weigh
 from echo_jax.progress import Progress
 from echo_jax.rollout import Collector, Interrupted, Job, rollout_metrics
 from echo_jax.runtime import Runtime
-from echo_jax.train_step import LossOptions, TrainState, init_state, make_train_step
+from echo_jax.train_step import TrainState, init_state, make_logprobs, make_term_gradients, make_train_step
 from echo_jax.trajectory import Trajectory
 
 SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
@@ -65,8 +64,8 @@ class Trainer:
         self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
         self.warm_steps = self.config.warm_start.num_steps
         self.last_step = self.warm_steps + self.config.num_steps
+        self.step = 0
         self.state = self._restore_or_init()
-        self.step = int(self.state.step)
         self.saved_step = self.checkpointer.latest_step()
         self.recorded_step = self.step  # a step is complete once its metrics are written
         self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0)
@@ -92,17 +91,17 @@ class Trainer:
         warm = self.config.warm_start
         runtime = self.runtime
         demonstrations = self._demonstrations()
-        objective = runtime.objective(observation_weight=warm.observation_weight, temperature=1.0)
+        objective = runtime.imitation_objective()
         stream = grain.MapDataset.source(demonstrations)
         stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
-        update = self._make_update("imitation", warm.learning_rate)
+        update = self._make_update("imitation", warm.learning_rate, passes=1)
         with Progress("warm start", total=self.warm_steps, start=self.step) as progress:
             while self.step < self.warm_steps:
                 self._check_stop()
                 start = time.perf_counter()
                 first = self.step * warm.batch
                 chosen = [stream[first + i] for i in range(warm.batch)]
-                metrics = update(chosen, [weigh(t, 0.0, objective) for t in chosen], at_most=warm.batch)
+                metrics = update(chosen, weigh(chosen, np.zeros(len(chosen)), objective), at_most=warm.batch)
                 metrics["time/step"] = time.perf_counter() - start
                 if self.step == self.warm_steps:
                     progress.log("evaluating the warm start on held-out tasks")
@@ -111,10 +110,9 @@ class Trainer:
 
     def _reinforce(self) -> None:
         """ECHO: sample rollouts, then one update on actions and observations alike."""
-        loss, rollout = self.config.loss, self.config.rollout
+        loss, rollout, optimizer = self.config.loss, self.config.rollout, self.config.optimizer
         runtime = self.runtime
-        objective = runtime.objective(observation_weight=loss.observation_weight, temperature=rollout.temperature)
-        update = self._make_update("clip", self.config.optimizer.learning_rate)
+        update = self._make_update(loss.policy, optimizer.learning_rate, passes=optimizer.updates_per_batch)
         if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
             optimizer = runtime.make_optimizer(self.config.optimizer.learning_rate)
             self.state = init_state(self.state.params, optimizer, runtime.mesh, self.step)
@@ -124,10 +122,13 @@ class Trainer:
                 start = time.perf_counter()
                 trajectories = self._rollouts()
                 rollout_seconds = time.perf_counter() - start
-                metrics = rollout_metrics(trajectories)
-                advantages = group_advantages(trajectories)
-                weights = [weigh(t, a, objective) for t, a in zip(trajectories, advantages, strict=True)]
+                metrics = rollout_metrics(trajectories, "rollout", runtime.renderer.observation_header)
+                objective = runtime.objective(self.step - self.warm_steps)
+                weights = weigh(trajectories, runtime.advantages(trajectories), objective)
                 metrics |= update(trajectories, weights, at_most=runtime.rollouts_per_step)
+                metrics["loss/observation_weight"] = objective.observation_weight
+                if objective.observation_weight > 0:
+                    metrics["observation/loss"] = metrics["loss/observation"] / objective.observation_weight
                 metrics["time/rollout"] = rollout_seconds
                 metrics["time/step"] = time.perf_counter() - start
                 metrics["rollout/tokens_per_second"] = sum(len(t.ids) for t in trajectories) / rollout_seconds
@@ -139,20 +140,33 @@ class Trainer:
 
     # Parts of a step.
 
-    def _make_update(self, policy: str, learning_rate: float):
-        """Returns a function that trains on trajectories, advances the step and gives the update's metrics."""
-        loss = self.config.loss
-        options = LossOptions(policy, loss.clip_low, loss.clip_high, loss.token_block)
-        optimizer = self.runtime.make_optimizer(learning_rate)
-        runtime = self.runtime
+    def _make_update(self, policy: str, learning_rate: float, passes: int):
+        """Returns a function that trains on trajectories in `passes` updates, advances the step and gives metrics."""
+        runtime, loss = self.runtime, self.config.loss
+        options = runtime.loss_options(policy)
+        optimizer = runtime.make_optimizer(learning_rate)
         train_step = make_train_step(runtime.graphdef, runtime.abstract_state(), optimizer, runtime.mesh, options)
+        score = make_logprobs(runtime.graphdef, runtime.mesh, options.token_block)
+        term_gradients = make_term_gradients(runtime.graphdef, runtime.mesh, options)
+        imitates = policy == "imitation"
+        reference = None if imitates or not loss.kl_weight else self._reference()
 
         def update(trajectories: list[Trajectory], weights, *, at_most: int) -> dict[str, float]:
             start = time.perf_counter()
-            packed = self.runtime.pack(trajectories, weights, at_most=at_most)
-            batch = to_mesh(packed.batch, self.runtime.mesh)
-            self.state, sums = train_step(self.state, batch, jnp.int32(packed.micro_batches))
-            metrics = finish_metrics(jax.device_get(sums))
+            packed = runtime.pack(trajectories, weights, at_most=at_most)
+            batch, used = to_mesh(packed.batch, runtime.mesh), jnp.int32(packed.micro_batches)
+            if loss.old_logprobs == "recomputed" and not imitates:
+                batch = batch.replace(old_logprob=score(self.state.params, batch, used))
+            if reference is not None:
+                batch = batch.replace(reference_logprob=score(reference, batch, used))
+            extra = {}
+            if not imitates and _due(self.step - self.warm_steps, loss.gradient_metrics_every):
+                extra = jax.device_get(term_gradients(self.state.params, batch, used))
+            sums = []
+            for _ in range(passes):
+                self.state, own = train_step(self.state, batch, used)
+                sums.append(own)
+            metrics = mean_of_passes([finish_metrics(own) for own in jax.device_get(sums)])
             self.step += 1
             if not math.isfinite(metrics["loss/total"] + metrics["train/gradient_norm"]):
                 raise TrainError(
@@ -161,13 +175,24 @@ class Trainer:
                     "optimizer.learning_rate, in another --workdir"
                 )
             seconds = time.perf_counter() - start
-            return metrics | {
-                "pack/efficiency": packed.efficiency,
-                "time/train": seconds,
-                "train/tokens_per_second": metrics["pack/tokens"] / seconds,
-            }
+            return (
+                metrics
+                | {name: float(value) for name, value in extra.items()}
+                | {
+                    "pack/efficiency": packed.efficiency,
+                    "time/train": seconds,
+                    "train/tokens_per_second": metrics["pack/tokens"] / seconds,
+                }
+            )
 
         return update
+
+    def _reference(self):
+        """Returns the parameters that RL began with, which the KL is taken to; the workdir keeps them."""
+        with Checkpointer(self.workdir / "reference", keep=1) as saved:
+            if self.step == self.warm_steps and saved.latest_step() is None:
+                saved.save(self.step, self.state.params, {})
+            return saved.restore(self.runtime.abstract_params)[0]
 
     def _rollouts(self) -> list[Trajectory]:
         rollout = self.config.rollout
@@ -220,7 +245,9 @@ class Trainer:
     def _restore_or_init(self) -> TrainState:
         abstract = self.runtime.abstract_state()
         if self.checkpointer.latest_step() is not None:
-            return self.checkpointer.restore(abstract)[0]
+            state, saved = self.checkpointer.restore(abstract)
+            self.step = saved["step"]
+            return state
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
         check_free_space(self.workdir, size, self.config.checkpoint.keep)
         _, params = init_params(self.runtime.model_config, self.config.seed, self.runtime.mesh)
@@ -229,6 +256,15 @@ class Trainer:
     def _check_stop(self) -> None:
         if self.collector.stop.is_set():
             raise Interrupted
+
+
+def mean_of_passes(passes: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean over the updates made on one batch; the sampler's mismatch is of the first, before any changed
+    the policy."""
+    first = passes[0]
+    mean = {name: float(np.mean([metrics[name] for metrics in passes])) for name in first}
+    mismatch = ("policy/sampler_gap", "policy/sampler_gap_max", "policy/mismatch_kl")
+    return mean | {name: first[name] for name in mismatch if name in first}
 
 
 def progress_step(step: int, warm_steps: int) -> int:

@@ -3,7 +3,6 @@
 In: a `TrainState` and a `Batch` on the mesh. Out: the next state and metric sums.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -13,8 +12,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from echo_jax.batch import Batch
-from echo_jax.loss import add_sums, denominators, echo_loss
+from echo_jax.loss import LossOptions, add_sums, denominators, echo_loss, score
 from echo_jax.models.transformer import bind
+from echo_jax.policy_loss import Clip
 from echo_jax.sharding import replicated, sharding_of
 
 
@@ -25,16 +25,6 @@ class TrainState:
     step: jax.Array  # int32: updates done
     params: dict
     opt_state: optax.OptState
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """What echo_loss needs beside the batch; see its docstring."""
-
-    policy: str
-    clip_low: float
-    clip_high: float
-    token_block: int
 
 
 def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, step: int = 0) -> TrainState:
@@ -66,6 +56,13 @@ def abstract_state(abstract_params, optimizer: optax.GradientTransformation, mes
     return TrainState(step=step, params=abstract_params, opt_state=opt_state)
 
 
+def micro_batch(batch: Batch, i: jax.Array, mesh: Mesh) -> Batch:
+    """Returns micro-batch `i`, fields [B, T], its rows spread over the data axes."""
+    rows = sharding_of(mesh, ("batch", "time"))
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(take(x), rows), batch)
+
+
 def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mesh: Mesh, options: LossOptions):
     """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches.
 
@@ -78,16 +75,12 @@ def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mes
     def micro_loss(params, micro):
         model = bind(graphdef, params)
         hidden = model(micro.tokens, micro.positions, micro.segment_ids)
-        return echo_loss(hidden, model.head(), micro, inverse_denominators, **dataclasses.asdict(options))
-
-    def micro_batch(i):
-        rows = sharding_of(mesh, ("batch", "time"))
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(take(x), rows), batch)
+        return echo_loss(hidden, model.head(), micro, inverse_denominators, options)
 
     def accumulate(i, carry):
         sums, grads = carry
-        (_, more_sums), more_grads = jax.value_and_grad(micro_loss, has_aux=True)(params, micro_batch(i))
+        micro = micro_batch(batch, i, mesh)
+        (_, more_sums), more_grads = jax.value_and_grad(micro_loss, has_aux=True)(params, micro)
         return add_sums(sums, more_sums), jax.tree.map(jnp.add, grads, more_grads)
 
     shapes = jax.eval_shape(micro_loss, params, jax.tree.map(lambda x: x[0], batch))[1]
@@ -113,14 +106,54 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
+def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted comparison of the two terms' gradients, (params, batch, micro_batches) -> norms and cosine:
+    two more backward passes, for a look now and then."""
+
+    def term_gradients(params, batch: Batch, micro_batches: jax.Array):
+        nothing = jnp.zeros_like(batch.policy_weight)
+        parts = {
+            "policy": batch.replace(observation_weight=nothing),
+            "observation": batch.replace(policy_weight=nothing, kl_weight=nothing),
+        }
+        grads = {
+            name: loss_and_grads(graphdef, params, part, micro_batches, mesh, options)[1]
+            for name, part in parts.items()
+        }
+        norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}
+        product = norms["policy"] * norms["observation"]
+        dot = optax.tree.vdot(grads["policy"], grads["observation"])
+        cosine = jnp.where(product > 0, dot / jnp.maximum(product, 1e-30), 0.0)
+        return {f"{name}/gradient_norm": norm for name, norm in norms.items()} | {"loss/gradient_cosine": cosine}
+
+    return jax.jit(term_gradients, out_shardings=replicated(mesh))
+
+
+def make_logprobs(graphdef, mesh: Mesh, token_block: int) -> Callable[[dict, Batch, jax.Array], jax.Array]:
+    """Returns the jitted (params, batch, micro_batches) -> f32 [M, B, T], the targets' log-probs at their temperatures,
+    0 in micro-batches that are not in use."""
+
+    def logprobs(params, batch: Batch, micro_batches: jax.Array):
+        def fill(i, values):
+            micro = micro_batch(batch, i, mesh)
+            model = bind(graphdef, params)
+            hidden = model(micro.tokens, micro.positions, micro.segment_ids)
+            own = score(hidden, model.head(), micro, token_block).logprob
+            return jax.lax.dynamic_update_index_in_dim(values, own, i, 0)
+
+        return jax.lax.fori_loop(0, micro_batches, fill, jnp.zeros_like(batch.old_logprob))
+
+    return jax.jit(logprobs, out_shardings=sharding_of(mesh, ("micro", "batch", "time")))
+
+
 def make_score(graphdef, token_block: int) -> Callable[[dict, Batch], dict[str, jax.Array]]:
     """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients."""
-    options = LossOptions(policy="imitation", clip_low=0.0, clip_high=0.0, token_block=token_block)
+    options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), token_block=token_block)
 
-    def score(params, micro: Batch):
+    def metric_sums(params, micro: Batch):
         model = bind(graphdef, params)
         hidden = model(micro.tokens, micro.positions, micro.segment_ids)
         one = jnp.float32(1.0)
-        return echo_loss(hidden, model.head(), micro, (one, one), **dataclasses.asdict(options))[1]
+        return echo_loss(hidden, model.head(), micro, (one, one), options)[1]
 
-    return jax.jit(score)
+    return jax.jit(metric_sums)

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from echo_jax.roles import Role
+from echo_jax.tools import TOOL_IDS
 
-FORMAT = "echo_jax.trajectories/1"
+FORMAT = "echo_jax.trajectories/2"
+ENDED_BY_BUDGET = ("max_turns", "max_tokens")  # outcomes of an overlong rollout
 
 
 class TrajectoryError(ValueError):
@@ -30,8 +32,12 @@ class Sampled:
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # under the tempered, untruncated distribution each was drawn from
+    entropies: tuple[float, ...]  # of that distribution, nats; nan where there was none, as for a script
     stopped: bool  # ended by the stop token, which is the last of `ids`
     policy_version: int
+
+
+DTYPES = {"ids": np.int32, "role": np.int8, "tool": np.int8, "logprob": np.float32, "entropy": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +46,13 @@ class Trajectory:
 
     ids: np.ndarray  # int32 [T]
     role: np.ndarray  # int8 [T] Role
+    tool: np.ndarray  # int8 [T] which tool wrote it, as in TOOL_IDS; 0: none did
     logprob: np.ndarray  # f32 [T] under the distribution it was sampled from; 0 where not sampled
+    entropy: np.ndarray  # f32 [T] of that distribution, nats; 0 where not sampled, nan where not recorded
     task: str  # name of the task
     group: int  # rollouts of one group share their task and their baseline
+    rollout: int  # global index; branches of one rollout share it, and count as one in every normaliser
+    shared: int  # leading tokens that an earlier branch of this rollout has too: trained there, and only there
     policy_version: int  # updates the sampling policy had seen; -1: scripted
     reward: float
     scored: bool  # False: an infrastructure fault, left out of the group's baseline
@@ -51,10 +61,9 @@ class Trajectory:
     calls: dict[str, int]  # tool-call attempts by status
 
     def __post_init__(self):
-        if not len(self.ids) == len(self.role) == len(self.logprob):
-            raise TrajectoryError(
-                f"{len(self.ids)} ids, {len(self.role)} roles, {len(self.logprob)} log-probs: lengths differ"
-            )
+        lengths = {name: len(getattr(self, name)) for name in DTYPES}
+        if len(set(lengths.values())) > 1:
+            raise TrajectoryError(f"lengths differ: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
 
     def count(self, *roles: Role) -> int:
         """Returns how many tokens have one of these roles, the first token (never predicted) left out."""
@@ -107,16 +116,21 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
 
 
 def _header(vocab_size: int) -> dict:
-    return {"format": FORMAT, "vocab_size": vocab_size, "roles": {role.name: int(role) for role in Role}}
+    return {
+        "format": FORMAT,
+        "vocab_size": vocab_size,
+        "roles": {role.name: int(role) for role in Role},
+        "tools": TOOL_IDS,
+    }
 
 
 def _to_record(trajectory: Trajectory) -> dict:
     record = dataclasses.asdict(trajectory)
-    record["logprob"] = [float(np.float32(x)) for x in trajectory.logprob]
-    record["ids"], record["role"] = trajectory.ids.tolist(), trajectory.role.tolist()
+    for name in DTYPES:
+        record[name] = getattr(trajectory, name).tolist()
+    record["entropy"] = [None if np.isnan(x) else x for x in record["entropy"]]  # JSON knows no nan
     return record
 
 
 def _from_record(record: dict) -> Trajectory:
-    dtypes = {"ids": np.int32, "role": np.int8, "logprob": np.float32}
-    return Trajectory(**{name: np.asarray(x, dtypes[name]) if name in dtypes else x for name, x in record.items()})
+    return Trajectory(**{name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in record.items()})

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.batch import to_mesh
+from echo_jax.loss import LossOptions
 from echo_jax.models.transformer import ModelConfig, abstract_params, init_params
 from echo_jax.objective import Objective, weigh
 from echo_jax.packing import capacity, pack
-from echo_jax.roles import Role
+from echo_jax.policy_loss import Clip
+from echo_jax.roles import ENVIRONMENT_ROLES, Role
 from echo_jax.sharding import make_mesh
-from echo_jax.train_step import LossOptions, loss_and_grads
-from echo_jax.trajectory import Trajectory
+from echo_jax.train_step import loss_and_grads
+from echo_jax.trajectory import DTYPES, Trajectory
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -31,36 +33,45 @@ TINY = ModelConfig(
 )
 MESH = make_mesh(1, 1, 1)
 GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)
-OPTIONS = LossOptions(policy="clip", clip_low=0.2, clip_high=0.2, token_block=16)
-ECHO = Objective(
-    observation_weight=0.05, observation_normalizer="observation", policy_normalizer="sequence", temperature=0.8
-)
-ROLES = (Role.SCAFFOLD, Role.ACTION, Role.OBSERVATION, Role.STATUS, Role.TRUNCATION)
+OPTIONS = LossOptions(policy="grpo", clip=Clip(0.2, 0.28), token_block=16)
+ECHO = Objective(observation_weight=0.05, temperature=0.8)
+ROLES = (Role.SCAFFOLD, Role.ACTION, *ENVIRONMENT_ROLES)
 
 
-def trajectory(rng: np.random.Generator, length: int, *, group: int = 0, reward: float = 0.0) -> Trajectory:
+def trajectory(
+    rng: np.random.Generator, length: int, *, group: int = 0, rollout: int = 0, reward: float = 0.0
+) -> Trajectory:
     """A prompt of three tokens, then random writers; log-probs near those of an untrained model."""
     role = np.concatenate([[Role.SCAFFOLD, Role.PROMPT, Role.PROMPT], rng.choice(ROLES, length - 3)]).astype(np.int8)
     sampled = role == Role.ACTION
-    return Trajectory(
-        ids=rng.integers(0, TINY.vocab_size, length).astype(np.int32),
-        role=role,
-        logprob=np.where(sampled, rng.normal(-4.2, 0.3, length), 0.0).astype(np.float32),
-        task="synthetic",
+    return make_trajectory(
+        rng.integers(0, TINY.vocab_size, length),
+        role,
+        tool=np.isin(role, (Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION)),
+        logprob=np.where(sampled, rng.normal(-4.2, 0.3, length), 0.0),
+        entropy=np.where(sampled, rng.uniform(0.0, 4.0, length), 0.0),
         group=group,
-        policy_version=0,
+        rollout=rollout,
         reward=reward,
-        scored=True,
-        outcome="submitted",
-        turns=1,
-        calls={},
     )
+
+
+def make_trajectory(ids, role=None, **fields) -> Trajectory:
+    """A trajectory of these tokens; what is not said is plain."""
+    role = np.full(len(ids), Role.PROMPT) if role is None else role
+    arrays = {"ids": ids, "role": role} | {name: np.zeros(len(ids)) for name in ("tool", "logprob", "entropy")}
+    plain = dict(
+        task="family/train/0", group=0, rollout=0, shared=0, policy_version=0, reward=0.0, scored=True,
+        outcome="submitted", turns=1, calls={},
+    )  # fmt: skip
+    fields = arrays | plain | fields
+    return Trajectory(**{n: np.asarray(x, DTYPES[n]) if n in DTYPES else x for n, x in fields.items()})
 
 
 def trajectories(seed: int, count: int = 7, longest: int = 30) -> list[Trajectory]:
     rng = np.random.default_rng(seed)
     return [
-        trajectory(rng, int(rng.integers(4, longest + 1)), group=i % 3, reward=float(rng.integers(2)))
+        trajectory(rng, int(rng.integers(4, longest + 1)), group=i % 3, rollout=i, reward=float(rng.integers(2)))
         for i in range(count)
     ]
 
@@ -69,7 +80,7 @@ def gradient(chosen, advantages, *, objective=ECHO, options=OPTIONS, length=64, 
     """Returns (metric sums, gradients, parameters) of one update over packed trajectories."""
     mesh = mesh or MESH
     _, params = initial(config, mesh)
-    weights = [weigh(t, float(a), objective) for t, a in zip(chosen, advantages, strict=True)]
+    weights = weigh(chosen, advantages, objective)
     most = max(len(t.ids) for t in chosen)
     micro_batches = capacity(len(chosen), most, rows=rows, length=length)
     packed = pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches)

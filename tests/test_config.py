@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from echo_jax.config import ConfigError, claim_workdir, default_config, flat, validate
+from echo_jax.config import ConfigError, claim_workdir, default_config, flat
+from echo_jax.runtime import validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
 

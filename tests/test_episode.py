@@ -35,7 +35,7 @@ ROOMY = Rules(max_turns=4, max_tokens=400, max_turn_tokens=100)
 def turn(text, *, stopped=True, version=7):
     """A turn that writes `text`; its log-probs are all different and none is 0."""
     ids = (*TOKENIZER.encode(text), *((STOP,) if stopped else ()))
-    return Sampled(ids, tuple(-0.25 * (i + 1) for i in range(len(ids))), stopped, version)
+    return Sampled(ids, tuple(-0.25 * (i + 1) for i in range(len(ids))), (1.5,) * len(ids), stopped, version)
 
 
 def result(head=b"", *, status=Status.OK, exit_code=0, tail=b"", dropped=0):
@@ -73,7 +73,9 @@ def turns(draw, budget):
     ids = [i for i in draw(sampled_ids) if i != STOP]
     stopped = draw(st.integers(0, 3)) > 0 and len(ids) < budget
     ids = (*ids, STOP) if stopped else (*ids, *[5] * budget)[:budget]
-    return Sampled(tuple(ids), tuple(draw(st.floats(-9, -0.01)) for _ in ids), stopped, draw(st.integers(0, 3)))
+    return Sampled(
+        tuple(ids), tuple(draw(st.floats(-9, -0.01)) for _ in ids), (0.5,) * len(ids), stopped, draw(st.integers(0, 3))
+    )
 
 
 @st.composite
@@ -134,7 +136,7 @@ def test_any_episode_keeps_every_token_and_every_budget(data):
         assert episode.roles[: len(before.ids)] == before.roles
         check(episode, sampled)
     assert episode.phase is Phase.DONE
-    trajectory = to_trajectory(episode, task="t", group=3, reward=0.5)
+    trajectory = to_trajectory(episode, task="t", group=3, rollout=9, reward=0.5)
     assert tuple(trajectory.ids.tolist()) == episode.ids
     assert tuple(trajectory.role.tolist()) == episode.roles
     np.testing.assert_array_equal(trajectory.logprob, np.asarray(episode.logprobs, np.float32))
@@ -197,7 +199,7 @@ def test_a_cut_is_noted_between_head_and_tail_with_the_exact_number_of_bytes():
 )
 def test_a_bad_end_is_noted_and_the_notice_is_no_observation(status, exit_code, notice):
     episode = play(turn("bash ls"), result(b"oak\n", status=status, exit_code=exit_code))
-    assert text_by(episode, Role.STATUS) == notice
+    assert text_by(episode, Role.BOILERPLATE) == notice
     assert text_by(episode, Role.OBSERVATION) == "oak\n"
     assert episode.attempts == (str(status),)
 
@@ -270,10 +272,13 @@ def test_a_fault_of_the_machine_is_kept_but_not_scored():
     before = play(turn("bash ls"))
     after = advance(before, result(b"broken", status=Status.INFRA, exit_code=None))
     assert (after.phase, after.outcome, after.ids) == (Phase.DONE, Outcome.INFRA, before.ids)
-    trajectory = to_trajectory(after, task="t", group=0, reward=0.0)
+    trajectory = to_trajectory(after, task="t", group=0, rollout=9, reward=0.0)
     assert (trajectory.scored, trajectory.outcome, trajectory.calls) == (False, "infra", {"infra": 1})
     late = abandon(play(turn("submit oak")))
-    assert (late.outcome, to_trajectory(late, task="t", group=0, reward=1.0).scored) == (Outcome.INFRA, False)
+    assert (late.outcome, to_trajectory(late, task="t", group=0, rollout=9, reward=1.0).scored) == (
+        Outcome.INFRA,
+        False,
+    )
 
 
 # -- what cannot be ------------------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def test_a_turn_that_nobody_asked_for_is_refused():
     asked = start(RENDERER, ROOMY, "value of oak").sample_budget
     for ids, logprobs in (((), ()), ((5,), ()), ((5,) * (asked + 1), (-1.0,) * (asked + 1))):
         with pytest.raises(ValueError, match=f"1 to {asked} tokens were asked for"):
-            play(Sampled(ids, logprobs, False, 0))
+            play(Sampled(ids, logprobs, (0.0,) * len(ids), False, 0))
 
 
 def test_a_prompt_must_leave_room_to_act():
@@ -307,7 +312,7 @@ def test_a_prompt_must_leave_room_to_act():
 def test_an_unfinished_episode_is_no_trajectory():
     for episode in (play(), play(turn("bash ls"))):
         with pytest.raises(ValueError, match=f"phase {episode.phase.name} is not finished"):
-            to_trajectory(episode, task="t", group=0, reward=0.0)
+            to_trajectory(episode, task="t", group=0, rollout=9, reward=0.0)
 
 
 def test_an_episode_is_a_value():

@@ -13,10 +13,11 @@ from synthetic import ECHO, GRAPHDEF, MESH, TINY, initial, trajectories, traject
 from echo_jax.models.transformer import bind
 from echo_jax.objective import weigh
 from echo_jax.packing import capacity, first_fit, pack
+from echo_jax.trajectory import DTYPES
 
 
 def packed_of(chosen, length=40, rows=2):
-    weights = [weigh(t, 1.0 + i, ECHO) for i, t in enumerate(chosen)]
+    weights = weigh(chosen, 1.0 + np.arange(len(chosen)), ECHO)
     micro_batches = capacity(len(chosen), 31, rows=rows, length=length)
     return pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches), weights
 
@@ -43,7 +44,8 @@ def test_every_predicted_token_arrives_once_with_all_its_fields(seed, count):
     assert len(found) == count
     assert (flat["segment_ids"] > 0).sum() == sum(len(t.ids) - 1 for t in chosen)
     for t, w in zip(chosen, weights, strict=True):
-        expected = {"tokens": t.ids[:-1], "targets": t.ids[1:], "role": t.role[1:], "sampler_logprob": t.logprob[1:]}
+        expected = {"tokens": t.ids[:-1], "targets": t.ids[1:], "role": t.role[1:], "tool": t.tool[1:]}
+        expected |= {"sampler_logprob": t.logprob[1:], "old_logprob": t.logprob[1:]}
         expected |= {name: value[1:] for name, value in vars(w).items()}
         expected["positions"] = np.arange(len(t.ids) - 1)
         assert any(
@@ -66,11 +68,11 @@ def test_what_does_not_fit_is_an_error_that_names_the_numbers():
     long = trajectory(np.random.default_rng(0), 42)
     with pytest.raises(ValueError, match=r"42 tokens.*pack\.length = 40"):
         packed_of([long])
-    lone = dataclasses.replace(long, ids=long.ids[:1], role=long.role[:1], logprob=long.logprob[:1])
+    lone = dataclasses.replace(long, **{name: getattr(long, name)[:1] for name in DTYPES})
     with pytest.raises(ValueError, match="1 tokens"):
-        pack([lone], [weigh(long, 0.0, ECHO)], length=40, rows=2, micro_batches=1)
+        pack([lone], weigh([long], [0.0], ECHO), length=40, rows=2, micro_batches=1)
     with pytest.raises(ValueError, match="3 rows"):
-        pack([long] * 3, [weigh(long, 0.0, ECHO)] * 3, length=41, rows=2, micro_batches=1)
+        pack([long] * 3, weigh([long], [0.0], ECHO) * 3, length=41, rows=2, micro_batches=1)
 
 
 def test_no_gradient_crosses_a_segment_through_the_real_attention():

@@ -19,7 +19,7 @@ bodies = st.one_of(
     st.text(max_size=12),
     st.binary(max_size=6).map(lambda data: data.decode("utf-8", "surrogateescape")),
 )
-notices = st.builds(Part, bodies, st.sampled_from([Role.STATUS, Role.TRUNCATION, Role.FEEDBACK]))
+notices = st.builds(Part, bodies, st.sampled_from([Role.BOILERPLATE, Role.TRUNCATION, Role.FEEDBACK]))
 parts_lists = st.lists(st.one_of(st.builds(Part, bodies, st.just(Role.OBSERVATION)), notices), min_size=1, max_size=5)
 
 
@@ -73,12 +73,12 @@ def test_every_token_has_the_role_of_its_writer(parts):
     assert len(rendered.ids) == len(rendered.roles)
     for i, role in zip(rendered.ids, rendered.roles, strict=True):
         assert (i in CONTROL_IDS) == (role == Role.SCAFFOLD)
-    for role in (Role.OBSERVATION, Role.STATUS, Role.TRUNCATION, Role.FEEDBACK):
+    for role in (Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION, Role.FEEDBACK):
         assert bytes_by(rendered, role) == b"".join(bytes_of(p.text) for p in parts if p.role == role)
 
 
 def test_a_notice_is_never_trained_as_an_observation():
-    for role in (Role.STATUS, Role.TRUNCATION, Role.FEEDBACK):
+    for role in (Role.BOILERPLATE, Role.TRUNCATION, Role.FEEDBACK):
         rendered = RENDERER.observation([Part("body", Role.OBSERVATION), Part("exit 1", role)])
         trained = [i for i, r in zip(rendered.ids, rendered.roles, strict=True) if r in OBSERVATION_ROLES]
         assert TOKENIZER.decode(trained) == "body"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import TINY
+from synthetic import TINY, make_trajectory
 
 from echo_jax import rollout
 from echo_jax.engine.dense import DenseEngine
@@ -23,12 +23,20 @@ from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.models.transformer import abstract_params, bind
 from echo_jax.render import Renderer
 from echo_jax.roles import Role
-from echo_jax.rollout import START_ATTEMPTS, Collector, Interrupted, Job, RolloutError, rollout_metrics
+from echo_jax.rollout import (
+    START_ATTEMPTS,
+    Collector,
+    Interrupted,
+    Job,
+    RolloutError,
+    imagined_observations,
+    rollout_metrics,
+)
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.task import Script
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
-from echo_jax.trajectory import Trajectory
+from echo_jax.trajectory import DTYPES
 
 TOKENIZER = Tokenizer()
 RENDERER = Renderer(TOKENIZER)
@@ -140,7 +148,7 @@ def own_sandboxes():
 
 def same(a, b):
     """Whether two trajectories are equal to the last bit."""
-    arrays = ("ids", "role", "logprob")
+    arrays = DTYPES
     return all(
         x.tobytes() == y.tobytes() if name in arrays else x == y
         for name, x, y in ((name, getattr(a, name), getattr(b, name)) for name in vars(a))
@@ -165,7 +173,7 @@ def with_task(jobs, i, **fields):
 
 def begins_like(part, whole):
     """Whether a trajectory is the other one up to where it ends, to the last bit."""
-    arrays = ("ids", "role", "logprob")
+    arrays = DTYPES
     return all(getattr(whole, name).tobytes().startswith(getattr(part, name).tobytes()) for name in arrays)
 
 
@@ -214,6 +222,7 @@ def test_the_trainer_agrees_on_every_sampled_token(collector, engine):
     """Through prompt, turns, observations and their roles: what is stored is what was computed."""
     for trajectory in collector.rollouts(jobs_of(9), engine):
         action = trajectory.role == Role.ACTION
+        assert ((trajectory.entropy > 0) == action).all()
         assert ((trajectory.logprob != 0) == action).all()
         ids = np.zeros(RULES.max_tokens, np.int32)
         ids[: len(trajectory.ids)] = trajectory.ids
@@ -375,7 +384,7 @@ def test_what_tools_do_to_an_agent_is_an_observation(collector):
         trajectory = hasty.scripted(scripted_jobs(script), [True], 0)[0]
     assert (trajectory.scored, trajectory.reward, trajectory.outcome) == (True, 1.0, "submitted")
     assert trajectory.calls == {"signal": 1, "timeout": 1, "submit": 1}
-    statuses = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.STATUS])
+    statuses = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.BOILERPLATE])
     assert statuses == "exit 137timeout"
 
 
@@ -479,20 +488,11 @@ def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine,
 # -- metrics -------------------------------------------------------------------------------------------------------
 
 
-def trajectory(*, group=0, reward=0.0, scored=True, turns=1, tokens=10, calls=None):
-    return Trajectory(
-        ids=np.zeros(tokens, np.int32),
-        role=np.zeros(tokens, np.int8),
-        logprob=np.zeros(tokens, np.float32),
-        task="t",
-        group=group,
-        policy_version=0,
-        reward=reward,
-        scored=scored,
-        outcome="submitted",
-        turns=turns,
-        calls=calls or {},
-    )
+HEADER = (TOKENIZER.tool,)
+
+
+def trajectory(*, tokens=10, **fields):
+    return make_trajectory(np.zeros(tokens), **fields)
 
 
 def test_metrics_by_hand():
@@ -504,30 +504,41 @@ def test_metrics_by_hand():
             trajectory(group=1, reward=0.9, turns=1, scored=False, calls={"infra": 1}),
         ],
         "x",
+        HEADER,
     )
     calls = {"ok": 3, "submit": 2, "oom": 1, "infra": 1}
     for status in (*Status, "unknown_tool", "unclosed", "submit"):
         assert metrics.pop(f"x/calls_{status}") == calls.get(status, 0)
     assert metrics == {
-        "x/turns": 1.75, "x/tokens": 12.5, "x/infra": 1, "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5
+        "x/turns": 1.75, "x/tokens": 12.5, "x/infra": 1, "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5,
+        "x/imagined_observations": 0.0,
     }  # fmt: skip
 
 
 def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
     monkeypatch.setattr(rollout, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)
-    metrics = rollout_metrics(trajectories)
+    metrics = rollout_metrics(trajectories, "rollout", HEADER)
     assert metrics["rollout/calls_infra"] > 0
     counted = sum(value for name, value in metrics.items() if name.startswith("rollout/calls_"))
     assert counted == sum(sum(t.calls.values()) for t in trajectories) == sum(t.turns for t in trajectories)
 
 
 def test_rollouts_of_which_none_was_scored_have_no_rates():
-    metrics = rollout_metrics([trajectory(scored=False), trajectory(scored=False)])
+    metrics = rollout_metrics([trajectory(scored=False), trajectory(scored=False)], "rollout", HEADER)
     assert metrics["rollout/infra"] == 2
     assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_one_rollout_a_task_says_nothing_about_mixed_groups():
-    assert "rollout/mixed_groups" not in rollout_metrics([trajectory(group=0), trajectory(group=1)])
+    assert "rollout/mixed_groups" not in rollout_metrics([trajectory(group=0), trajectory(group=1)], "rollout", HEADER)
+
+
+def test_imagined_observations_are_headers_that_the_policy_wrote():
+    a, o = Role.ACTION, Role.OBSERVATION
+    t = make_trajectory([7, 8, 7, 8, 7, 7, 8, 9], [o, o, a, a, a, a, o, a])
+    assert imagined_observations([t], (7,)) == 3 / 5
+    assert imagined_observations([t], (7, 8)) == 2 / 5  # the pair that ends in an observation does not count
+    assert imagined_observations([t], (1,) * 9) == 0.0
+    assert imagined_observations([], (7,)) == 0.0

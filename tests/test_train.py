@@ -354,7 +354,7 @@ def recorded_run(tmp_path_factory):
         patch.setattr(Collector, "rollouts", remember_jobs)
         # These two read every leaf, to write config.json and to check values: that does not count as use.
         patch.setattr(config_lib, "flat", _on(config, config_lib.flat))
-        patch.setattr(config_lib, "validate", _on(config, config_lib.validate))
+        patch.setattr(runtime, "validate", _on(config, runtime.validate))
         workdir = tmp_path_factory.mktemp("recorded") / "w"
         assert train.train(recording, workdir) == 0
     jax.monitoring.clear_event_listeners()

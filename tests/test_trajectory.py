@@ -7,33 +7,24 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from synthetic import make_trajectory
 
 from echo_jax import trajectory as trajectory_lib
 from echo_jax.roles import Role
-from echo_jax.trajectory import Trajectory, TrajectoryError, load, save
+from echo_jax.trajectory import DTYPES, TrajectoryError, load, save
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 VOCAB = 1280
 
 
 def make(ids=(1, 2, 3), role=(2, 1, 3), logprob=(0.0, 0.0, -0.1), **fields):
-    defaults = dict(
-        task="lookup/train/0",
-        group=0,
-        policy_version=4,
-        reward=1.0,
-        scored=True,
-        outcome="submitted",
-        turns=1,
-        calls={"ok": 1},
-    )
-    arrays = (np.asarray(x, dtype) for x, dtype in ((ids, np.int32), (role, np.int8), (logprob, np.float32)))
-    return Trajectory(*arrays, **(defaults | fields))
+    defaults = dict(task="lookup/train/0", policy_version=4, reward=1.0, calls={"ok": 1})
+    return make_trajectory(ids, role, logprob=logprob, **(defaults | fields))
 
 
 def same(a, b):
     """Whether two trajectories are equal to the last bit, types included."""
-    arrays = ("ids", "role", "logprob")
+    arrays = DTYPES
     return vars(a).keys() == vars(b).keys() and all(
         x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() if name in arrays else x == y
         for name, x, y in ((name, getattr(a, name), getattr(b, name)) for name in vars(a))
@@ -71,6 +62,10 @@ def trajectories(draw):
         column(st.integers(0, 2**31 - 1)),
         column(st.sampled_from([*map(int, Role)])),
         column(log_probabilities),
+        tool=column(st.integers(0, 1)),
+        entropy=column(st.floats(0, 99, width=32) | st.just(np.nan)),
+        rollout=draw(st.integers(0, 2**40)),
+        shared=draw(st.integers(0, length)),
         task=draw(texts),
         group=draw(st.integers(0, 2**40)),
         policy_version=draw(st.integers(-1, 2**31)),
@@ -121,8 +116,8 @@ def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
         lambda lines: lines[1:],
         lambda lines: ["[]", *lines[1:]],
         lambda lines: ["null", *lines[1:]],
-        lambda lines: ['{"format": "echo_jax.trajectories/1"}', *lines[1:]],
-        lambda lines: [lines[0].replace("trajectories/1", "trajectories/0"), *lines[1:]],
+        lambda lines: ['{"format": "echo_jax.trajectories/2"}', *lines[1:]],
+        lambda lines: [lines[0].replace("trajectories/2", "trajectories/0"), *lines[1:]],
         lambda lines: [lines[0].replace('"ACTION": 3', '"ACTION": 4'), *lines[1:]],
         lambda lines: [*lines, "not JSON"],
         lambda lines: [*lines, "[]"],
@@ -177,13 +172,13 @@ def test_a_save_that_fails_leaves_the_old_file(saved):
 
 
 def test_lengths_must_agree():
-    with pytest.raises(TrajectoryError, match="3 ids, 2 roles, 3 log-probs"):
+    with pytest.raises(TrajectoryError, match="ids 3, role 2, tool 3"):
         make(role=(1, 2))
 
 
 def test_counting_leaves_out_the_token_that_nothing_predicts():
     trajectory = make(ids=range(5), role=(3, 3, 4, 3, 5), logprob=[0.0] * 5)
     assert trajectory.count(Role.ACTION) == 2
-    assert trajectory.count(Role.ACTION, Role.STATUS) == 3
+    assert trajectory.count(Role.ACTION, Role.BOILERPLATE) == 3
     assert trajectory.count(Role.FEEDBACK) == 0
     assert make((), (), ()).count(Role.ACTION) == 0

@@ -24,6 +24,7 @@ class Lanes:
 
     ids: np.ndarray  # int32 [B, S]
     logprob: np.ndarray  # f32 [B, S] of sampled ids
+    entropy: np.ndarray  # f32 [B, S] of the distributions they were drawn from
     known: np.ndarray  # int32 [B] ids that exist
     fed: np.ndarray  # int32 [B] ids whose keys and values are in the cache
     budget: np.ndarray  # int32 [B] tokens still to sample in this turn; 0: the lane is idle
@@ -54,6 +55,7 @@ class DenseEngine:
         self._host = Lanes(
             ids=zeros((lanes, max_tokens)),
             logprob=np.zeros((lanes, max_tokens), np.float32),
+            entropy=np.zeros((lanes, max_tokens), np.float32),
             known=zeros(lanes),
             fed=zeros(lanes),
             budget=zeros(lanes),
@@ -111,10 +113,10 @@ class DenseEngine:
         finished = {}
         for lane in np.flatnonzero(running & (self._host.budget == 0)):
             turn = slice(self._turn_start[lane], self._host.known[lane])
-            ids = tuple(self._host.ids[lane, turn].tolist())
-            finished[int(lane)] = Sampled(
-                ids, tuple(self._host.logprob[lane, turn].tolist()), ids[-1] == self._stop_id, self._version
+            ids, logprobs, entropies = (
+                tuple(field[lane, turn].tolist()) for field in (self._host.ids, self._host.logprob, self._host.entropy)
             )
+            finished[int(lane)] = Sampled(ids, logprobs, entropies, ids[-1] == self._stop_id, self._version)
         return finished
 
     def cancel(self) -> None:
@@ -144,13 +146,16 @@ def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_
         fed = lanes.fed + running
         keys = jax.vmap(jax.random.fold_in)(rollout_keys, fed)
         sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), sampled[:, None], axis=-1)[:, 0]
+        logprobs = jax.nn.log_softmax(logits)
+        logprob = jnp.take_along_axis(logprobs, sampled[:, None], axis=-1)[:, 0]
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         samples = running & (fed == lanes.known)  # else the next id is known already
         at = jnp.where(samples, fed, slots)
         budget = jnp.where(samples & (sampled == stop_id), 0, lanes.budget - samples)
         lanes = lanes.replace(
             ids=lanes.ids.at[rows, at].set(sampled, mode="drop"),
             logprob=lanes.logprob.at[rows, at].set(logprob, mode="drop"),
+            entropy=lanes.entropy.at[rows, at].set(entropy, mode="drop"),
             known=lanes.known + samples,
             fed=fed,
             budget=budget,

@@ -39,6 +39,7 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.stop_id = tokenizer.end
+        self.observation_header = (tokenizer.tool,)  # what every observation begins with, and no action should
 
     def prompt(self, text: str) -> Rendered:
         return self._scaffold(self.tokenizer.task) + self._text(text, Role.PROMPT)

@@ -17,6 +17,7 @@ class LogProbs(NamedTuple):
     logprob: jax.Array  # f32 [N] log p(target)
     logsumexp: jax.Array  # f32 [N] of the tempered logits
     entropy: jax.Array  # f32 [N] of the tempered distribution, nats
+    correct: jax.Array  # bool [N] whether no token is likelier than the target
 
 
 def fused_logprobs(
@@ -39,7 +40,7 @@ def fused_logprobs(
       implementation: a key of `IMPLEMENTATIONS`; dots accumulate in f32 in every one.
 
     Returns:
-      f32 [N] vectors, differentiable with respect to hidden and head for any cotangents.
+      f32 [N] vectors, differentiable with respect to hidden and head for any cotangents, and `correct`, which is not.
 
     Raises:
       ValueError: shapes do not fit, or the implementation does not exist.

@@ -1,0 +1,141 @@
+"""Which observation tokens are trained, and how much each counts before normalisation: the paper's O'.
+
+In: all trajectories of an update. Out: for each a weight per token. Every rule only takes away; none looks at a model.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from echo_jax.advantages import groups_of
+from echo_jax.roles import ENVIRONMENT_CLASSES, Role
+from echo_jax.tools import TOOL_IDS
+from echo_jax.trajectory import Trajectory
+
+# (trajectory, bool [T] of its tokens that would be trained) -> bool [T] of those that are.
+ObservationFilter = Callable[[Trajectory, np.ndarray], np.ndarray]
+UNPARSED = ("unclosed",)  # attempts that were no call, by status
+INVALID = (*UNPARSED, "unknown_tool")  # attempts that no tool could take
+
+
+class SelectionError(ValueError):
+    """A rule cannot be applied to these trajectories."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The rules; the defaults are the paper's (arXiv 2605.24517): every body token, nothing else."""
+
+    class_weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"body": 1.0})
+    tool_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # a tool that is not named has 1
+    keep: ObservationFilter | None = None  # the user's own, see `load_filter`
+    top_entropy: float = 1.0  # share of the turns, by the mean entropy of their actions, whose observations are trained
+    dedupe: bool = False  # an observation repeated within a group is trained once
+
+
+def select(trajectories: Sequence[Trajectory], selection: Selection) -> list[np.ndarray]:
+    """Returns f32 [T] >= 0 for each trajectory.
+
+    Raises:
+      SelectionError: a rule needs what was not recorded, or the user's filter returns something else than a mask.
+    """
+    weights = [_class_and_tool(t, selection) for t in trajectories]
+    if selection.keep is not None:
+        for t, weight in zip(trajectories, weights, strict=True):
+            weight *= _filtered(t, weight > 0, selection.keep)
+    if selection.top_entropy < 1.0:
+        _keep_after_uncertain_turns(trajectories, weights, selection.top_entropy)
+    if selection.dedupe:
+        _train_repetitions_once(trajectories, weights)
+    return weights
+
+
+def load_filter(name: str) -> ObservationFilter | None:
+    """Returns the function that "module:function" names, None for an empty name.
+
+    Raises:
+      SelectionError: there is none.
+    """
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SelectionError(f"there is no filter {name!r}: {error}; write it as module:function") from error
+    if not callable(found):
+        raise SelectionError(f"{name} is a {type(found).__name__}, not a function of (trajectory, mask)")
+    return found
+
+
+def parsed_well(trajectory: Trajectory, *, min_valid_calls: float, clean: bool) -> bool:
+    """Whether a rollout is of the quality asked for: the share of its turns with a call that a tool took (or a
+    submission), and, if `clean`, no turn that was cut off."""
+    invalid = sum(trajectory.calls.get(status, 0) for status in INVALID)
+    valid = (sum(trajectory.calls.values()) - invalid) / max(trajectory.turns, 1)
+    return valid >= min_valid_calls and not (clean and any(trajectory.calls.get(status) for status in UNPARSED))
+
+
+def turn_of(trajectory: Trajectory) -> np.ndarray:
+    """Returns int [T]: the number of the turn that each token belongs to or follows, from 1; 0 before the first."""
+    action = trajectory.role == Role.ACTION
+    return np.cumsum(action & ~np.concatenate([[False], action[:-1]]))
+
+
+def _class_and_tool(trajectory: Trajectory, selection: Selection) -> np.ndarray:
+    by_role = np.zeros(len(Role), np.float32)
+    for name, weight in selection.class_weights.items():
+        by_role[ENVIRONMENT_CLASSES[name]] = weight
+    by_tool = np.ones(len(TOOL_IDS) + 1, np.float32)
+    for name, weight in selection.tool_weights.items():
+        by_tool[TOOL_IDS[name]] = weight
+    return by_role[trajectory.role] * by_tool[trajectory.tool]
+
+
+def _filtered(trajectory: Trajectory, mask: np.ndarray, keep: ObservationFilter) -> np.ndarray:
+    kept = keep(trajectory, mask.copy())
+    if not isinstance(kept, np.ndarray) or kept.dtype != bool or kept.shape != mask.shape:
+        got = f"{kept.dtype} {kept.shape}" if isinstance(kept, np.ndarray) else type(kept).__name__
+        raise SelectionError(
+            f"the observation filter returned {got} for {trajectory.task}; it must be bool {mask.shape}"
+        )
+    if (kept & ~mask).any():
+        raise SelectionError(f"the observation filter selects more than it was given, for {trajectory.task}")
+    return kept
+
+
+def _keep_after_uncertain_turns(trajectories, weights, share: float) -> None:
+    """Keeps observations after the actions of highest mean entropy, `share` of all turns (PaW, arXiv 2606.02388)."""
+    turns = [turn_of(t) for t in trajectories]
+    entropies = {}
+    for i, (t, turn) in enumerate(zip(trajectories, turns, strict=True)):
+        action = t.role == Role.ACTION
+        if np.isnan(t.entropy[action]).any():
+            raise SelectionError(
+                f"selection by entropy needs the sampler's entropies, and {t.task} has none: it was written by a "
+                "script or saved without them; set loss.top_entropy = 1.0"
+            )
+        for k in range(1, turn[-1] + 1):
+            entropies[i, k] = float(t.entropy[action & (turn == k)].mean())
+    if not entropies:
+        return
+    threshold = np.quantile(list(entropies.values()), 1.0 - share, method="inverted_cdf")
+    for (i, k), entropy in entropies.items():
+        if entropy < threshold:
+            weights[i][turns[i] == k] = 0.0
+
+
+def _train_repetitions_once(trajectories, weights) -> None:
+    for members in groups_of(trajectories).values():
+        seen = set()
+        for i in members:
+            t, turn = trajectories[i], turn_of(trajectories[i])
+            for k in range(turn[-1] + 1):
+                own = (turn == k) & (weights[i] > 0)
+                own[: t.shared] = False  # trained in another branch, where it is seen
+                observation = (t.ids[own].tobytes(), t.tool[own].tobytes())
+                if observation in seen:
+                    weights[i][own] = 0.0
+                seen.add(observation)

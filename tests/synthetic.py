@@ -1,5 +1,6 @@
 """Random trajectories and tiny models for tests of the learning side; no tools, no sampling."""
 
+import dataclasses
 import functools
 
 import jax
@@ -76,15 +77,67 @@ def trajectories(seed: int, count: int = 7, longest: int = 30) -> list[Trajector
     ]
 
 
-def gradient(chosen, advantages, *, objective=ECHO, options=OPTIONS, length=64, rows=2, mesh=None, config=TINY):
-    """Returns (metric sums, gradients, parameters) of one update over packed trajectories."""
+def varied(seed: int = 0) -> list[Trajectory]:
+    """Every case that an objective has to get right, with log-probs that a clip of 0.2 takes some of.
+
+    Rollouts with no, one and many observations; without actions; ended by a budget; an all-fail group; one that was not
+    scored; and rollout 8, in three branches that share its first 9 and 12 tokens.
+    """
+    rng = np.random.default_rng(seed)
+    rewards = [1.0, 0.0, 0.5, 1.0, 0.0, 0.3, 0.0, 0.0, 1.0]
+    made = [trajectory(rng, 12 + 2 * i, group=i // 3, rollout=i, reward=r) for i, r in enumerate(rewards)]
+    environment = np.isin(made[0].role, ENVIRONMENT_ROLES)
+    made[0] = dataclasses.replace(made[0], role=np.where(environment, Role.PROMPT, made[0].role).astype(np.int8))
+    one = np.where(np.isin(made[1].role, ENVIRONMENT_ROLES), Role.ACTION, made[1].role).astype(np.int8)
+    one[7] = Role.OBSERVATION
+    made[1] = dataclasses.replace(made[1], role=one, outcome="max_tokens")
+    idle = np.where(made[2].role == Role.ACTION, Role.OBSERVATION, made[2].role).astype(np.int8)
+    made[2] = dataclasses.replace(made[2], role=idle)
+    made[3] = dataclasses.replace(made[3], outcome="max_turns")
+    made[5] = dataclasses.replace(made[5], scored=False, outcome="infra")
+    made[6:8] = [dataclasses.replace(t, group=9, reward=0.0) for t in made[6:8]]  # all fail
+    stem = made[8] = dataclasses.replace(made[8], group=0)
+    for shared in (9, 12):
+        tail = trajectory(rng, 20, group=0, rollout=8, reward=1.0)
+        arrays = {n: np.concatenate([getattr(stem, n)[:shared], getattr(tail, n)[3:]]) for n in DTYPES}
+        made.append(dataclasses.replace(tail, shared=shared, **arrays))
+    return made
+
+
+def gradient(
+    chosen,
+    advantages,
+    *,
+    objective=ECHO,
+    options=OPTIONS,
+    length=64,
+    rows=2,
+    mesh=None,
+    config=TINY,
+    old=None,
+    reference=None,
+):
+    """Returns (metric sums, gradients, parameters) of one update over packed trajectories.
+
+    `old` and `reference`: log-probs of each trajectory [T] that the ratio and the KL are taken to.
+    """
     mesh = mesh or MESH
     _, params = initial(config, mesh)
     weights = weigh(chosen, advantages, objective)
     most = max(len(t.ids) for t in chosen)
     micro_batches = capacity(len(chosen), most, rows=rows, length=length)
-    packed = pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches)
-    sums, grads = _jitted(config, mesh, options)(params, to_mesh(packed.batch, mesh), jnp.int32(packed.micro_batches))
+
+    def packed(logprobs):
+        with_them = [dataclasses.replace(t, logprob=own) for t, own in zip(chosen, logprobs, strict=True)]
+        return pack(with_them, weights, length=length, rows=rows, micro_batches=micro_batches)
+
+    sampled = packed([t.logprob for t in chosen])
+    batch = sampled.batch
+    if old is not None:
+        batch = batch.replace(old_logprob=packed(old).batch.sampler_logprob)
+    if reference is not None:
+        batch = batch.replace(reference_logprob=packed(reference).batch.sampler_logprob)
+    sums, grads = _jitted(config, mesh, options)(params, to_mesh(batch, mesh), jnp.int32(sampled.micro_batches))
     return jax.device_get(sums), jax.device_get(grads), jax.device_get(params)
 
 

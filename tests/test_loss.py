@@ -1,0 +1,141 @@
+"""The packed, micro-batched, sharded loss and its gradient equal the papers' equations written out in float64.
+
+Seen to fail when broken on purpose: |O'| for |O| in one normaliser; class weights left out of the numerator or put
+into a denominator; one denominator for both terms; the shared prefix of a branch trained twice; one clip bound for the
+other; the ratio taken to the sampler where old log-probs are given; the importance weight on observations too.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import reference
+from synthetic import GRAPHDEF, MESH, OPTIONS, TINY, gradient, initial, relative_difference, varied
+
+from echo_jax.advantages import ADVANTAGES, advantages_of
+from echo_jax.loss import LossOptions
+from echo_jax.models.transformer import bind
+from echo_jax.objective import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective
+from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip
+from echo_jax.selection import Selection
+from echo_jax.sharding import make_mesh
+
+CHOSEN = varied()
+LOW, HIGH, TEMPERATURE, WEIGHT, CONSTANT = 0.2, 0.28, 0.8, 0.3, 17.0
+CLASS_WEIGHTS = {"body": 1.0, "boilerplate": 0.5, "truncation": 0.0, "feedback": 0.25, "warning": 0.0}
+BASE = Objective(
+    observation_weight=WEIGHT,
+    temperature=TEMPERATURE,
+    selection=Selection(class_weights=CLASS_WEIGHTS),
+    observation_constant=CONSTANT,
+    policy_constant=CONSTANT,
+)
+CLOSE = 1e-5
+
+
+@functools.cache
+def logits_and_pullback():
+    """Each trajectory's logits, alone in a row of its own, and the map from their gradients to the parameters'."""
+    longest = max(len(t.ids) for t in CHOSEN)
+    ids = np.stack([np.pad(t.ids, (0, longest - len(t.ids))) for t in CHOSEN])
+
+    def forward(params):
+        model = bind(GRAPHDEF, params)
+        hidden = model(ids, np.broadcast_to(np.arange(longest), ids.shape), np.ones_like(ids))
+        return hidden @ model.head().T
+
+    logits, pullback = jax.vjp(jax.jit(forward), initial(TINY, MESH)[1])
+    pullback = jax.jit(pullback)
+    logits = np.asarray(logits, np.float64)
+
+    def to_parameters(gradients):
+        padded = np.zeros(logits.shape, np.float32)
+        for i, g in enumerate(gradients):
+            padded[i, : len(g)] = g
+        return jax.device_get(pullback(padded)[0])
+
+    return [z[: len(t.ids) - 1] for z, t in zip(logits, CHOSEN, strict=True)], to_parameters
+
+
+def check(objective: Objective, options: LossOptions, advantage: str, *, mesh=None, arguments=None, **written_out):
+    """Compares loss and gradient with the equations, on one device and on `mesh`, in two layouts."""
+    arguments = arguments or {}
+    logits, to_parameters = logits_and_pullback()
+    shared = dict(advantage=advantage, weight=WEIGHT, temperature=TEMPERATURE, low=LOW, high=HIGH, constant=CONSTANT)
+    shared |= {"class_weights": tuple(CLASS_WEIGHTS.values()), "policy": options.policy}
+    loss, by_logits = reference.loss(CHOSEN, logits, **shared | arguments | written_out)
+    expected = to_parameters(by_logits)
+    advantages = advantages_of(CHOSEN, advantage)
+    layouts = [dict(length=64, rows=2), dict(length=40, rows=8, mesh=mesh)] if mesh else [dict(length=64, rows=2)]
+    for layout in layouts:
+        sums, grads, _ = gradient(CHOSEN, advantages, objective=objective, options=options, **layout, **arguments)
+        np.testing.assert_allclose(sums["loss/total"], loss, rtol=CLOSE, atol=1e-7)
+        assert relative_difference(grads, expected) < CLOSE, layout
+
+
+@pytest.mark.parametrize("policy", sorted(POLICY_LOSSES))
+def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(policy):
+    mesh = make_mesh(2, 2, 2)
+    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), token_block=16)
+    for policy_normalizer in POLICY_NORMALIZERS:
+        for observation_normalizer in OBSERVATION_NORMALIZERS:
+            normalizers = dict(policy_normalizer=policy_normalizer, observation_normalizer=observation_normalizer)
+            objective = dataclasses.replace(BASE, every_action=POLICY_LOSSES[policy].every_action, **normalizers)
+            check(objective, options, POLICY_LOSSES[policy].advantage, mesh=mesh, **normalizers)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_every_advantage(advantage):
+    check(BASE, dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH)), advantage)
+
+
+@pytest.mark.parametrize("policy_normalizer", POLICY_NORMALIZERS)
+def test_filtered_and_masked_rollouts_leave_the_policy_term_and_keep_their_observations(policy_normalizer):
+    objective = dataclasses.replace(
+        BASE, policy_normalizer=policy_normalizer, filter_zero_variance=True, mask_overlong=True
+    )
+    options = dataclasses.replace(OPTIONS, policy="dapo", clip=Clip(LOW, HIGH))
+    check(
+        objective,
+        options,
+        "group",
+        zero_variance_filter=True,
+        mask_overlong=True,
+        policy_normalizer=policy_normalizer,
+    )
+
+
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
+    options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH, dual=1.3))
+    check(BASE, options, "group", dual=1.3)
+
+
+def test_env_only_trains_observations_alone():
+    check(dataclasses.replace(BASE, mode="env_only"), dataclasses.replace(OPTIONS), "group", use_policy=False)
+
+
+def noisy_logprobs(seed):
+    rng = np.random.default_rng(seed)
+    return [(t.logprob + rng.normal(0, 0.4, len(t.ids)) * (t.role == 3)).astype(np.float32) for t in CHOSEN]
+
+
+@pytest.mark.parametrize("policy", ["grpo", "gspo", "cispo", "reinforce"])
+def test_old_log_probs_and_truncated_importance_sampling(policy):
+    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), token_block=16, importance_cap=1.2)
+    check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=1.2)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_the_kl_to_a_reference(estimator):
+    options = LossOptions(policy="grpo", clip=Clip(LOW, HIGH), token_block=16, kl_estimator=estimator)
+    objective = dataclasses.replace(BASE, kl_weight=0.3)
+    arguments = {"reference": noisy_logprobs(2)}
+    check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_estimator=estimator)
+
+
+def test_a_token_that_is_likely_enough_is_no_longer_trained():
+    clip = 1 / 64  # an untrained model gives about half of the tokens more
+    options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH), observation_clip=clip)
+    check(BASE, options, "group", observation_clip=clip)

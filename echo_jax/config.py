@@ -162,7 +162,6 @@ _NOT_NEGATIVE = (
     "loss.clip_high",
     "loss.importance_cap",
     "loss.kl_weight",
-    *(f"loss.class_weights.{name}" for name in ("body", "boilerplate", "truncation", "feedback", "warning")),
     "warm_start.observation_weight",
     "warm_start.learning_rate",
     "optimizer.learning_rate",

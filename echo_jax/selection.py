@@ -5,6 +5,7 @@ In: all trajectories of an update. Out: for each a weight per token. Every rule 
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -121,7 +122,7 @@ def _keep_after_uncertain_turns(trajectories, weights, share: float) -> None:
             entropies[i, k] = float(t.entropy[action & (turn == k)].mean())
     if not entropies:
         return
-    threshold = np.quantile(list(entropies.values()), 1.0 - share, method="inverted_cdf")
+    threshold = sorted(entropies.values(), reverse=True)[math.ceil(share * len(entropies)) - 1]
     for (i, k), entropy in entropies.items():
         if entropy < threshold:
             weights[i][turns[i] == k] = 0.0

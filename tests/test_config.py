@@ -57,7 +57,24 @@ def test_a_field_that_does_not_exist_cannot_be_set():
         ("model.num_kv_heads", 3, "num_kv_heads = 3"),
         ("model.compute_dtype", "float16", "bfloat16"),
         ("optimizer.learning_rate", -1.0, "learning_rate = -1.0"),
-        ("loss.policy_normalizer", "mean", "sequence, token"),
+        ("loss.mode", "echoo", "grpo, echo, env_only"),
+        ("loss.mode", "sft", "grpo, echo, env_only"),
+        ("loss.mode_changes", ((0, "ehco"),), r"\(0, 'ehco'\).*grpo, echo, env_only"),
+        ("loss.mode_changes", ("echo",), "'echo'"),
+        ("loss.policy", "ppo", "grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce"),
+        ("loss.policy", "imitation", "grpo, dr_grpo"),
+        ("loss.advantage", "mean", "auto, group, group_mean, leave_one_out, reward"),
+        ("loss.policy_normalizer", "mean", "auto, sequence, token, constant"),
+        ("loss.observation_normalizer", "mean", "observation, selected, token, constant"),
+        ("loss.observation_schedule", "cosine", "constant, linear, step, warmup"),
+        ("loss.old_logprobs", "both", "sampler, recomputed"),
+        ("loss.kl_estimator", "k4", "k1, k2, k3"),
+        ("loss.dual_clip", 0.5, "dual_clip = 0.5"),
+        ("loss.top_entropy", 0.0, "top_entropy = 0.0"),
+        ("loss.observation_clip", 1.5, "observation_clip = 1.5"),
+        ("loss.class_weights.body", -1.0, "class_weights.body = -1.0"),
+        ("loss.observation_filter", "no.such:filter", "no filter 'no.such:filter'.*module:function"),
+        ("loss.observation_filter", "math:pi", "math:pi is a float"),
         ("pack.rows", 0, "pack.rows = 0"),
         ("optimizer.clip_norm", 0.0, "clip_norm = 0.0"),
         ("optimizer.b2", 1.0, "b2 = 1.0"),
@@ -70,6 +87,27 @@ def test_a_bad_value_is_named(field, value, named):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=named):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "known"),
+    [
+        ("class_weights", {"bodi": 1.0}, "body, boilerplate, truncation, feedback, warning"),
+        ("tool_weights", {"bassh": 0.0}, "bash"),
+    ],
+)
+def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices(section, value, known):
+    config = default_config()
+    config.loss[section] = value
+    with pytest.raises(ConfigError, match=f"{section}.{next(iter(value))}.*choose from {known}"):
+        validate(config)
+
+
+def test_weights_may_be_given_for_some_classes_and_tools_only():
+    config = default_config()
+    config.loss.class_weights = {"body": 1.0}
+    config.loss.tool_weights = {"bash": 0.5}
+    validate(config)
 
 
 def test_a_workdir_takes_only_its_own_config(tmp_path):

@@ -22,6 +22,7 @@ from echo_jax.episode import (
 from echo_jax.render import Part, Renderer
 from echo_jax.roles import Role
 from echo_jax.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from echo_jax.tools import TOOL_IDS
 from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.trajectory import Sampled
 
@@ -335,3 +336,18 @@ def test_an_episode_is_a_value():
 )
 def test_a_call_is_a_name_and_all_that_follows_the_first_space(text, call):
     assert parse_call(text) == call
+
+
+def test_the_last_turn_is_announced_where_the_rules_say_so():
+    rules = dataclasses.replace(ROOMY, max_turns=2, warn_last_turn=True)
+    episode = play(turn("bash ls"), result(b"oak\n"), rules=rules)
+    assert text_by(episode, Role.WARNING) == "last turn"
+    assert text_by(episode, Role.OBSERVATION) == "oak\n"
+    assert text_by(play(turn("bash ls"), result(b"oak\n"), rules=ROOMY), Role.WARNING) == ""
+
+
+def test_a_tools_output_and_its_notices_know_the_tool_and_feedback_has_none():
+    episode = play(turn("bash ls"), result(b"a\n", status=Status.NONZERO, exit_code=2), turn("nonsense"))
+    by_role = {role: {t for t, r in zip(episode.tools, episode.roles, strict=True) if r == role} for role in Role}
+    assert by_role[Role.OBSERVATION] == by_role[Role.BOILERPLATE] == {TOOL_IDS["bash"]}
+    assert by_role[Role.FEEDBACK] == by_role[Role.ACTION] == by_role[Role.SCAFFOLD] == {0}

@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from echo_jax.render import Part, Rendered, Renderer
-from echo_jax.roles import OBSERVATION_ROLES, Role
+from echo_jax.roles import Role
 from echo_jax.tokenizer import CONTROL_SYMBOLS, Tokenizer
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -80,7 +80,7 @@ def test_every_token_has_the_role_of_its_writer(parts):
 def test_a_notice_is_never_trained_as_an_observation():
     for role in (Role.BOILERPLATE, Role.TRUNCATION, Role.FEEDBACK):
         rendered = RENDERER.observation([Part("body", Role.OBSERVATION), Part("exit 1", role)])
-        trained = [i for i, r in zip(rendered.ids, rendered.roles, strict=True) if r in OBSERVATION_ROLES]
+        trained = [i for i, r in zip(rendered.ids, rendered.roles, strict=True) if r == Role.OBSERVATION]
         assert TOKENIZER.decode(trained) == "body"
 
 

@@ -21,6 +21,7 @@ from echo_jax import runtime, train
 from echo_jax import trajectory as trajectory_lib
 from echo_jax.checkpoint import Checkpointer, CheckpointError
 from echo_jax.metrics import read_metrics
+from echo_jax.roles import Role
 from echo_jax.rollout import Collector, Job
 from echo_jax.tools import bubblewrap, sandbox
 
@@ -150,15 +151,8 @@ def test_a_misspelt_field_is_one_line_with_a_suggestion(tmp_path):
 
 
 def test_evaluate_prints_one_line_of_json(finished):
-    run = subprocess.run(
-        command("evaluate", finished, "--episodes=3", "--samples=2"),
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
+    run = evaluate(finished, "--episodes=3", "--samples=2")
+    assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["step"] == 34
     assert {
@@ -170,6 +164,44 @@ def test_evaluate_prints_one_line_of_json(finished):
     } <= result.keys()
     last = read_metrics(finished / "metrics.jsonl")[-1]
     assert result["eval/observation_ce"] == pytest.approx(last["eval/observation_ce"], rel=1e-6)
+
+
+def evaluate(workdir, *arguments):
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    return subprocess.run(
+        command("evaluate", workdir, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_saved_rollouts_are_scored_per_class_and_tool_with_their_control(finished, tmp_path):
+    vocab_size = runtime.build(tiny.get_config()).vocab_size
+    rollouts = finished / "rollouts"
+    mixed = [
+        trajectory
+        for name in ("demonstrations", "heldout_transcripts")
+        for trajectory in trajectory_lib.load(rollouts / f"{name}.jsonl.gz", vocab_size=vocab_size)
+    ]
+    trajectory_lib.save(tmp_path / "mixed.jsonl.gz", mixed, vocab_size=vocab_size)
+    run = evaluate(finished, f"--trajectories={tmp_path / 'mixed.jsonl.gz'}")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert (result["step"], result["count"]) == (34, len(mixed))
+    last = read_metrics(finished / "metrics.jsonl")[-1]
+    assert result["eval/observation_ce_heldout"] == pytest.approx(last["eval/observation_ce"], rel=1e-5)
+    gap = result["eval/observation_ce_heldout"] - result["eval/observation_ce_train"]
+    assert result["eval/observation_ce_gap"] == pytest.approx(gap)
+    assert result["eval/observation_ce_shuffled"] != result["eval/observation_ce"]
+    assert result["eval/observation_ce_tool_bash"] == pytest.approx(result["eval/observation_ce"])
+    assert 0 <= result["eval/observation_accuracy"] <= 1
+    assert result["eval/observation_tokens"] == sum(t.count(Role.OBSERVATION) for t in mixed)
+
+
+def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
+    (tmp_path / "other").write_text("text")
+    run = evaluate(finished, f"--trajectories={tmp_path / 'other'}")
+    assert run.returncode == 1
+    assert "is not a saved-rollouts file" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("program", ["train", "evaluate", "sweep"])
@@ -344,6 +376,9 @@ def recorded_run(tmp_path_factory):
     config.warm_start.num_steps = 4
     config.eval.every = 2
     config.mesh.update(data=2, fsdp=2, tensor=2)
+    # Everything optional that compiles a program of its own, or runs one more often.
+    config.loss.update(old_logprobs="recomputed", kl_weight=0.1, gradient_metrics_every=2)
+    config.optimizer.updates_per_batch = 2
     config.pack.rows = 4
     config.model.num_kv_heads = 2
     reads = set()
@@ -400,6 +435,8 @@ def test_nothing_compiles_after_the_first_step_checkpoint_and_evaluation(recorde
 def test_a_sharded_run_reports_the_same_kind_of_numbers(recorded_run):
     records = read_metrics(recorded_run.workdir / "metrics.jsonl")
     assert len(records) == 8
+    assert ["loss/gradient_cosine" in record for record in records] == [False] * 4 + [True, False] * 2
+    assert records[4]["policy/reference_kl"] < records[-1]["policy/reference_kl"]
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[4:])
 
 

@@ -111,7 +111,9 @@ def default_config() -> ml_collections.ConfigDict:
     # Both.
     c.loss.constant = 0  # tokens, the divisor of the constant normalisers; 0: rollout.max_tokens
     c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
-    c.loss.token_block = 1024  # tokens whose logits exist at once in the LM-head loss
+    c.loss.token_block = 1024  # logits of so many tokens for so many vocabulary entries exist at once in the loss
+    c.loss.vocab_block = 2048
+    c.loss.score_all = True  # run the LM head also for what only metrics read; False: metrics are over trained tokens
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.learning_rate = 3e-4

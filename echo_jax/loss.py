@@ -7,11 +7,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from echo_jax.batch import Batch
-from echo_jax.kernels.fused_logprobs import fused_logprobs
+from echo_jax.kernels.fused_logprobs import Axes, LogProbs, fused_logprobs
 from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip, Tokens
-from echo_jax.roles import ENVIRONMENT_CLASSES, Role
+from echo_jax.roles import ENVIRONMENT_CLASSES, ENVIRONMENT_ROLES, Role
+from echo_jax.sharding import MESH_AXIS_OF
 from echo_jax.tools import TOOL_IDS
 
 # What the observation metrics are split by: suffix of the name -> which tokens, by role and tool. A class first, all
@@ -32,12 +34,26 @@ MAXIMA = ("policy/sampler_gap_max",)
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """How the LM head is run; see `fused_logprobs`."""
+
+    token_block: int = 1024
+    vocab_block: int = 2048
+    score_all: bool = True  # also tokens that no term reads, for the metrics; never prompt, scaffold and padding
+    mesh: Mesh | None = None  # None: one device
+
+    def axes(self) -> Axes:
+        on = lambda logical: None if self.mesh is None else MESH_AXIS_OF[logical]  # noqa: E731
+        return Axes(tokens=on("batch") or (), vocab=on("vocab"), embed=on("embed"))
+
+
+@dataclasses.dataclass(frozen=True)
 class LossOptions:
     """What is the same for every token."""
 
     policy: str  # a key of POLICY_LOSSES
     clip: Clip
-    token_block: int  # tokens whose logits exist at once
+    head: HeadOptions
     importance_cap: float = 0.0  # of truncated importance sampling, see `echo_loss`; 0: off
     observation_clip: float = 1.0  # cross-entropy trains a token until its probability is this; 1: always
     kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
@@ -52,17 +68,27 @@ def denominators(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return inverse(batch.policy_denominator.sum()), inverse(batch.observation_denominator.sum())
 
 
-def score(hidden: jax.Array, head: jax.Array, batch: Batch, token_block: int):
-    """Returns the `LogProbs` of a micro-batch's targets, [B, T] each, at their temperatures.
+def scored_tokens(batch: Batch, options: HeadOptions) -> jax.Array:
+    """Returns bool: the tokens that the head is run for. Metrics are over these."""
+    active = batch.active > 0
+    if options.score_all:
+        active |= (batch.role == Role.ACTION) | (batch.role >= min(ENVIRONMENT_ROLES))
+    return active
 
-    Padding is scored against token 0 and weighs nothing.
-    """
+
+def score(hidden: jax.Array, head: jax.Array, batch: Batch, options: HeadOptions) -> LogProbs:
+    """Returns the log-probs of a micro-batch's targets, [B, T] each, at their temperatures; 0 where not scored."""
     scores = fused_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         batch.targets.reshape(-1),
+        active=scored_tokens(batch, options).reshape(-1),
         temperature=batch.temperature.reshape(-1),
-        token_block=token_block,
+        entropy=True,
+        vocab_block=options.vocab_block,
+        token_block=options.token_block,
+        mesh=options.mesh,
+        axes=options.axes(),
     )
     return jax.tree.map(lambda x: x.reshape(batch.targets.shape), scores)
 
@@ -91,7 +117,7 @@ def echo_loss(
       The share of the loss (f32 scalar; shares of micro-batches add up), and metric sums (maxima for names in
       `MAXIMA`).
     """
-    scores = score(hidden, head, batch, options.token_block)
+    scores = score(hidden, head, batch, options.head)
     logprob = scores.logprob
     tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
     surrogate, clipped = POLICY_LOSSES[options.policy].surrogate(tokens, options.clip)
@@ -110,7 +136,8 @@ def echo_loss(
     observation_term = per_observation * jnp.sum(batch.observation_weight * bounded)
     total = policy_term + kl_term + observation_term
 
-    action = (batch.role == Role.ACTION).astype(jnp.float32)
+    scored = scored_tokens(batch, options.head)
+    action = ((batch.role == Role.ACTION) & scored).astype(jnp.float32)
     sums = {
         "policy/loss": policy_term,
         "loss/kl": kl_term,
@@ -122,7 +149,8 @@ def echo_loss(
         "pack/tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
     }
     for split, (role, tool) in SPLITS.items():
-        chosen = (batch.role == role) if tool is None else (batch.role == role) & (batch.tool == tool)
+        chosen = (batch.role == role) & scored
+        chosen = chosen if tool is None else chosen & (batch.tool == tool)
         sums[f"observation/ce{split}"] = jnp.sum(chosen * cross_entropy)
         sums[f"observation/accuracy{split}"] = jnp.sum(chosen & scores.correct, dtype=jnp.float32)
         sums[f"observation/tokens{split}"] = jnp.sum(chosen, dtype=jnp.float32)
@@ -132,7 +160,7 @@ def echo_loss(
         sums["policy/sampler_gap"] = jnp.sum(jnp.abs(difference))
         sums["policy/sampler_gap_max"] = jnp.max(jnp.abs(difference))
         sums["policy/mismatch_kl"] = jnp.sum(jnp.exp(difference) - 1.0 - difference)
-        sums["policy/reference_kl"] = jnp.sum(kl)
+        sums["policy/reference_kl"] = jnp.sum(action * kl)
     return total, sums
 
 

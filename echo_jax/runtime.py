@@ -18,7 +18,7 @@ from echo_jax.checkpoint import CheckpointError
 from echo_jax.config import ConfigError
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.episode import Rules, start
-from echo_jax.loss import LossOptions
+from echo_jax.loss import HeadOptions, LossOptions
 from echo_jax.metrics import MetricsError
 from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.objective import (
@@ -166,12 +166,17 @@ class Runtime:
         estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
         return advantages_of(trajectories, estimator)
 
+    def head_options(self) -> HeadOptions:
+        loss = self.config.loss
+        mesh = self.mesh if self.mesh.size > 1 else None
+        return HeadOptions(loss.token_block, loss.vocab_block, loss.score_all, mesh)
+
     def loss_options(self, policy: str) -> LossOptions:
         loss = self.config.loss
         return LossOptions(
             policy=policy,
             clip=Clip(loss.clip_low, loss.clip_high, loss.dual_clip),
-            token_block=loss.token_block,
+            head=self.head_options(),
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
             observation_clip=loss.observation_clip,
             kl_estimator=loss.kl_estimator,

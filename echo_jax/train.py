@@ -146,7 +146,7 @@ class Trainer:
         options = runtime.loss_options(policy)
         optimizer = runtime.make_optimizer(learning_rate)
         train_step = make_train_step(runtime.graphdef, runtime.abstract_state(), optimizer, runtime.mesh, options)
-        score = make_logprobs(runtime.graphdef, runtime.mesh, options.token_block)
+        score = make_logprobs(runtime.graphdef, runtime.mesh, options.head)
         term_gradients = make_term_gradients(runtime.graphdef, runtime.mesh, options)
         imitates = policy == "imitation"
         reference = None if imitates or not loss.kl_weight else self._reference()

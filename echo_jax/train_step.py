@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from echo_jax.batch import Batch
-from echo_jax.loss import LossOptions, add_sums, denominators, echo_loss, score
+from echo_jax.loss import HeadOptions, LossOptions, add_sums, denominators, echo_loss, score
 from echo_jax.models.transformer import bind
 from echo_jax.policy_loss import Clip
 from echo_jax.sharding import replicated, sharding_of
@@ -129,7 +129,7 @@ def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[
     return jax.jit(term_gradients, out_shardings=replicated(mesh))
 
 
-def make_logprobs(graphdef, mesh: Mesh, token_block: int) -> Callable[[dict, Batch, jax.Array], jax.Array]:
+def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch, jax.Array], jax.Array]:
     """Returns the jitted (params, batch, micro_batches) -> f32 [M, B, T], the targets' log-probs at their temperatures,
     0 in micro-batches that are not in use."""
 
@@ -138,7 +138,7 @@ def make_logprobs(graphdef, mesh: Mesh, token_block: int) -> Callable[[dict, Bat
             micro = micro_batch(batch, i, mesh)
             model = bind(graphdef, params)
             hidden = model(micro.tokens, micro.positions, micro.segment_ids)
-            own = score(hidden, model.head(), micro, token_block).logprob
+            own = score(hidden, model.head(), micro, head).logprob
             return jax.lax.dynamic_update_index_in_dim(values, own, i, 0)
 
         return jax.lax.fori_loop(0, micro_batches, fill, jnp.zeros_like(batch.old_logprob))
@@ -146,9 +146,9 @@ def make_logprobs(graphdef, mesh: Mesh, token_block: int) -> Callable[[dict, Bat
     return jax.jit(logprobs, out_shardings=sharding_of(mesh, ("micro", "batch", "time")))
 
 
-def make_score(graphdef, token_block: int) -> Callable[[dict, Batch], dict[str, jax.Array]]:
+def make_score(graphdef, head: HeadOptions) -> Callable[[dict, Batch], dict[str, jax.Array]]:
     """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients."""
-    options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), token_block=token_block)
+    options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=head)
 
     def metric_sums(params, micro: Batch):
         model = bind(graphdef, params)

@@ -30,7 +30,7 @@ class Scorer:
     def __init__(self, runtime: Runtime):
         self.longest = runtime.config.pack.length + 1  # tokens of a trajectory that can be scored
         self._runtime = runtime
-        self._score = make_score(runtime.graphdef, runtime.config.loss.token_block)
+        self._score = make_score(runtime.graphdef, runtime.head_options())
 
     def __call__(self, params, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Returns {"ce": nats a token, "accuracy", "tokens"} of the bodies; with a suffix, of other classes

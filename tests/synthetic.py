@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.batch import to_mesh
-from echo_jax.loss import LossOptions
+from echo_jax.loss import HeadOptions, LossOptions
 from echo_jax.models.transformer import ModelConfig, abstract_params, init_params
 from echo_jax.objective import Objective, weigh
 from echo_jax.packing import capacity, pack
@@ -34,7 +34,8 @@ TINY = ModelConfig(
 )
 MESH = make_mesh(1, 1, 1)
 GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)
-OPTIONS = LossOptions(policy="grpo", clip=Clip(0.2, 0.28), token_block=16)
+HEAD = HeadOptions(token_block=16, vocab_block=24)  # blocks that divide neither the tokens nor the vocabulary
+OPTIONS = LossOptions(policy="grpo", clip=Clip(0.2, 0.28), head=HEAD)
 ECHO = Objective(observation_weight=0.05, temperature=0.8)
 ROLES = (Role.SCAFFOLD, Role.ACTION, *ENVIRONMENT_ROLES)
 
@@ -137,6 +138,8 @@ def gradient(
         batch = batch.replace(old_logprob=packed(old).batch.sampler_logprob)
     if reference is not None:
         batch = batch.replace(reference_logprob=packed(reference).batch.sampler_logprob)
+    if mesh.size > 1:
+        options = dataclasses.replace(options, head=dataclasses.replace(options.head, mesh=mesh))
     sums, grads = _jitted(config, mesh, options)(params, to_mesh(batch, mesh), jnp.int32(sampled.micro_batches))
     return jax.device_get(sums), jax.device_get(grads), jax.device_get(params)
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from synthetic import GRAPHDEF, MESH, OPTIONS, TINY, gradient, initial, relative_difference, varied
+from synthetic import GRAPHDEF, HEAD, MESH, OPTIONS, TINY, gradient, initial, relative_difference, varied
 
 from echo_jax.advantages import ADVANTAGES, advantages_of
 from echo_jax.loss import LossOptions
@@ -78,7 +78,7 @@ def check(objective: Objective, options: LossOptions, advantage: str, *, mesh=No
 @pytest.mark.parametrize("policy", sorted(POLICY_LOSSES))
 def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(policy):
     mesh = make_mesh(2, 2, 2)
-    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), token_block=16)
+    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), head=HEAD)
     for policy_normalizer in POLICY_NORMALIZERS:
         for observation_normalizer in OBSERVATION_NORMALIZERS:
             normalizers = dict(policy_normalizer=policy_normalizer, observation_normalizer=observation_normalizer)
@@ -123,13 +123,13 @@ def noisy_logprobs(seed):
 
 @pytest.mark.parametrize("policy", ["grpo", "gspo", "cispo", "reinforce"])
 def test_old_log_probs_and_truncated_importance_sampling(policy):
-    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), token_block=16, importance_cap=1.2)
+    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), head=HEAD, importance_cap=1.2)
     check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=1.2)
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_the_kl_to_a_reference(estimator):
-    options = LossOptions(policy="grpo", clip=Clip(LOW, HIGH), token_block=16, kl_estimator=estimator)
+    options = LossOptions(policy="grpo", clip=Clip(LOW, HIGH), head=HEAD, kl_estimator=estimator)
     objective = dataclasses.replace(BASE, kl_weight=0.3)
     arguments = {"reference": noisy_logprobs(2)}
     check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_estimator=estimator)

@@ -142,7 +142,8 @@ def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_
         token = lanes.ids[rows, lanes.fed]
         model = bind(graphdef, params)
         hidden, cache = model.decode(token, position, cache)
-        logits = jnp.einsum("bd,vd->bv", hidden, model.head(), preferred_element_type=jnp.float32) / temperature
+        head = model.head().astype(hidden.dtype)
+        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32) / temperature
         fed = lanes.fed + running
         keys = jax.vmap(jax.random.fold_in)(rollout_keys, fed)
         sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -166,9 +166,8 @@ class Transformer(nnx.Module):
         return self._finish(x), cache
 
     def head(self):
-        """The LM head [V, D]: the embedding itself when tied."""
-        weight = self.embedding if self.config.tie_embeddings else self.lm_head
-        return weight[...].astype(self.config.compute_dtype)
+        """The LM head [V, D], in the parameters' dtype: the embedding itself when tied."""
+        return (self.embedding if self.config.tie_embeddings else self.lm_head)[...]
 
     def _embed(self, tokens):
         return self.embedding[...][tokens].astype(self.config.compute_dtype)

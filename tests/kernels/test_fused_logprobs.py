@@ -1,84 +1,219 @@
-"""The chunked LM head equals float64, value and gradients, ragged on every axis."""
+"""The fused LM head equals float64, value and gradients, ragged on every axis, on one device and on eight."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from echo_jax.kernels.fused_logprobs import fused_logprobs
+from echo_jax.kernels.fused_logprobs import IMPLEMENTATIONS, Axes, fused_logprobs
+from echo_jax.sharding import make_mesh
 
-
-def float64(hidden, head, targets, temperature):
-    logits = hidden.astype(np.float64) @ head.astype(np.float64).T / np.asarray(temperature)[:, None]
-    top = logits.max(-1, keepdims=True)
-    logsumexp = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
-    logprob = logits[np.arange(len(targets)), targets] - logsumexp
-    p = np.exp(logits - logsumexp[:, None])
-    entropy = logsumexp - (p * logits).sum(-1)
-    onehot = np.eye(head.shape[0])[targets]
-    return (logprob, logsumexp, entropy), p, onehot, logits
+# What a result may differ by, relative to the norm of the whole array; log-probs absolutely.
+GRADIENT = {"float32": 1e-5, "bfloat16": 5e-3}
+LOGPROB = 2e-5  # where |z| <= 20
 
 
-def problem(tokens, vocab, dim=24, seed=0, scale=1.0):
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Inputs, cotangents and what float64 makes of them."""
+
+    hidden: np.ndarray
+    head: np.ndarray  # [V, D]
+    targets: np.ndarray
+    active: np.ndarray
+    temperature: np.ndarray
+    cotangents: np.ndarray  # [3, N] of logprob, logsumexp, entropy
+
+    def float64(self, softcap=None):
+        """Returns ((logprob, logsumexp, entropy), (d hidden, d head)) by the formulas, [N, V] arrays and all."""
+        hidden, head, temperature = (x.astype(np.float64) for x in (self.hidden, self.head, self.temperature[:, None]))
+        raw = hidden @ head.T
+        capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
+        logits = capped / temperature
+        top = logits.max(-1, keepdims=True)
+        logsumexp = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+        p = np.exp(logits - logsumexp[:, None])
+        mean = (p * logits).sum(-1, keepdims=True)
+        n = np.arange(len(self.targets))
+        values = np.stack([logits[n, self.targets] - logsumexp, logsumexp, logsumexp - mean[:, 0]]) * self.active
+        g_logprob, g_logsumexp, g_entropy = (self.cotangents.astype(np.float64) * self.active)[:, :, None]
+        delta = p * (g_logsumexp - g_logprob - g_entropy * (logits - mean))
+        delta[n, self.targets] += g_logprob[:, 0]
+        delta = delta / temperature * (1.0 if softcap is None else 1.0 - (capped / softcap) ** 2)
+        return values, (delta @ head, delta.T @ hidden), logits.argmax(-1)
+
+
+def problem(tokens, vocab, dim=24, *, seed=0, scale=1.0, active=1.0, dtype="float32") -> Problem:
+    """Random inputs, rounded to `dtype`; the logits' standard deviation is about 4 × scale."""
     rng = np.random.default_rng(seed)
-    hidden = (scale * rng.normal(size=(tokens, dim))).astype(np.float32)
-    head = (rng.normal(size=(vocab, dim)) / np.sqrt(dim) * 4).astype(np.float32)
-    return hidden, head, rng.integers(0, vocab, tokens), rng.uniform(0.5, 1.5, tokens).astype(np.float32), rng
+    rounded = lambda x: np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))  # noqa: E731
+    return Problem(
+        hidden=rounded(scale * rng.normal(size=(tokens, dim))),
+        head=rounded(rng.normal(size=(vocab, dim)) / np.sqrt(dim) * 4),
+        targets=rng.integers(0, vocab, tokens).astype(np.int32),
+        active=rng.random(tokens) < active,
+        temperature=rng.uniform(0.5, 1.5, tokens).astype(np.float32),
+        cotangents=rng.normal(size=(3, tokens)).astype(np.float32),
+    )
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize(("tokens", "vocab", "block"), [(1, 130, 16), (37, 130, 16), (64, 200, 16), (50, 1187, 1000)])
-def test_values_and_gradients_equal_float64(implementation, tokens, vocab, block):
-    hidden, head, targets, temperature, rng = problem(tokens, vocab)
-    g_logprob, g_logsumexp, g_entropy = rng.normal(size=(3, tokens)).astype(np.float32)
+@functools.partial(jax.jit, static_argnames=("softcap", "dtype", "options"))
+def run(p: dict, *, softcap=None, dtype="float32", **options):
+    options = dict(options.pop("options"))
 
     def scalar(hidden, head):
         scores = fused_logprobs(
             hidden,
             head,
-            jnp.asarray(targets),
-            temperature=temperature,
-            token_block=block,
-            implementation=implementation,
+            p["targets"],
+            active=p["active"],
+            temperature=p["temperature"],
+            logit_softcap=softcap,
+            entropy=True,
+            **options,
         )
-        mixed = scores.logprob * g_logprob + scores.logsumexp * g_logsumexp + scores.entropy * g_entropy
-        return jnp.sum(mixed), scores
+        used = jnp.stack(scores[:3])
+        return jnp.sum(used * p["cotangents"]), (used, scores.correct)
 
-    (_, scores), grads = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))(hidden, head)
-    expected, p, onehot, logits = float64(hidden, head, targets, temperature)
-    assert (np.asarray(scores.correct) == (logits.argmax(-1) == targets)).all()
-    for own, value in zip(scores[:3], expected, strict=True):
-        np.testing.assert_allclose(own, value, rtol=1e-5, atol=2e-5)
-    spread = logits - (p * logits).sum(-1, keepdims=True)
-    delta = p * ((g_logsumexp - g_logprob)[:, None] - g_entropy[:, None] * spread) + onehot * g_logprob[:, None]
-    delta /= temperature[:, None]
-    for own, value in zip(grads, (delta @ head.astype(np.float64), delta.T @ hidden.astype(np.float64)), strict=True):
-        assert np.linalg.norm(own - value) <= 1e-5 * np.linalg.norm(value)
+    hidden, head = p["hidden"].astype(dtype), p["head"].astype(dtype)
+    head = head.T if options.get("vocab_axis") else head
+    grads, (values, correct) = jax.grad(scalar, (0, 1), has_aux=True)(hidden, head)
+    return values, correct, (grads[0], grads[1].T if options.get("vocab_axis") else grads[1])
 
 
-def test_no_array_of_all_logits_or_of_many_heads_exists_in_the_chunked_program():
-    tokens, vocab = 512, 300
-    hidden, head, targets, temperature, _ = problem(tokens, vocab)
+def check(p: Problem, *, softcap=None, dtype="float32", mesh=None, **options):
+    inputs = {name: jnp.asarray(value) for name, value in vars(p).items()}
+    if mesh is not None:
+        axes = Axes(("data", "fsdp"), "tensor", "fsdp", options.pop("gather_once", False))
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        inputs |= {name: jax.device_put(inputs[name], rows) for name in ("hidden", "targets", "active", "temperature")}
+        inputs["head"] = jax.device_put(inputs["head"], NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
+        options |= {"mesh": mesh, "axes": axes}
+    values, correct, grads = jax.device_get(run(inputs, softcap=softcap, dtype=dtype, options=tuple(options.items())))
+    expected, expected_grads, best = p.float64(softcap)
+    tolerance = LOGPROB if dtype == "float32" else 2e-3
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=tolerance)
+    assert (correct == (p.active & (best == p.targets))).all()
+    for own, value in zip(grads, expected_grads, strict=True):
+        difference = np.linalg.norm(own.astype(np.float64) - value)
+        assert difference <= GRADIENT[dtype] * np.linalg.norm(value) + 1e-12
 
-    def loss(hidden, head, implementation):
-        scores = fused_logprobs(
-            hidden, head, jnp.asarray(targets), temperature=temperature, token_block=64, implementation=implementation
+
+SHAPES = [(1, 130), (37, 130), (64, 200), (50, 1187), (5, 151_936)]  # (tokens, vocabulary)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("tokens", "vocab"), SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_equal_float64(implementation, tokens, vocab, dtype):
+    blocks = dict(token_block=16, vocab_block=48 if vocab < 10_000 else 4096)
+    check(problem(tokens, vocab, dtype=dtype), dtype=dtype, implementation=implementation, **blocks)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("softcap", [5.0, 30.0])
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_softcap_and_both_layouts_of_the_head(implementation, softcap, vocab_axis):
+    p = problem(37, 130)
+    check(p, softcap=softcap, vocab_axis=vocab_axis, implementation=implementation, token_block=8, vocab_block=100)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("active", [0.0, 0.05, 0.5, 1.0])
+def test_inactive_tokens_are_zero_and_give_no_gradient(implementation, active):
+    check(problem(53, 200, active=active), implementation=implementation, token_block=8, vocab_block=64)
+
+
+@pytest.mark.parametrize(("token_block", "vocab_block"), [(1, 1), (7, 130), (1000, 1000), (37, 129)])
+def test_any_block_size_is_right(token_block, vocab_block):
+    check(problem(37, 130), token_block=token_block, vocab_block=vocab_block)
+
+
+def test_large_logits_err_no_more_than_dense_float32_does():
+    """At ±80 a dense f32 head itself errs; ours by at most half as much again, and nothing overflows."""
+    p = problem(64, 1187, scale=6.0)
+    inputs = {name: jnp.asarray(value) for name, value in vars(p).items()}
+    expected, _, _ = p.float64()
+    assert np.abs(expected[1]).max() > 60
+    errors = {}
+    for implementation in IMPLEMENTATIONS:
+        blocks = (("token_block", 16), ("vocab_block", 100))
+        values, _, grads = run(inputs, options=(("implementation", implementation), *blocks))
+        errors[implementation] = np.abs(np.asarray(values[0]) - expected[0]).max()
+        assert all(np.isfinite(g).all() for g in grads)
+    assert errors["xla"] <= 1.5 * errors["reference"]
+
+
+def test_clipped_ratio_and_squared_logsumexp_cotangents():
+    """A loss as it is trained: PPO's clip on the log-probs, a z-loss on the logsumexp."""
+    p = problem(40, 130)
+    old = p.float64()[0][0] + np.random.default_rng(1).normal(0, 0.3, 40)
+
+    def loss(hidden, head, **options):
+        scores = fused_logprobs(hidden, head, p.targets, active=p.active, temperature=p.temperature, **options)
+        ratio = jnp.exp(scores.logprob - old)
+        clipped = jnp.minimum(ratio * p.cotangents[0], jnp.clip(ratio, 0.8, 1.2) * p.cotangents[0])
+        return -jnp.sum(clipped) + 1e-2 * jnp.sum(jnp.square(scores.logsumexp))
+
+    grads = {
+        implementation: jax.jit(jax.grad(functools.partial(loss, implementation=implementation), (0, 1)))(
+            p.hidden, p.head
         )
-        return jnp.sum(scores.logprob)
-
-    def compiled(implementation):
-        step = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
-        return step.lower(hidden, head, implementation).compile().as_text()
-
-    assert f"[{tokens},{vocab}]" in compiled("reference")
-    assert f"[{tokens},{vocab}]" not in compiled("xla")
-    assert f"[64,{vocab}]" in compiled("xla")
-    assert f"[{tokens // 64},{vocab},{hidden.shape[1]}]" not in compiled("xla")  # nor a copy of the head a block
+        for implementation in IMPLEMENTATIONS
+    }
+    for own, expected in zip(grads["xla"], grads["reference"], strict=True):
+        assert np.linalg.norm(own - expected) <= 2e-5 * np.linalg.norm(expected)
 
 
-def test_bad_input_is_an_error_that_names_it():
-    hidden, head, targets, _, _ = problem(4, 10)
-    with pytest.raises(ValueError, match=r"\[V, D\] \(10, 20\)"):
-        fused_logprobs(hidden, head[:, :20], targets)
-    with pytest.raises(ValueError, match="'mosaic'.*reference, xla"):
-        fused_logprobs(hidden, head, targets, implementation="mosaic")
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("gather_once", [False, True])
+def test_eight_devices_equal_float64_with_uneven_work_a_shard(shape, gather_once):
+    """Of the shards one has no active token, one a few, the others all."""
+    p = problem(64, 1192)  # 149 entries a shard of eight: no block divides it
+    p.active[:8] = False
+    p.active[8:14] = False
+    check(p, mesh=make_mesh(*shape), gather_once=gather_once, token_block=4, vocab_block=100)
+
+
+def test_tied_gradients_add_up():
+    p = problem(40, 130)
+
+    def loss(table, **options):
+        return jnp.sum(fused_logprobs(table[p.targets[::-1]], table, p.targets, **options).logprob)
+
+    own = jax.jit(jax.grad(functools.partial(loss, token_block=16, vocab_block=48)))(p.head)
+    dense = jax.jit(jax.grad(functools.partial(loss, implementation="reference")))(p.head)
+    assert np.linalg.norm(own - dense) <= 1e-5 * np.linalg.norm(dense)
+
+
+def test_one_program_whatever_is_active():
+    function = jax.jit(lambda active: fused_logprobs(p.hidden, p.head, p.targets, active=active, token_block=8).logprob)
+    p = problem(53, 200)
+    for share in (0.0, 0.3, 1.0):
+        function(np.random.default_rng(0).random(53) < share)
+    assert function._cache_size() == 1
+
+
+def test_a_float32_head_under_bfloat16_states_gets_float32_gradients():
+    p = problem(40, 130)
+    loss = lambda head: jnp.sum(fused_logprobs(p.hidden.astype(jnp.bfloat16), head, p.targets).logprob)  # noqa: E731
+    grad = jax.grad(loss)(jnp.asarray(p.head))
+    assert grad.dtype == jnp.float32
+    assert (np.asarray(grad.astype(jnp.bfloat16).astype(jnp.float32)) != np.asarray(grad)).any()
+
+
+def test_what_does_not_fit_is_named():
+    p = problem(6, 130)
+    with pytest.raises(ValueError, match=r"hidden \[N, D\] \(6, 24\), head \[D, V\] \(130, 24\)"):
+        fused_logprobs(p.hidden, p.head, p.targets, vocab_axis=1)
+    with pytest.raises(ValueError, match="choose one of reference, xla"):
+        fused_logprobs(p.hidden, p.head, p.targets, implementation="triton")
+    axes = Axes(("data", "fsdp"), "tensor", "fsdp")
+    with pytest.raises(ValueError, match="6 rows of hidden are not divisible by 4"):
+        fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(2, 2, 2), axes=axes)
+    with pytest.raises(ValueError, match="130 vocabulary entries are not divisible by 8"):
+        fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(1, 1, 8), axes=axes)

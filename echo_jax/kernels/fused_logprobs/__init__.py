@@ -1,22 +1,29 @@
-"""Log-probabilities of targets under an LM head, without keeping the [tokens, vocab] logits.
+"""Log-probabilities of targets under an LM head, without the [tokens, vocab] logits.
 
-It returns vectors, never a reduced loss, so that any per-token cotangent is right.
+It returns vectors, never a reduced loss, so that any per-token cotangent is right. `reference.py` says what is
+computed, `xla.py` how, `sharded.py` where on a mesh.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from echo_jax.kernels.fused_logprobs import sharded, xla
 from echo_jax.kernels.fused_logprobs.reference import reference
-from echo_jax.kernels.fused_logprobs.xla import xla
+from echo_jax.kernels.fused_logprobs.xla import Axes, Inputs, Options, Scores
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = ("reference", "xla")
 
 
 class LogProbs(NamedTuple):
+    """One number a token; 0 where it is not active."""
+
     logprob: jax.Array  # f32 [N] log p(target)
     logsumexp: jax.Array  # f32 [N] of the tempered logits
-    entropy: jax.Array  # f32 [N] of the tempered distribution, nats
+    entropy: jax.Array  # f32 [N] of the tempered distribution, nats; 0 where it was not asked for
     correct: jax.Array  # bool [N] whether no token is likelier than the target
 
 
@@ -25,31 +32,79 @@ def fused_logprobs(
     head: jax.Array,
     targets: jax.Array,
     *,
+    active: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    logit_softcap: float | None = None,
+    entropy: bool = False,
+    vocab_axis: int = 0,
+    vocab_block: int = 2048,
     token_block: int = 1024,
+    mesh: Mesh | None = None,
+    axes: Axes = Axes(),  # noqa: B008 (frozen)
     implementation: str = "xla",
 ) -> LogProbs:
-    """Scores targets under softmax(hidden @ head.T / temperature).
+    """Scores targets under softmax(softcap(hidden @ head.T) / temperature).
+
+    Matmuls are in the dtype of `hidden` and accumulate in f32; logits, softmax and outputs are f32. A head of another
+    dtype is cast block by block, and its gradient comes in its own dtype: f32 masters get f32 gradients.
 
     Args:
       hidden: f32 or bf16 [N, D].
-      head: f32 or bf16 [V, D].
+      head: f32 or bf16 [V, D], or [D, V] with `vocab_axis` = 1.
       targets: int32 [N], in [0, V).
+      active: bool [N], the tokens that anything reads; the others are skipped. None: all.
       temperature: scalar or f32 [N].
-      token_block: tokens whose logits exist at once (`xla`).
-      implementation: a key of `IMPLEMENTATIONS`; dots accumulate in f32 in every one.
+      logit_softcap: c of c tanh(z / c), before the temperature; None: none.
+      entropy: whether to compute the entropy.
+      vocab_block, token_block: logits of so many entries for so many tokens exist at once (`xla`).
+      mesh, axes: where the arrays lie (`xla`); on one device leave both out.
+      implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
-      f32 [N] vectors, differentiable with respect to hidden and head for any cotangents, and `correct`, which is not.
+      Vectors, differentiable with respect to hidden and head for any cotangents (`correct` has none).
 
     Raises:
-      ValueError: shapes do not fit, or the implementation does not exist.
+      ValueError: shapes do not fit each other or the mesh, or the implementation does not exist.
     """
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
+    hidden, head, targets = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets)
+    dimension = head.shape[1 - vocab_axis] if head.ndim == 2 else None
+    if hidden.ndim != 2 or hidden.shape[1] != dimension or targets.shape != hidden.shape[:1]:
+        layout = "[D, V]" if vocab_axis else "[V, D]"
         raise ValueError(
-            f"hidden [N, D] {hidden.shape}, head [V, D] {head.shape}, targets [N] {targets.shape} do not fit"
+            f"hidden [N, D] {hidden.shape}, head {layout} {head.shape}, targets [N] {targets.shape} do not fit"
         )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    temperature = jax.numpy.broadcast_to(jax.numpy.asarray(temperature, jax.numpy.float32), targets.shape)
-    return LogProbs(*IMPLEMENTATIONS[implementation](hidden, head, targets, temperature, token_block))
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)
+    active = jnp.ones(targets.shape, bool) if active is None else jnp.asarray(active)
+    inputs = Inputs(hidden, head, targets.astype(jnp.int32), active, temperature)
+    if implementation == "reference":
+        values = reference(*inputs, vocab_axis=vocab_axis, logit_softcap=logit_softcap)
+        return LogProbs(*values)
+    options = Options(vocab_block, token_block, entropy, logit_softcap, vocab_axis, axes)
+    if mesh is not None:
+        sharded.check(inputs, options, mesh)
+    return LogProbs(*_fused(*inputs, options, mesh)[:4])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _fused(hidden, head, targets, active, temperature, options: Options, mesh: Mesh | None) -> Scores:
+    return _forward(hidden, head, targets, active, temperature, options, mesh)[0]
+
+
+def _forward(hidden, head, targets, active, temperature, options, mesh):
+    inputs = Inputs(hidden, head, targets, active, temperature)
+    scores = xla.forward(inputs, options) if mesh is None else sharded.forward(inputs, options, mesh)
+    return scores, (inputs, scores)
+
+
+def _backward(options, mesh, residuals, cotangents):
+    inputs, scores = residuals
+    if mesh is None:
+        d_hidden, d_head = xla.backward(inputs, scores, cotangents, options)
+    else:
+        d_hidden, d_head = sharded.backward(inputs, scores, cotangents, options, mesh)
+    return d_hidden, d_head, None, None, None
+
+
+_fused.defvjp(_forward, _backward)

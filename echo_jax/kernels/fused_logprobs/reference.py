@@ -1,17 +1,20 @@
-"""The obvious way: all logits at once. For tests, and the block that the chunked way maps over."""
+"""The obvious way: all logits at once, differentiated by JAX. For tests."""
 
 import jax
 import jax.numpy as jnp
 
 
-def reference(hidden, head, targets, temperature, token_block=None):
-    """hidden [N, D], head [V, D], targets [N], temperature [N] -> logprob, logsumexp, entropy (f32 [N]), correct (bool
-    [N])."""
-    del token_block
-    logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
+def reference(hidden, head, targets, active, temperature, *, vocab_axis, logit_softcap):
+    """hidden [N, D], head [V, D] or [D, V], targets [N], active bool [N], temperature [N] -> logprob, logsumexp,
+    entropy (f32 [N]), correct (bool [N]); zeros where not active."""
+    weight = (head.T if vocab_axis else head).astype(hidden.dtype)
+    logits = jnp.einsum("nd,vd->nv", hidden, weight, preferred_element_type=jnp.float32)
+    if logit_softcap is not None:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     logits = logits / temperature[:, None]
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     entropy = logsumexp - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
     correct = target >= jax.lax.stop_gradient(logits).max(axis=-1)
-    return target - logsumexp, logsumexp, entropy, correct
+    values = (jnp.where(active, x, 0.0) for x in (target - logsumexp, logsumexp, entropy))
+    return *values, active & correct

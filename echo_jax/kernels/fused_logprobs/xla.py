@@ -1,24 +1,237 @@
-"""A scan over blocks of tokens, each block's logits recomputed in the backward pass."""
+"""Vocabulary blocks outside, token blocks inside, logits recomputed in the backward pass; in plain XLA.
+
+Each block of the head is read once a pass, and its gradient is finished and written in place before the next one
+begins: nothing of size [tokens, vocab] exists, nor a second array of the head's size. Rows that nothing reads are
+skipped exactly: the others come first in the order of the inner loop, which runs only over the blocks that they need,
+with one compiled program whatever their number.
+
+The same code serves a head that is spread over a mesh, inside `jax.shard_map` (sharded.py says how): then `Axes` names
+the axes, each shard walks its own part of the vocabulary, and collectives stand in the outer loop or outside both,
+never in the inner loop, whose length differs from shard to shard.
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from echo_jax.kernels.fused_logprobs.reference import reference
+MASKED = -1e30  # a logit that does not exist; not -inf, which would give 0 × inf = nan in the entropy's gradient
 
 
-def xla(hidden, head, targets, temperature, token_block):
-    """As `reference`, with at most ~`token_block` × V logits alive in either pass."""
-    tokens = targets.shape[0]
-    blocks = -(-tokens // token_block)
-    padding = -tokens % blocks
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    targets = jnp.pad(targets, (0, padding))
-    temperature = jnp.pad(temperature, (0, padding), constant_values=1.0)
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Mesh axes by what is spread over them; none where that is whole."""
 
-    def strided(x):  # token n goes to block n % blocks, so every block spans all data shards evenly
-        return x.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1)
+    tokens: tuple[str, ...] = ()  # rows of hidden
+    vocab: str | None = None  # vocabulary of the head
+    embed: str | None = None  # embedding of the head; one of `tokens` too
+    gather_once: bool = False  # gather the head's embedding before the loops, not block by block
 
-    # The head is closed over: as a scan's carry it would be saved once a block for the backward pass.
-    block = jax.checkpoint(lambda xs: reference(xs[0], head, *xs[1:]))
-    out = jax.lax.map(block, (strided(hidden), strided(targets), strided(temperature)))
-    return tuple(x.swapaxes(0, 1).reshape(-1)[:tokens] for x in out)
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static in a call."""
+
+    vocab_block: int
+    token_block: int
+    entropy: bool
+    logit_softcap: float | None
+    vocab_axis: int  # of the head: 0 for [V, D], 1 for [D, V]
+    axes: Axes = Axes()
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, or one shard's part of them."""
+
+    hidden: jax.Array  # [N, D]
+    head: jax.Array  # [V, D] or [D, V]
+    targets: jax.Array  # int32 [N]
+    active: jax.Array  # bool [N]
+    temperature: jax.Array  # f32 [N]
+
+
+class Scores(NamedTuple):
+    """One number a row, 0 where it is not active."""
+
+    logprob: jax.Array  # f32 [N]
+    logsumexp: jax.Array  # f32 [N]
+    entropy: jax.Array  # f32 [N], 0 where it was not asked for
+    correct: jax.Array  # bool [N]
+    mean_logit: jax.Array  # f32 [N] under p, for the backward pass; 0 without entropy
+
+
+def forward(inputs: Inputs, options: Options) -> Scores:
+    """Scores one shard's rows against the whole vocabulary."""
+    rows, head = _Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
+    start = (jnp.full(rows.length, MASKED), jnp.zeros(rows.length), jnp.full(rows.length, MASKED))
+    start += (jnp.zeros(rows.length),) * options.entropy
+
+    def over_vocab(v, carry):
+        block = head.read(v)
+
+        def over_tokens(t, carry):
+            logits, is_target = rows.logits(t, block)
+            top, total, target, *mean = (rows.take(x, t) for x in carry)
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            scale = jnp.exp(top - new_top)
+            p = jnp.exp(logits - new_top[:, None])
+            target = jnp.maximum(target, jnp.max(jnp.where(is_target, logits, MASKED), axis=1))
+            new = (new_top, total * scale + p.sum(axis=1), target)
+            new += tuple(m * scale + jnp.sum(p * logits, axis=1) for m in mean)
+            return tuple(rows.put(x, own, t) for x, own in zip(carry, new, strict=True))
+
+        return jax.lax.fori_loop(0, rows.blocks, over_tokens, carry)
+
+    top, total, target, *mean = jax.lax.fori_loop(0, head.blocks, over_vocab, start)
+    if (axis := options.axes.vocab) is not None:
+        highest = jax.lax.pmax(top, axis)
+        scale = jnp.exp(top - highest)
+        total, mean = jax.lax.psum((total * scale, [m * scale for m in mean]), axis)
+        top, target = highest, jax.lax.pmax(target, axis)
+    total = jnp.maximum(total, 1e-30)  # rows past the blocks in use were never summed
+    logsumexp = top + jnp.log(total)
+    mean_logit = mean[0] / total if options.entropy else jnp.zeros_like(total)
+    entropy = logsumexp - mean_logit if options.entropy else mean_logit
+    return Scores(*map(rows.restore, (target - logsumexp, logsumexp, entropy, target >= top, mean_logit)))
+
+
+def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of hidden and head for cotangents of logprob, logsumexp and entropy.
+
+    By tempered logits z it is δ = p [(g_lse - g_logp) - g_ent (z - E_p z)] + onehot g_logp; then through temperature
+    and softcap. dX and each block's dW accumulate in f32.
+    """
+    rows, head = _Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
+    given = cotangents.logprob, cotangents.logsumexp, cotangents.entropy
+    g_logprob, g_logsumexp, g_entropy = (jnp.where(rows.in_use, rows.arrange(g), 0.0) for g in given)
+    logsumexp, mean_logit = rows.arrange(scores.logsumexp), rows.arrange(scores.mean_logit)
+
+    def over_vocab(v, carry):
+        d_hidden, d_head = carry
+        block = head.read(v)
+
+        def over_tokens(t, carry):
+            d_hidden, d_weight = carry
+            column = lambda x: rows.take(x, t)[:, None]  # noqa: E731
+            logits, is_target = rows.logits(t, block)
+            p = jnp.exp(logits - column(logsumexp))
+            slope = column(g_logsumexp) - column(g_logprob)
+            if options.entropy:
+                slope = slope - column(g_entropy) * (logits - column(mean_logit))
+            delta = p * slope + jnp.where(is_target, column(g_logprob), 0.0)
+            if (cap := options.logit_softcap) is not None:
+                delta = delta * (1.0 - jnp.square(logits * column(rows.temperature) / cap))
+            delta = jnp.where(block.fresh, delta / column(rows.temperature), 0.0).astype(block.weight.dtype)
+            own = jnp.einsum("nv,vd->nd", delta, block.weight, preferred_element_type=jnp.float32)
+            d_hidden = rows.put(d_hidden, rows.take(d_hidden, t) + own, t)
+            own = jnp.einsum("nv,nd->vd", delta, rows.hidden(t), preferred_element_type=jnp.float32)
+            return d_hidden, d_weight + own
+
+        zeros = jnp.zeros(block.weight.shape, jnp.float32)
+        d_hidden, d_weight = jax.lax.fori_loop(0, rows.blocks, over_tokens, (d_hidden, zeros))
+        return d_hidden, head.add(d_head, d_weight, v)
+
+    zeros = jnp.zeros((rows.length, inputs.hidden.shape[1]), jnp.float32), jnp.zeros_like(inputs.head)
+    d_hidden, d_head = jax.lax.fori_loop(0, head.blocks, over_vocab, zeros)
+    axes = options.axes
+    if axes.vocab is not None:
+        d_hidden = jax.lax.psum(d_hidden, axes.vocab)
+    if rest := tuple(axis for axis in axes.tokens if axis != axes.embed):
+        d_head = jax.lax.psum(d_head, rest)
+    return rows.restore(d_hidden.astype(inputs.hidden.dtype)), d_head
+
+
+class _Rows:
+    """The rows in the order of the inner loop: active ones first, in blocks, the last one filled up with any others."""
+
+    def __init__(self, inputs: Inputs, options: Options):
+        n = inputs.hidden.shape[0]
+        self._inputs, self._options = inputs, options
+        self._block = min(options.token_block, n)
+        self.length = -(-n // self._block) * self._block
+        order = jnp.argsort(~inputs.active, stable=True).astype(jnp.int32)
+        self._place = jnp.argsort(order)
+        self._order = jnp.pad(order, (0, self.length - n))
+        count = jnp.sum(inputs.active, dtype=jnp.int32)
+        self.in_use = jnp.arange(self.length) < count
+        self.blocks = (count + self._block - 1) // self._block
+        self.temperature = self.arrange(inputs.temperature)
+        self._targets = self.arrange(inputs.targets)
+        if options.axes.vocab is not None:  # counted from the first vocabulary entry of this shard
+            shard = inputs.head.shape[options.vocab_axis]
+            self._targets -= jax.lax.axis_index(options.axes.vocab) * shard
+
+    def arrange(self, x):
+        return x[self._order]
+
+    def restore(self, x):
+        """The inverse of `arrange`, with zeros where not active."""
+        active = self._inputs.active.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(active, x[self._place], jnp.zeros((), x.dtype))
+
+    def take(self, x, t):
+        return jax.lax.dynamic_slice_in_dim(x, t * self._block, self._block)
+
+    def put(self, x, new, t):
+        return jax.lax.dynamic_update_slice_in_dim(x, new, t * self._block, 0)
+
+    def hidden(self, t):
+        """Gathered block by block: a sorted copy would be a second array of the size of hidden."""
+        return self._inputs.hidden[self.take(self._order, t)]
+
+    def logits(self, t, block: "_Block"):
+        """Returns f32 [tokens, vocab] of two blocks, tempered, `MASKED` where not fresh, and which are the target's."""
+        logits = jnp.einsum("nd,vd->nv", self.hidden(t), block.weight, preferred_element_type=jnp.float32)
+        if (cap := self._options.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        logits = jnp.where(block.fresh, logits / self.take(self.temperature, t)[:, None], MASKED)
+        is_target = self.take(self._targets, t)[:, None] == block.columns[None, :]
+        return logits, is_target & block.fresh
+
+
+class _Block(NamedTuple):
+    weight: jax.Array  # [block, D]
+    columns: jax.Array  # int32 [block] which vocabulary entries of this shard
+    fresh: jax.Array  # bool [1, block]
+
+
+class _Head:
+    """This shard's part of the head, in blocks of its vocabulary, cast to the dtype of the matmuls.
+
+    The last block overlaps the one before where the block does not divide the vocabulary: its entries that were there
+    already are not `fresh`, and count nowhere.
+    """
+
+    def __init__(self, head, dtype, options: Options):
+        self._vocab_axis, self._embed, self._dtype = options.vocab_axis, options.axes.embed, dtype
+        self._streamed = self._embed is not None and not options.axes.gather_once
+        if self._embed is not None and options.axes.gather_once:
+            head = head.astype(dtype)
+            head = jax.lax.all_gather(head, self._embed, axis=1 - self._vocab_axis, tiled=True)
+        self._head = head
+        self._size = head.shape[self._vocab_axis]
+        self._block = min(options.vocab_block, self._size)
+        self.blocks = -(-self._size // self._block)
+
+    def read(self, v) -> _Block:
+        first = self._first(v)
+        weight = jax.lax.dynamic_slice_in_dim(self._head, first, self._block, axis=self._vocab_axis)
+        weight = (weight.T if self._vocab_axis else weight).astype(self._dtype)
+        if self._streamed:
+            weight = jax.lax.all_gather(weight, self._embed, axis=1, tiled=True)
+        columns = first + jnp.arange(self._block)
+        return _Block(weight, columns, (columns >= v * self._block)[None, :])
+
+    def add(self, d_head, d_weight, v):
+        """Adds the gradient of block v, f32 [block, D], to this shard's part of the head's."""
+        if self._embed is not None:
+            d_weight = jax.lax.psum_scatter(d_weight, self._embed, scatter_dimension=1, tiled=True)
+        d_weight = d_weight.T if self._vocab_axis else d_weight
+        first = self._first(v)
+        before = jax.lax.dynamic_slice_in_dim(d_head, first, self._block, axis=self._vocab_axis)
+        new = (before + d_weight).astype(d_head.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(d_head, new, first, self._vocab_axis)
+
+    def _first(self, v):
+        return jnp.minimum(v * self._block, self._size - self._block)

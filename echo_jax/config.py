@@ -111,7 +111,7 @@ def default_config() -> ml_collections.ConfigDict:
     # Both.
     c.loss.constant = 0  # tokens, the divisor of the constant normalisers; 0: rollout.max_tokens
     c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
-    c.loss.token_block = 1024  # logits of so many tokens for so many vocabulary entries exist at once in the loss
+    c.loss.token_block = 256  # logits of so many tokens (on TPU better 1024) for so many entries exist at once
     c.loss.vocab_block = 2048
     c.loss.score_all = True  # run the LM head also for what only metrics read; False: metrics are over trained tokens
 

@@ -37,7 +37,7 @@ MAXIMA = ("policy/sampler_gap_max",)
 class HeadOptions:
     """How the LM head is run; see `fused_logprobs`."""
 
-    token_block: int = 1024
+    token_block: int = 256
     vocab_block: int = 2048
     score_all: bool = True  # also tokens that no term reads, for the metrics; never prompt, scaffold and padding
     mesh: Mesh | None = None  # None: one device

@@ -38,7 +38,7 @@ def fused_logprobs(
     entropy: bool = False,
     vocab_axis: int = 0,
     vocab_block: int = 2048,
-    token_block: int = 1024,
+    token_block: int = 256,
     mesh: Mesh | None = None,
     axes: Axes = Axes(),  # noqa: B008 (frozen)
     implementation: str = "xla",

@@ -1,7 +1,8 @@
 """Vocabulary blocks outside, token blocks inside, logits recomputed in the backward pass; in plain XLA.
 
 Each block of the head is read once a pass, and its gradient is finished and written in place before the next one
-begins: nothing of size [tokens, vocab] exists, nor a second array of the head's size. Rows that nothing reads are
+begins: nothing of size [tokens, vocab] exists, nor a second array of the head's size (but for one cast of it, which XLA
+moves out of the loop, where the head is not of the matmuls' dtype). Rows that nothing reads are
 skipped exactly: the others come first in the order of the inner loop, which runs only over the blocks that they need,
 with one compiled program whatever their number.
 

@@ -1,0 +1,241 @@
+"""Time and memory of the LM-head loss and its two gradients, ours beside the usual ways.
+
+    python experiments/benchmarks/lm_head_loss.py [--output=experiments/benchmarks/lm_head_loss.md]
+
+On this machine: wall time as a ratio to full logits in the same run, and XLA's temporary memory. For TPUs, where the
+extra `tpu` is installed: what the real compiler plans, ahead of time, for one chip and for meshes (no TPU needed).
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ahead of time there is no metadata server to ask
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
+from echo_jax.sharding import MESH_AXES
+
+OUTPUT = flags.DEFINE_string("output", None, "also write the tables to this file")
+REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each row; the fastest counts")
+TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
+CHUNK = 512  # tokens of a chunk in the chunked rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    tokens: int
+    dim: int
+    vocab: int
+    dtype: str
+    token_block: int  # small ones skip more exactly, large ones keep a TPU's matrix unit busy
+
+
+CPU = Size(4096, 512, 32_000, "float32", 256)
+TPU = Size(8192, 4096, 151_936, "bfloat16", 1024)  # tokens of one data shard
+
+# A row maps (hidden, head, targets, active, cotangent [N]) to (loss, (d hidden, d head)).
+Row = Callable[..., tuple]
+
+
+def differentiated(logprob: Callable) -> Row:
+    """Makes a row of a function to per-token log-probs (or to a pair of them and of what is only computed)."""
+
+    def row(hidden, head, targets, active, cotangent):
+        def loss(hidden, head):
+            out = logprob(hidden, head, targets, active)
+            value, extra = out if isinstance(out, tuple) else (out, 0.0)
+            return jnp.sum(cotangent * active * value), jnp.sum(extra)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+
+    return row
+
+
+def full_logits(dtype):
+    def logprob(hidden, head, targets, active):
+        logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=dtype)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0].astype(jnp.float32)
+
+    return differentiated(logprob)
+
+
+def token_chunks(hidden, head, targets, active):
+    """A scan over chunks of tokens, rematerialised."""
+    chunk = jax.checkpoint(
+        lambda xs: fused_logprobs(xs[0], head, xs[1], implementation="reference").logprob  # its logits: one chunk's
+    )
+    split = lambda x: x.reshape(-1, CHUNK, *x.shape[1:])  # noqa: E731
+    return jax.lax.map(chunk, (split(hidden), split(targets))).reshape(-1)
+
+
+def gradient_in_forward(hidden, head, targets, active, cotangent):
+    """Liger's way: each chunk's gradients at once, while its logits are there; the head's accumulates in f32."""
+    split = lambda x: x.reshape(-1, CHUNK, *x.shape[1:])  # noqa: E731
+
+    def chunk(carry, xs):
+        loss, d_head = carry
+        h, t, g = xs
+        logprobs = jax.nn.log_softmax(jnp.einsum("nd,vd->nv", h, head, preferred_element_type=jnp.float32))
+        loss += jnp.sum(g * jnp.take_along_axis(logprobs, t[:, None], axis=-1)[:, 0])
+        delta = ((jax.nn.one_hot(t, head.shape[0]) - jnp.exp(logprobs)) * g[:, None]).astype(h.dtype)
+        d_head += jnp.einsum("nv,nd->vd", delta, h, preferred_element_type=jnp.float32)
+        return (loss, d_head), jnp.einsum("nv,vd->nd", delta, head)
+
+    start = jnp.float32(0.0), jnp.zeros(head.shape, jnp.float32)
+    (loss, d_head), d_hidden = jax.lax.scan(chunk, start, (split(hidden), split(targets), split(cotangent * active)))
+    return loss, (d_hidden.reshape(hidden.shape), d_head.astype(head.dtype))
+
+
+def ours(size: Size, *, entropy=False, skip=True, **options) -> Row:
+    options |= {"token_block": size.token_block, "entropy": entropy}
+
+    def logprob(hidden, head, targets, active):
+        scores = fused_logprobs(hidden, head, targets, active=active if skip else None, **options)
+        return scores.logprob, scores.entropy
+
+    return differentiated(logprob)
+
+
+def rows(size: Size) -> Iterator[tuple[str, Row, float]]:
+    """Yields (name, row, share of active tokens) for one device."""
+    yield "full logits f32", full_logits(jnp.float32), 1.0
+    yield "full logits bf16", full_logits(jnp.bfloat16), 1.0
+    yield "token chunks, rematerialised", differentiated(token_chunks), 1.0
+    yield "token chunks, gradient in forward", gradient_in_forward, 1.0
+    yield "ours, all tokens", ours(size, skip=False), 1.0
+    for share in (1.0, 0.6, 0.3):
+        yield f"ours, {share:.0%} active", ours(size), share
+    yield "ours, 100% active, entropy", ours(size, entropy=True), 1.0
+
+
+def arguments(size: Size, share: float):
+    rng = np.random.default_rng(0)
+    return (
+        jnp.asarray(rng.normal(size=(size.tokens, size.dim)), size.dtype),
+        jnp.asarray(rng.normal(size=(size.vocab, size.dim)) / size.dim**0.5, size.dtype),
+        jnp.asarray(rng.integers(0, size.vocab, size.tokens), jnp.int32),
+        jnp.asarray(rng.random(size.tokens) < share),
+        jnp.asarray(rng.normal(size=size.tokens), jnp.float32),
+    )
+
+
+def seconds(compiled, inputs) -> float:
+    times = []
+    for _ in range(REPEATS.value + 1):  # the first warms up
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*inputs))
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def cpu_table() -> Iterator[str]:
+    yield f"## This machine: {CPU.tokens} tokens, D = {CPU.dim}, V = {CPU.vocab}, {CPU.dtype}\n"
+    yield "| row | time / full logits | temp MiB |"
+    yield "|---|---|---|"
+    base = None
+    for name, row, share in rows(CPU):
+        inputs = arguments(CPU, share)
+        compiled = jax.jit(row).lower(*inputs).compile()
+        taken = seconds(compiled, inputs)
+        base = base or taken
+        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        yield f"| {name} | {taken / base:.2f} | {memory:.0f} |"
+
+
+def tpu_memory(row: Row, mesh: Mesh) -> tuple[float, float]:
+    """Returns, a chip: GiB of temporary memory, and MiB of outputs beyond the gradients themselves."""
+    data = mesh.shape["data"] * mesh.shape["fsdp"]
+    on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    tokens, batch = TPU.tokens * data, ("data", "fsdp")
+    shapes = [
+        ((tokens, TPU.dim), TPU.dtype, on(batch, None)),
+        ((TPU.vocab, TPU.dim), TPU.dtype, on("tensor", "fsdp")),
+        ((tokens,), jnp.int32, on(batch)),
+        ((tokens,), bool, on(batch)),
+        ((tokens,), jnp.float32, on(batch)),
+    ]
+    abstract = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in shapes]
+    gradients = (shapes[0][2], shapes[1][2])
+    # Rows differ in what stands beside the loss: leave the placement of scalars to the compiler.
+    loss_shape = jax.eval_shape(row, *abstract)[0]
+    out = (jax.tree.map(lambda _: on(), loss_shape), gradients)
+    memory = jax.jit(row, out_shardings=out).lower(*abstract).compile().memory_analysis()
+    temporary, outputs = memory.temp_size_in_bytes, memory.output_size_in_bytes
+    own = 2 * (TPU.tokens * TPU.dim + TPU.vocab * TPU.dim / mesh.shape["tensor"] / mesh.shape["fsdp"])
+    return temporary / 2**30, (outputs - own) / 2**20
+
+
+def chip_mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    grid = np.asarray(devices[: fsdp * tensor]).reshape(1, fsdp, tensor)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def tpu_table() -> Iterator[str]:
+    yield f"## TPU, ahead of time: {TPU.tokens} tokens a data shard, D = {TPU.dim}, V = {TPU.vocab}, {TPU.dtype}\n"
+    if importlib.util.find_spec("libtpu") is None:
+        yield "Not measured: it needs the TPU compiler, `pip install -e '.[tpu]'`."
+        return
+    yield "| row | chip | temp GiB | outputs beyond the gradients, MiB |"
+    yield "|---|---|---|---|"
+    for chip, topology in TOPOLOGIES.items():
+        seen = set()
+        for name, row, _ in rows(TPU):
+            name = name.replace("100% active", "skipping")
+            if "% active" in name or name in seen:
+                continue  # how many are active changes nothing here
+            seen.add(name)
+            yield from _tpu_row(name, chip, row, chip_mesh(topology, 1, 1))
+        meshes = [("fsdp 4 × tensor 4", topology, 4, 4)] + [("fsdp 256", "v5e:16x16", 256, 1)] * (chip == "v5e")
+        for label, where, fsdp, tensor in meshes:
+            mesh = chip_mesh(where, fsdp, tensor)
+            for gather_once in (False, True):
+                row = ours(TPU, entropy=True, mesh=mesh, axes=Axes(("data", "fsdp"), "tensor", "fsdp", gather_once))
+                how = "gathered once" if gather_once else "streamed"
+                yield from _tpu_row(f"ours, skipping, entropy, {label}, {how}", chip, row, mesh)
+
+
+def _tpu_row(name: str, chip: str, row: Row, mesh: Mesh) -> Iterator[str]:
+    temp, beyond = tpu_memory(row, mesh)
+    yield f"| {name} | {chip} | {temp:.3f} | {beyond:.2f} |"
+
+
+def main(_) -> None:
+    versions = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in ("jax", "jaxlib", "numpy"))
+    libtpu = f", libtpu {importlib.metadata.version('libtpu')}" if importlib.util.find_spec("libtpu") else ""
+    lines = [
+        "# LM-head loss: value and both gradients\n",
+        f"`python experiments/benchmarks/lm_head_loss.py`, {datetime.date.today()}; {os.cpu_count()} CPU cores, "
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}{libtpu}.\n",
+    ]
+    emit = functools.partial(print, flush=True)
+    for line in lines:
+        emit(line)
+    for table in (cpu_table, tpu_table):
+        for line in table():
+            emit(line)
+            lines.append(line)
+        emit()
+        lines.append("")
+    if OUTPUT.value:
+        Path(OUTPUT.value).write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

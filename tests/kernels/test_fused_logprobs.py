@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from echo_jax.kernels.fused_logprobs import IMPLEMENTATIONS, Axes, fused_logprobs
+from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
 from echo_jax.sharding import make_mesh
 
+IMPLEMENTATIONS = ("reference", "xla")  # the Pallas kernel is interpreted on a CPU, and has tests of its own
 # What a result may differ by, relative to the norm of the whole array; log-probs absolutely.
 GRADIENT = {"float32": 1e-5, "bfloat16": 5e-3}
 LOGPROB = 2e-5  # where |z| <= 20
@@ -210,10 +213,42 @@ def test_what_does_not_fit_is_named():
     p = problem(6, 130)
     with pytest.raises(ValueError, match=r"hidden \[N, D\] \(6, 24\), head \[D, V\] \(130, 24\)"):
         fused_logprobs(p.hidden, p.head, p.targets, vocab_axis=1)
-    with pytest.raises(ValueError, match="choose one of reference, xla"):
+    with pytest.raises(ValueError, match="choose one of reference, xla, pallas_tpu"):
         fused_logprobs(p.hidden, p.head, p.targets, implementation="triton")
+    with pytest.raises(ValueError, match=r"'pallas_tpu' takes a head \[V, D\] on one device"):
+        fused_logprobs(p.hidden, p.head.T, p.targets, vocab_axis=1, implementation="pallas_tpu")
     axes = Axes(("data", "fsdp"), "tensor", "fsdp")
     with pytest.raises(ValueError, match="6 rows of hidden are not divisible by 4"):
         fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(2, 2, 2), axes=axes)
     with pytest.raises(ValueError, match="130 vocabulary entries are not divisible by 8"):
         fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(1, 1, 8), axes=axes)
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 130), (37, 130), (50, 1187)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_pallas_kernel_equals_float64_in_interpretation(tokens, vocab, dtype, softcap):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        check(
+            problem(tokens, vocab, dtype=dtype, active=0.7),
+            dtype=dtype,
+            softcap=softcap,
+            implementation="pallas_tpu",
+            token_block=16,
+        )
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_pallas_kernel_compiles_for_tpu(topology):
+    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    placed = jax.sharding.SingleDeviceSharding(device)
+    shapes = [((2048, 4096), jnp.bfloat16), ((151_936, 4096), jnp.bfloat16), ((2048,), jnp.int32), ((2048,), bool)]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in shapes]
+
+    def forward(hidden, head, targets, active):
+        return fused_logprobs(
+            hidden, head, targets, active=active, entropy=True, implementation="pallas_tpu", token_block=512
+        )
+
+    assert "tpu_custom_call" in jax.jit(forward).lower(*arguments).compile().as_text()

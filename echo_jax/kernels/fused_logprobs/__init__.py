@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from echo_jax.kernels.fused_logprobs import sharded, xla
+from echo_jax.kernels.fused_logprobs import pallas_tpu, sharded, xla
 from echo_jax.kernels.fused_logprobs.reference import reference
 from echo_jax.kernels.fused_logprobs.xla import Axes, Inputs, Options, Scores
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 class LogProbs(NamedTuple):
@@ -84,21 +84,28 @@ def fused_logprobs(
     options = Options(vocab_block, token_block, entropy, logit_softcap, vocab_axis, axes)
     if mesh is not None:
         sharded.check(inputs, options, mesh)
-    return LogProbs(*_fused(*inputs, options, mesh)[:4])
+    pallas = implementation == "pallas_tpu"
+    if pallas and (mesh is not None or vocab_axis):
+        raise ValueError("implementation 'pallas_tpu' takes a head [V, D] on one device; use 'xla'")
+    return LogProbs(*_fused(*inputs, options, mesh, pallas)[:4])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _fused(hidden, head, targets, active, temperature, options: Options, mesh: Mesh | None) -> Scores:
-    return _forward(hidden, head, targets, active, temperature, options, mesh)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _fused(hidden, head, targets, active, temperature, options: Options, mesh: Mesh | None, pallas: bool) -> Scores:
+    return _forward(hidden, head, targets, active, temperature, options, mesh, pallas)[0]
 
 
-def _forward(hidden, head, targets, active, temperature, options, mesh):
+def _forward(hidden, head, targets, active, temperature, options, mesh, pallas):
     inputs = Inputs(hidden, head, targets, active, temperature)
-    scores = xla.forward(inputs, options) if mesh is None else sharded.forward(inputs, options, mesh)
+    if pallas:
+        scores = pallas_tpu.forward(inputs, options)
+    else:
+        scores = xla.forward(inputs, options) if mesh is None else sharded.forward(inputs, options, mesh)
     return scores, (inputs, scores)
 
 
-def _backward(options, mesh, residuals, cotangents):
+def _backward(options, mesh, pallas, residuals, cotangents):
+    del pallas  # its backward pass is this one
     inputs, scores = residuals
     if mesh is None:
         d_hidden, d_head = xla.backward(inputs, scores, cotangents, options)

@@ -64,7 +64,7 @@ class Scores(NamedTuple):
 
 def forward(inputs: Inputs, options: Options) -> Scores:
     """Scores one shard's rows against the whole vocabulary."""
-    rows, head = _Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
+    rows, head = Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
     start = (jnp.full(rows.length, MASKED), jnp.zeros(rows.length), jnp.full(rows.length, MASKED))
     start += (jnp.zeros(rows.length),) * options.entropy
 
@@ -103,7 +103,7 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
     By tempered logits z it is δ = p [(g_lse - g_logp) - g_ent (z - E_p z)] + onehot g_logp; then through temperature
     and softcap. dX and each block's dW accumulate in f32.
     """
-    rows, head = _Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
+    rows, head = Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
     given = cotangents.logprob, cotangents.logsumexp, cotangents.entropy
     g_logprob, g_logsumexp, g_entropy = (jnp.where(rows.in_use, rows.arrange(g), 0.0) for g in given)
     logsumexp, mean_logit = rows.arrange(scores.logsumexp), rows.arrange(scores.mean_logit)
@@ -143,25 +143,25 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
     return rows.restore(d_hidden.astype(inputs.hidden.dtype)), d_head
 
 
-class _Rows:
+class Rows:
     """The rows in the order of the inner loop: active ones first, in blocks, the last one filled up with any others."""
 
     def __init__(self, inputs: Inputs, options: Options):
         n = inputs.hidden.shape[0]
         self._inputs, self._options = inputs, options
-        self._block = min(options.token_block, n)
-        self.length = -(-n // self._block) * self._block
+        self.block = min(options.token_block, n)
+        self.length = -(-n // self.block) * self.block
         order = jnp.argsort(~inputs.active, stable=True).astype(jnp.int32)
         self._place = jnp.argsort(order)
         self._order = jnp.pad(order, (0, self.length - n))
         count = jnp.sum(inputs.active, dtype=jnp.int32)
         self.in_use = jnp.arange(self.length) < count
-        self.blocks = (count + self._block - 1) // self._block
+        self.blocks = (count + self.block - 1) // self.block
         self.temperature = self.arrange(inputs.temperature)
-        self._targets = self.arrange(inputs.targets)
+        self.targets = self.arrange(inputs.targets)
         if options.axes.vocab is not None:  # counted from the first vocabulary entry of this shard
             shard = inputs.head.shape[options.vocab_axis]
-            self._targets -= jax.lax.axis_index(options.axes.vocab) * shard
+            self.targets -= jax.lax.axis_index(options.axes.vocab) * shard
 
     def arrange(self, x):
         return x[self._order]
@@ -172,10 +172,10 @@ class _Rows:
         return jnp.where(active, x[self._place], jnp.zeros((), x.dtype))
 
     def take(self, x, t):
-        return jax.lax.dynamic_slice_in_dim(x, t * self._block, self._block)
+        return jax.lax.dynamic_slice_in_dim(x, t * self.block, self.block)
 
     def put(self, x, new, t):
-        return jax.lax.dynamic_update_slice_in_dim(x, new, t * self._block, 0)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, t * self.block, 0)
 
     def hidden(self, t):
         """Gathered block by block: a sorted copy would be a second array of the size of hidden."""
@@ -187,7 +187,7 @@ class _Rows:
         if (cap := self._options.logit_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         logits = jnp.where(block.fresh, logits / self.take(self.temperature, t)[:, None], MASKED)
-        is_target = self.take(self._targets, t)[:, None] == block.columns[None, :]
+        is_target = self.take(self.targets, t)[:, None] == block.columns[None, :]
         return logits, is_target & block.fresh
 
 

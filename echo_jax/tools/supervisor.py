@@ -322,6 +322,8 @@ class Supervisor:
         """In the child: never returns."""
         try:
             posix.setsid()
+            if self.polled_processes:
+                posix.nice(19)  # a fork bomb must not starve the one who counts its processes
             null = posix.open("/dev/null", posix.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 posix.dup2(source, target)

@@ -119,7 +119,9 @@ def echo_loss(
     """
     scores = score(hidden, head, batch, options.head)
     logprob = scores.logprob
-    tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
+    scored = scored_tokens(batch, options.head)
+    own = jnp.where(scored, logprob, batch.old_logprob)  # elsewhere the ratio is 1, and not what may overflow times 0
+    tokens = Tokens(own, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
     surrogate, clipped = POLICY_LOSSES[options.policy].surrogate(tokens, options.clip)
     if options.importance_cap:
         surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
@@ -136,7 +138,6 @@ def echo_loss(
     observation_term = per_observation * jnp.sum(batch.observation_weight * bounded)
     total = policy_term + kl_term + observation_term
 
-    scored = scored_tokens(batch, options.head)
     action = ((batch.role == Role.ACTION) & scored).astype(jnp.float32)
     sums = {
         "policy/loss": policy_term,

@@ -139,3 +139,18 @@ def test_a_token_that_is_likely_enough_is_no_longer_trained():
     clip = 1 / 64  # an untrained model gives about half of the tokens more
     options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH), observation_clip=clip)
     check(BASE, options, "group", observation_clip=clip)
+
+
+def test_scoring_only_what_is_trained_changes_no_gradient():
+    """Also where a token that is not scored had a log-prob so low that its ratio to 0 would overflow."""
+    advantages = advantages_of(CHOSEN, "group")
+    idle = [i for i, t in enumerate(CHOSEN) if advantages[i] == 0 and (t.role[1:] == 3).any()]
+    assert idle
+    low = [np.where((t.role == 3) & (i in idle), -200.0, t.logprob).astype(np.float32) for i, t in enumerate(CHOSEN)]
+    chosen = [dataclasses.replace(t, logprob=own) for t, own in zip(CHOSEN, low, strict=True)]
+    frugal = dataclasses.replace(OPTIONS, head=dataclasses.replace(HEAD, score_all=False))
+    all_sums, expected, _ = gradient(CHOSEN, advantages, objective=BASE)
+    sums, grads, _ = gradient(chosen, advantages, objective=BASE, options=frugal)
+    assert relative_difference(grads, expected) < CLOSE
+    np.testing.assert_allclose(sums["loss/total"], all_sums["loss/total"], rtol=CLOSE)
+    assert 0 < sums["policy/tokens"] < all_sums["policy/tokens"]

@@ -21,6 +21,7 @@ def get_config():
     c.rollout.max_tokens = 64
     c.rollout.max_turn_tokens = 12
     c.rollout.tool_threads = 2
+    c.rollout.temperature = 0.8
     c.rollout.save_every = 1
     c.warm_start.num_steps = 30  # enough to call tools, so that RL has observations to train on
     c.warm_start.demonstrations = 8
@@ -30,6 +31,7 @@ def get_config():
     c.pack.length = 64
     c.pack.rows = 2
     c.loss.token_block = 64
+    c.loss.kl_weight = 0.1
     c.eval.episodes = 4
     c.eval.transcripts = 4
     c.checkpoint.every = 10

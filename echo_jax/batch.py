@@ -23,6 +23,7 @@ class Batch:
     tool: jax.Array  # int8 [M, B, T] which tool wrote `targets`, as in TOOL_IDS; 0: none did
     policy_weight: jax.Array  # f32 [M, B, T] >= 0, never holds the advantage
     observation_weight: jax.Array  # f32 [M, B, T] >= 0, holds lambda
+    observation_share: jax.Array  # f32 [M, B, T] observation_weight without lambda, for the metric
     kl_weight: jax.Array  # f32 [M, B, T] >= 0
     policy_denominator: jax.Array  # f32 [M, B, T] what this token adds to the batch-wide denominator
     observation_denominator: jax.Array  # f32 [M, B, T]

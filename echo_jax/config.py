@@ -4,11 +4,13 @@ In: overrides from a config file or the command line. Out: one locked `ConfigDic
 """
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import ml_collections
+from ml_collections import config_dict
 
 
 class ConfigError(ValueError):
@@ -67,6 +69,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.sandbox.disk_bytes = 16 << 20
     c.sandbox.processes = 32
 
+    # Imitation of actions, cross-entropy on every body of an observation, whatever `loss` says of RL.
     c.warm_start = ml_collections.ConfigDict()
     c.warm_start.num_steps = 200  # sft updates on scripted demonstrations before RL; 0: none
     c.warm_start.demonstrations = 2048
@@ -82,10 +85,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.policy = "grpo"  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_loss.py
     c.loss.advantage = "auto"  # group | group_mean | leave_one_out | reward; auto: as the policy loss's paper
     c.loss.policy_normalizer = "auto"  # sequence | token | constant; auto: as the policy loss's paper
-    c.loss.clip_low = (
-        0.2  # the importance ratio is clipped to [1 - clip_low, 1 + clip_high]; dapo .2/.28, gspo 3e-4/4e-4
-    )
-    c.loss.clip_high = 0.2
+    # The importance ratio is clipped to [1 - clip_low, 1 + clip_high]; None: as the policy loss's paper (grpo .2, .2).
+    c.loss.clip_low = config_dict.placeholder(float)
+    c.loss.clip_high = config_dict.placeholder(float)
     c.loss.dual_clip = 0.0  # bound of the loss of a negative advantage, in advantages (3 is usual); 0: none
     c.loss.old_logprobs = "sampler"  # sampler | recomputed: what the importance ratio is taken to
     c.loss.importance_cap = 2.0  # of truncated importance sampling, for recomputed old log-probs; 0: off
@@ -100,7 +102,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.class_weights = ml_collections.ConfigDict(
         {"body": 1.0, "boilerplate": 0.0, "truncation": 0.0, "feedback": 0.0, "warning": 0.0}
     )
-    c.loss.tool_weights = ml_collections.ConfigDict()  # tool -> weight of what it writes; 1 for a tool not named
+    c.loss.tool_weights = ml_collections.ConfigDict({"bash": 1.0})  # of what a tool writes; 1 for one not named
     c.loss.observation_filter = ""  # module:function of (trajectory, bool [T]) -> bool [T], narrows what is trained
     c.loss.observation_clip = 1.0  # stop training a token whose probability is above this (PaW: 0.2); 1: never
     c.loss.top_entropy = 1.0  # train observations after this share of turns, the most uncertain (PaW: 0.75)
@@ -108,8 +110,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.dedupe = False  # train an observation that is repeated within a group once
     c.loss.min_valid_calls = 0.0  # env_only: least share of a rollout's turns with a valid call
     c.loss.clean_parse = False  # env_only: leave out rollouts with a turn that was cut off
-    # Both.
-    c.loss.constant = 0  # tokens, the divisor of the constant normalisers; 0: rollout.max_tokens
+    # Both terms.
+    c.loss.policy_constant = 0  # tokens, the divisor of the normaliser "constant"; 0: rollout.max_tokens
+    c.loss.observation_constant = 0
     c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
     c.loss.token_block = 256  # logits of so many tokens (on TPU better 1024) for so many entries exist at once
     c.loss.vocab_block = 2048
@@ -154,7 +157,8 @@ _MAY_BE_ZERO = (
     "warm_start.demonstrations",
     "optimizer.warmup_steps",
     "loss.observation_schedule_steps",
-    "loss.constant",
+    "loss.policy_constant",
+    "loss.observation_constant",
     "loss.gradient_metrics_every",
     "eval.every",
 )
@@ -170,6 +174,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
 )
 _POSITIVE = ("rollout.temperature", "optimizer.clip_norm", "model.rope_theta", "model.norm_eps")
+_WEIGHTS = ("loss.class_weights.", "loss.tool_weights.")
 _SHARE = ("warm_start.success_rate", "loss.min_valid_calls")
 _SHARE_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
 
@@ -199,11 +204,15 @@ def validate(config: ml_collections.ConfigDict, choices: Mapping[str, Collection
 
     fields = flat(config)
     for name, value in fields.items():
-        if isinstance(value, int) and not isinstance(value, bool):
+        if name.startswith(_WEIGHTS):
+            require(math.isfinite(value) and value >= 0, f"config.{name} = {value}: it must be finite and not negative")
+        elif isinstance(value, float):
+            require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
+        elif isinstance(value, int) and not isinstance(value, bool):
             least = 0 if name in _MAY_BE_ZERO else 1
             require(value >= least, f"config.{name} = {value}: it must be at least {least}")
     for name in _NOT_NEGATIVE:
-        require(fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
+        require(fields[name] is None or fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
     for name, allowed in choices.items():
         require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
     for name in (*_SHARE, *_SHARE_ABOVE_ZERO):

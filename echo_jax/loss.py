@@ -26,7 +26,7 @@ MEANS = {
     "policy/clip_fraction": "policy/tokens",
     "policy/sampler_gap": "policy/tokens",
     "policy/mismatch_kl": "policy/tokens",
-    "policy/reference_kl": "policy/tokens",
+    "policy/reference_kl": "policy/reference_tokens",
     "loss/active_fraction": "pack/tokens",
 }
 MEANS |= {f"observation/{what}{split}": f"observation/tokens{split}" for split in SPLITS for what in ("ce", "accuracy")}
@@ -125,9 +125,7 @@ def echo_loss(
     surrogate, clipped = POLICY_LOSSES[options.policy].surrogate(tokens, options.clip)
     if options.importance_cap:
         surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
-    # Elsewhere there is no reference: the difference is 0 there, and not an overflow times the weight 0.
-    reference = jnp.where(batch.kl_weight > 0, batch.reference_logprob, jax.lax.stop_gradient(logprob))
-    kl = KL_ESTIMATORS[options.kl_estimator](logprob, reference)
+    kl = KL_ESTIMATORS[options.kl_estimator](logprob, batch.reference_logprob)
     cross_entropy = -logprob
     # PaW (arXiv 2606.02388): what is already this likely has no gradient left.
     bounded = -jnp.minimum(logprob, jnp.log(options.observation_clip)) if options.observation_clip < 1 else -logprob
@@ -144,6 +142,7 @@ def echo_loss(
         "loss/kl": kl_term,
         "loss/observation": observation_term,
         "loss/total": total,
+        "observation/loss": per_observation * jnp.sum(batch.observation_share * bounded),
         "policy/entropy": jnp.sum(action * scores.entropy),
         "policy/tokens": jnp.sum(action),
         "loss/active_fraction": jnp.sum(batch.active),
@@ -161,7 +160,8 @@ def echo_loss(
         sums["policy/sampler_gap"] = jnp.sum(jnp.abs(difference))
         sums["policy/sampler_gap_max"] = jnp.max(jnp.abs(difference))
         sums["policy/mismatch_kl"] = jnp.sum(jnp.exp(difference) - 1.0 - difference)
-        sums["policy/reference_kl"] = jnp.sum(action * kl)
+        sums["policy/reference_kl"] = jnp.sum(jnp.where(batch.kl_weight > 0, kl, 0.0))
+        sums["policy/reference_tokens"] = jnp.sum(batch.kl_weight > 0, dtype=jnp.float32)
     return total, sums
 
 
@@ -171,12 +171,13 @@ def add_sums(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.
 
 
 def finish_metrics(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out, and so is the count
-    of tokens that a split of the observation metrics does not have."""
+    """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out, and so is a count
+    of tokens that most runs do not have (of a split of the observation metrics, of the KL) where it is 0."""
     values = {name: float(value) for name, value in sums.items()}
     for name, count in MEANS.items():
         if name in values:
             total = values.pop(name)
             if values[count] > 0:
                 values[name] = total / values[count]
-    return {name: value for name, value in values.items() if value or not name.startswith("observation/tokens_")}
+    rare = ("observation/tokens_", "policy/reference_tokens")
+    return {name: value for name, value in values.items() if value or not name.startswith(rare)}

@@ -64,6 +64,7 @@ class TokenWeights:
 
     policy_weight: np.ndarray
     observation_weight: np.ndarray
+    observation_share: np.ndarray  # observation_weight without lambda
     kl_weight: np.ndarray
     policy_denominator: np.ndarray
     observation_denominator: np.ndarray
@@ -110,7 +111,7 @@ def scheduled_weight(weight: float, schedule: str, step: int, steps: int) -> flo
 
 def mode_at(step: int, mode: str, changes: Sequence[tuple[int, str]]) -> str:
     """Returns the mode of an RL step (from 0): the last of `changes` (first step, mode) that has come."""
-    return next((later for first, later in sorted(changes, reverse=True) if first <= step), mode)
+    return [mode, *(later for first, later in sorted(changes, key=lambda change: change[0]) if first <= step)][-1]
 
 
 def weigh(
@@ -123,10 +124,10 @@ def weigh(
     normaliser.
     """
     terms = MODES[objective.mode]
-    selected = select(trajectories, objective.selection)
+    in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories])
+    selected = select(trajectories, objective.selection, in_observation)
     lambdas = _lambdas(trajectories, objective) * ("observation" in terms)
     in_policy = _in_policy_term(trajectories, objective) & ("policy" in terms)
-    in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories])
 
     weights: list[TokenWeights | None] = [None] * len(trajectories)
     for branches in _branches(trajectories):
@@ -148,6 +149,7 @@ def weigh(
         fields = {
             "policy_weight": policy[0],
             "observation_weight": lambdas[first] * observation[0],
+            "observation_share": observation[0],
             "kl_weight": objective.kl_weight * policy[0],
             "policy_denominator": policy[1],
             "observation_denominator": observation[1],
@@ -174,12 +176,12 @@ def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
 
 def _lambdas(trajectories: Sequence[Trajectory], objective: Objective) -> np.ndarray:
     """Returns lambda for each trajectory. The reward-adaptive form of PaW (arXiv 2606.02388) is taken as 1 minus the
-    group's mean reward: the worse a task goes, the more is learned from what was seen."""
+    group's mean reward (held to [0, 1]): the worse a task goes, the more is learned from what was seen."""
     lambdas = np.full(len(trajectories), objective.observation_weight)
     if objective.reward_adaptive:
         for members in groups_of(trajectories).values():
             rewards = {trajectories[i].rollout: trajectories[i].reward for i in members if trajectories[i].scored}
-            lambdas[members] *= 1.0 - (np.mean(list(rewards.values())) if rewards else 0.0)
+            lambdas[members] *= 1.0 - np.clip(np.mean(list(rewards.values())) if rewards else 0.0, 0.0, 1.0)
     return lambdas
 
 

@@ -41,7 +41,7 @@ def clipped_ratio(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
     Asymmetric bounds are DAPO's (arXiv 2503.14476, eq. 10). With `clip.dual` = c > 1 the loss of a negative advantage
     is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5).
     """
-    return _clipped(jnp.exp(tokens.logprob - tokens.old_logprob), tokens.advantage, clip)
+    return _clipped(_ratio(tokens.logprob - tokens.old_logprob), tokens.advantage, clip)
 
 
 def clipped_sequence_ratio(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
@@ -59,13 +59,13 @@ def clipped_sequence_ratio(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.A
         return (total / jnp.maximum(jax.ops.segment_sum(counts, ids, segments), 1.0))[ids]
 
     log_ratio = jax.vmap(mean_of_segment)(log_ratio, counted, tokens.segment_ids)
-    return _clipped(jnp.exp(log_ratio), tokens.advantage, clip)
+    return _clipped(_ratio(log_ratio), tokens.advantage, clip)
 
 
 def clipped_weight(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
     """CISPO (arXiv 2506.13585, eqs. 4 and 5): -sg(clip(r)) A log p. The clip bounds a weight and stops no gradient; the
     paper bounds it from above only (`low` of 1 or more)."""
-    ratio = jnp.exp(tokens.logprob - tokens.old_logprob)
+    ratio = _ratio(tokens.logprob - tokens.old_logprob)
     bounded = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
     return -jax.lax.stop_gradient(bounded) * tokens.advantage * tokens.logprob, bounded != ratio
 
@@ -82,6 +82,11 @@ def imitation(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
     return -tokens.logprob, jnp.zeros_like(tokens.logprob, bool)
 
 
+def _ratio(log_ratio):
+    """exp, held to e^±20: an overflow times a weight of 0 would be nan."""
+    return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
+
+
 def _clipped(ratio, advantage, clip: Clip):
     free = ratio * advantage
     clipped = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high) * advantage
@@ -94,6 +99,9 @@ def _clipped(ratio, advantage, clip: Clip):
     return -kept, stopped
 
 
+CLIPPED = (clipped_ratio, clipped_sequence_ratio)  # those that the dual clip applies to
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
     """A surrogate, and what its paper uses with it where the config leaves the choice open."""
@@ -101,19 +109,27 @@ class PolicyLoss:
     surrogate: Surrogate
     advantage: str  # a key of advantages.ADVANTAGES
     normalizer: str  # a key of objective.POLICY_NORMALIZERS
+    clip: Clip | None  # None: it has none
     filter_zero_variance: bool = False  # groups of equal rewards count in no policy denominator
     every_action: bool = False  # an action counts even where its advantage is 0
 
 
 POLICY_LOSSES = {
-    "grpo": PolicyLoss(clipped_ratio, "group", "sequence"),  # arXiv 2402.03300, eq. 3
-    "dr_grpo": PolicyLoss(clipped_ratio, "group_mean", "constant"),  # arXiv 2503.20783, section 3.2
-    "dapo": PolicyLoss(clipped_ratio, "group", "token", filter_zero_variance=True),  # arXiv 2503.14476, eqs. 10 to 12
-    "gspo": PolicyLoss(clipped_sequence_ratio, "group", "sequence"),  # arXiv 2507.18071, eq. 5
-    "cispo": PolicyLoss(clipped_weight, "group", "token"),  # arXiv 2506.13585, eq. 4
-    "rloo": PolicyLoss(log_likelihood, "leave_one_out", "constant"),  # arXiv 2402.14740
-    "reinforce": PolicyLoss(log_likelihood, "reward", "constant"),  # Williams 1992
-    "imitation": PolicyLoss(imitation, "group", "sequence", every_action=True),
+    # arXiv 2402.03300, eq. 3
+    "grpo": PolicyLoss(clipped_ratio, "group", "sequence", Clip(0.2, 0.2)),
+    # arXiv 2503.20783, section 3.2
+    "dr_grpo": PolicyLoss(clipped_ratio, "group_mean", "constant", Clip(0.2, 0.2)),
+    # arXiv 2503.14476, eqs. 10 to 12
+    "dapo": PolicyLoss(clipped_ratio, "group", "token", Clip(0.2, 0.28), filter_zero_variance=True),
+    # arXiv 2507.18071, eq. 5
+    "gspo": PolicyLoss(clipped_sequence_ratio, "group", "sequence", Clip(3e-4, 4e-4)),
+    # arXiv 2506.13585, eq. 4, which leaves the upper bound to be tuned: weights up to 5 here, and no lower bound
+    "cispo": PolicyLoss(clipped_weight, "group", "token", Clip(1.0, 4.0)),
+    # arXiv 2402.14740, up to the constant that a sum over tokens is divided by
+    "rloo": PolicyLoss(log_likelihood, "leave_one_out", "constant", None),
+    # Williams 1992, up to that constant
+    "reinforce": PolicyLoss(log_likelihood, "reward", "constant", None),
+    "imitation": PolicyLoss(imitation, "group", "sequence", None, every_action=True),
 }
 
 
@@ -131,7 +147,7 @@ def k2(logprob, reference_logprob):
 def k3(logprob, reference_logprob):
     """q / p - 1 - log(q / p): unbiased and never negative (Schulman 2020; GRPO, arXiv 2402.03300, eq. 4)."""
     log_ratio = reference_logprob - logprob
-    return jnp.exp(log_ratio) - 1.0 - log_ratio
+    return _ratio(log_ratio) - 1.0 - log_ratio
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

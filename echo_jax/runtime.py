@@ -31,7 +31,7 @@ from echo_jax.objective import (
     scheduled_weight,
 )
 from echo_jax.optimizer import make_optimizer
-from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip
+from echo_jax.policy_loss import CLIPPED, KL_ESTIMATORS, POLICY_LOSSES, Clip
 from echo_jax.render import Renderer
 from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout import Collector, RolloutError
@@ -59,6 +59,7 @@ USER_ERRORS = (
 
 
 RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase of its own, the warm start
+DUAL_CLIPPED = [name for name, loss in POLICY_LOSSES.items() if loss.surrogate in CLIPPED]
 CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "loss.mode": RL_MODES,
@@ -128,15 +129,13 @@ class Runtime:
         return abstract_state(self.abstract_params, self.make_optimizer(0.0), self.mesh)
 
     def imitation_objective(self) -> Objective:
-        """Returns the objective of the warm start."""
+        """Returns the objective of the warm start: the same whatever RL ablates, so that all arms begin alike."""
         return Objective(
             mode="sft",
             observation_weight=self.config.warm_start.observation_weight,
             temperature=1.0,
-            selection=_selection(self.config, from_policy=False),
             policy_normalizer=POLICY_LOSSES["imitation"].normalizer,
             every_action=True,
-            **self._observation_normalizer(),
         )
 
     def objective(self, step: int) -> Objective:
@@ -148,17 +147,24 @@ class Runtime:
             mode=mode_at(step, loss.mode, loss.mode_changes),
             observation_weight=scheduled_weight(loss.observation_weight, loss.observation_schedule, step, steps),
             temperature=self.config.rollout.temperature,
-            selection=_selection(self.config, from_policy=True),
+            selection=Selection(
+                class_weights=dict(loss.class_weights),
+                tool_weights=dict(loss.tool_weights),
+                keep=load_filter(loss.observation_filter),
+                top_entropy=loss.top_entropy,
+                dedupe=loss.dedupe,
+            ),
+            observation_normalizer=loss.observation_normalizer,
+            observation_constant=loss.observation_constant or self.config.rollout.max_tokens,
             reward_adaptive=loss.reward_adaptive,
             min_valid_calls=loss.min_valid_calls,
             clean_parse=loss.clean_parse,
             policy_normalizer=policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer,
-            policy_constant=loss.constant or self.config.rollout.max_tokens,
+            policy_constant=loss.policy_constant or self.config.rollout.max_tokens,
             filter_zero_variance=policy.filter_zero_variance,
             mask_overlong=loss.mask_overlong,
             every_action=policy.every_action,
             kl_weight=loss.kl_weight,
-            **self._observation_normalizer(),
         )
 
     def advantages(self, trajectories) -> np.ndarray:
@@ -171,41 +177,31 @@ class Runtime:
         mesh = self.mesh if self.mesh.size > 1 else None
         return HeadOptions(loss.token_block, loss.vocab_block, loss.score_all, mesh)
 
-    def loss_options(self, policy: str) -> LossOptions:
+    def imitation_options(self) -> LossOptions:
+        return LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=self.head_options())
+
+    def loss_options(self) -> LossOptions:
+        """Returns the options of the RL steps."""
         loss = self.config.loss
+        own = POLICY_LOSSES[loss.policy].clip or Clip(0.0, 0.0)
         return LossOptions(
-            policy=policy,
-            clip=Clip(loss.clip_low, loss.clip_high, loss.dual_clip),
+            policy=loss.policy,
+            clip=Clip(
+                own.low if loss.clip_low is None else loss.clip_low,
+                own.high if loss.clip_high is None else loss.clip_high,
+                loss.dual_clip,
+            ),
             head=self.head_options(),
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
             observation_clip=loss.observation_clip,
             kl_estimator=loss.kl_estimator,
         )
 
-    def _observation_normalizer(self) -> dict:
-        loss = self.config.loss
-        return {
-            "observation_normalizer": loss.observation_normalizer,
-            "observation_constant": loss.constant or self.config.rollout.max_tokens,
-        }
-
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
         """Packs into the one shape that holds any `at_most` trajectories of this run."""
         rows, length = self.config.pack.rows, self.config.pack.length
         capacity = packing.capacity(at_most, self.config.rollout.max_tokens, rows=rows, length=length)
         return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
-
-
-def _selection(config: ml_collections.ConfigDict, *, from_policy: bool) -> Selection:
-    """Returns the rules of selection; what needs a policy's rollouts in groups is left out for a script's."""
-    loss = config.loss
-    return Selection(
-        class_weights=dict(loss.class_weights),
-        tool_weights=dict(loss.tool_weights),
-        keep=load_filter(loss.observation_filter),
-        top_entropy=loss.top_entropy if from_policy else 1.0,
-        dedupe=loss.dedupe and from_policy,
-    )
 
 
 def episode_rules(config: ml_collections.ConfigDict) -> Rules:
@@ -245,20 +241,45 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Raises `ConfigError`, naming field, value and choices, for what no run could use."""
     config_lib.validate(config, CHOICES)
     loss = config.loss
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
     for change in loss.mode_changes:
-        if not (
-            isinstance(change, tuple) and len(change) == 2 and isinstance(change[0], int) and change[1] in RL_MODES
-        ):
-            raise ConfigError(
-                f"config.loss.mode_changes has {change!r}: each must be (RL step, mode), the mode one of "
-                f"{', '.join(RL_MODES)}"
-            )
+        pair = isinstance(change, tuple) and len(change) == 2
+        require(
+            pair and isinstance(change[0], int) and 0 <= change[0] < config.num_steps and change[1] in RL_MODES,
+            f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
+            f"the mode one of {', '.join(RL_MODES)}",
+        )
+    # An option that would do nothing is an error: its run would not be what its name says.
+    modes = {loss.mode, *(mode for _, mode in loss.mode_changes)}
+    trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
+    require(
+        "env_only" not in modes or trains_observations,
+        f"config.loss: env_only trains observations alone, and observation_weight = {loss.observation_weight} with "
+        "these class_weights trains none",
+    )
+    require(
+        "env_only" in modes or not (loss.min_valid_calls or loss.clean_parse),
+        f"config.loss.min_valid_calls = {loss.min_valid_calls}, clean_parse = {loss.clean_parse}: only env_only uses "
+        "them",
+    )
+    clip = POLICY_LOSSES[loss.policy].clip
+    bounds = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
+    require(clip is not None or not bounds, f"config.loss.policy = {loss.policy!r} has no clip for {bounds}")
+    require(
+        not loss.dual_clip or loss.policy in DUAL_CLIPPED,
+        f"config.loss.dual_clip = {loss.dual_clip}: only {', '.join(DUAL_CLIPPED)} use it",
+    )
+    require(
+        not loss.kl_weight or modes != {"env_only"},
+        f"config.loss.kl_weight = {loss.kl_weight}: env_only has no policy term that it is a part of",
+    )
     for field, known in (("class_weights", ENVIRONMENT_CLASSES), ("tool_weights", TOOL_IDS)):
         for name, weight in loss[field].items():
-            if name not in known or weight < 0:
-                raise ConfigError(
-                    f"config.loss.{field}.{name} = {weight}: choose from {', '.join(known)}, with weights of at least 0"
-                )
+            require(name in known, f"config.loss.{field}.{name} = {weight}: choose from {', '.join(known)}")
     try:
         load_filter(loss.observation_filter)
     except SelectionError as error:

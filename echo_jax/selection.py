@@ -36,18 +36,18 @@ class Selection:
     dedupe: bool = False  # an observation repeated within a group is trained once
 
 
-def select(trajectories: Sequence[Trajectory], selection: Selection) -> list[np.ndarray]:
-    """Returns f32 [T] >= 0 for each trajectory.
+def select(trajectories: Sequence[Trajectory], selection: Selection, kept: np.ndarray) -> list[np.ndarray]:
+    """Returns f32 [T] >= 0 for each trajectory; zeros for those not `kept` (bool [R]), which decide nothing for others.
 
     Raises:
       SelectionError: a rule needs what was not recorded, or the user's filter returns something else than a mask.
     """
-    weights = [_class_and_tool(t, selection) for t in trajectories]
+    weights = [_class_and_tool(t, selection) * own for t, own in zip(trajectories, kept, strict=True)]
     if selection.keep is not None:
         for t, weight in zip(trajectories, weights, strict=True):
             weight *= _filtered(t, weight > 0, selection.keep)
     if selection.top_entropy < 1.0:
-        _keep_after_uncertain_turns(trajectories, weights, selection.top_entropy)
+        _keep_after_uncertain_turns(trajectories, weights, kept, selection.top_entropy)
     if selection.dedupe:
         _train_repetitions_once(trajectories, weights)
     return weights
@@ -107,11 +107,14 @@ def _filtered(trajectory: Trajectory, mask: np.ndarray, keep: ObservationFilter)
     return kept
 
 
-def _keep_after_uncertain_turns(trajectories, weights, share: float) -> None:
-    """Keeps observations after the actions of highest mean entropy, `share` of all turns (PaW, arXiv 2606.02388)."""
+def _keep_after_uncertain_turns(trajectories, weights, kept, share: float) -> None:
+    """Keeps observations after the actions of highest mean entropy, `share` of all turns and what equals the last of
+    them (PaW, arXiv 2606.02388)."""
     turns = [turn_of(t) for t in trajectories]
     entropies = {}
     for i, (t, turn) in enumerate(zip(trajectories, turns, strict=True)):
+        if not kept[i]:
+            continue
         action = t.role == Role.ACTION
         if np.isnan(t.entropy[action]).any():
             raise SelectionError(

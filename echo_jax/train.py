@@ -3,11 +3,12 @@
     python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.seed=1
 
 Run again on the same workdir, it resumes. The workdir holds config.json, provenance.jsonl (commit, diff and versions,
-one line a start), metrics.jsonl (one object a step), tensorboard/, rollouts/ and checkpoints/, and DONE when the run is
-complete. Ctrl-C saves a checkpoint and stops.
+one line a start), metrics.jsonl (one object a step), tensorboard/, rollouts/, checkpoints/ and, with a KL, reference/;
+and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import math
 import os
@@ -32,10 +33,10 @@ from echo_jax.checkpoint import Checkpointer, check_free_space
 from echo_jax.cli import run_program
 from echo_jax.config import claim_workdir
 from echo_jax.evaluate import Evaluator
-from echo_jax.loss import finish_metrics
+from echo_jax.loss import LossOptions, finish_metrics
 from echo_jax.metrics import MetricsWriter, read_metrics
 from echo_jax.models.transformer import init_params
-from echo_jax.objective import weigh
+from echo_jax.objective import MODES, weigh
 from echo_jax.progress import Progress
 from echo_jax.rollout import Collector, Interrupted, Job, rollout_metrics
 from echo_jax.runtime import Runtime
@@ -94,13 +95,14 @@ class Trainer:
         objective = runtime.imitation_objective()
         stream = grain.MapDataset.source(demonstrations)
         stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
-        update = self._make_update("imitation", warm.learning_rate, passes=1)
+        update = self._make_update(runtime.imitation_options(), warm.learning_rate, passes=1)
         with Progress("warm start", total=self.warm_steps, start=self.step) as progress:
             while self.step < self.warm_steps:
                 self._check_stop()
                 start = time.perf_counter()
                 first = self.step * warm.batch
-                chosen = [stream[first + i] for i in range(warm.batch)]
+                # A demonstration that comes twice in a batch is two sequences, not branches of one rollout.
+                chosen = [dataclasses.replace(stream[i], rollout=i) for i in range(first, first + warm.batch)]
                 metrics = update(chosen, weigh(chosen, np.zeros(len(chosen)), objective), at_most=warm.batch)
                 metrics["time/step"] = time.perf_counter() - start
                 if self.step == self.warm_steps:
@@ -110,9 +112,9 @@ class Trainer:
 
     def _reinforce(self) -> None:
         """ECHO: sample rollouts, then one update on actions and observations alike."""
-        loss, rollout, optimizer = self.config.loss, self.config.rollout, self.config.optimizer
+        rollout, optimizer = self.config.rollout, self.config.optimizer
         runtime = self.runtime
-        update = self._make_update(loss.policy, optimizer.learning_rate, passes=optimizer.updates_per_batch)
+        update = self._make_update(runtime.loss_options(), optimizer.learning_rate, optimizer.updates_per_batch)
         if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
             optimizer = runtime.make_optimizer(self.config.optimizer.learning_rate)
             self.state = init_state(self.state.params, optimizer, runtime.mesh, self.step)
@@ -126,9 +128,8 @@ class Trainer:
                 objective = runtime.objective(self.step - self.warm_steps)
                 weights = weigh(trajectories, runtime.advantages(trajectories), objective)
                 metrics |= update(trajectories, weights, at_most=runtime.rollouts_per_step)
-                metrics["loss/observation_weight"] = objective.observation_weight
-                if objective.observation_weight > 0:
-                    metrics["observation/loss"] = metrics["loss/observation"] / objective.observation_weight
+                observed = "observation" in MODES[objective.mode]
+                metrics["loss/observation_weight"] = objective.observation_weight if observed else 0.0
                 metrics["time/rollout"] = rollout_seconds
                 metrics["time/step"] = time.perf_counter() - start
                 metrics["rollout/tokens_per_second"] = sum(len(t.ids) for t in trajectories) / rollout_seconds
@@ -140,15 +141,14 @@ class Trainer:
 
     # Parts of a step.
 
-    def _make_update(self, policy: str, learning_rate: float, passes: int):
+    def _make_update(self, options: LossOptions, learning_rate: float, passes: int):
         """Returns a function that trains on trajectories in `passes` updates, advances the step and gives metrics."""
         runtime, loss = self.runtime, self.config.loss
-        options = runtime.loss_options(policy)
         optimizer = runtime.make_optimizer(learning_rate)
         train_step = make_train_step(runtime.graphdef, runtime.abstract_state(), optimizer, runtime.mesh, options)
         score = make_logprobs(runtime.graphdef, runtime.mesh, options.head)
         term_gradients = make_term_gradients(runtime.graphdef, runtime.mesh, options)
-        imitates = policy == "imitation"
+        imitates = options.policy == "imitation"
         reference = None if imitates or not loss.kl_weight else self._reference()
 
         def update(trajectories: list[Trajectory], weights, *, at_most: int) -> dict[str, float]:
@@ -175,6 +175,8 @@ class Trainer:
                     "optimizer.learning_rate, in another --workdir"
                 )
             seconds = time.perf_counter() - start
+            if extra and extra["policy/gradient_norm"] > 0:
+                extra["loss/gradient_ratio"] = extra["observation/gradient_norm"] / extra["policy/gradient_norm"]
             return (
                 metrics
                 | {name: float(value) for name, value in extra.items()}

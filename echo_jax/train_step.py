@@ -22,7 +22,7 @@ from echo_jax.sharding import replicated, sharding_of
 class TrainState:
     """All that an update changes."""
 
-    step: jax.Array  # int32: updates done
+    step: jax.Array  # int32: updates done since the run began or, in RL, since the step it began at
     params: dict
     opt_state: optax.OptState
 

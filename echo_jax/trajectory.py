@@ -53,7 +53,7 @@ class Trajectory:
     group: int  # rollouts of one group share their task and their baseline
     rollout: int  # global index; branches of one rollout share it, and count as one in every normaliser
     shared: int  # leading tokens that an earlier branch of this rollout has too: trained there, and only there
-    policy_version: int  # updates the sampling policy had seen; -1: scripted
+    policy_version: int  # step of the run whose policy sampled it; -1: scripted
     reward: float
     scored: bool  # False: an infrastructure fault, left out of the group's baseline
     outcome: str  # why it ended

@@ -30,7 +30,8 @@ class Scorer:
     def __init__(self, runtime: Runtime):
         self.longest = runtime.config.pack.length + 1  # tokens of a trajectory that can be scored
         self._runtime = runtime
-        self._score = make_score(runtime.graphdef, runtime.head_options())
+        every_class = dataclasses.replace(runtime.head_options(), score_all=True)
+        self._score = make_score(runtime.graphdef, every_class)
 
     def __call__(self, params, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Returns {"ce": nats a token, "accuracy", "tokens"} of the bodies; with a suffix, of other classes
@@ -69,12 +70,16 @@ def compare(score: Scorer, params, trajectories: Sequence[Trajectory], seed: int
     """Returns `eval/observation_…` of saved trajectories and three readings of it.
 
     `_shuffled`: the actions of each turn exchanged between trajectories, so that they say nothing of what follows; a
-    model of the world loses by it, a model of typical outputs does not. `_train`, `_heldout` and `_gap` (held-out minus
-    train) by the split in the tasks' names, where both are there.
+    model of the world loses by it, a model of typical outputs does not. `_shuffled_gap` is the loss, over the same
+    tokens (a trajectory that gets too long by the exchange is left out of both). `_train`, `_heldout` and `_gap`
+    (held-out minus train) by the split in the tasks' names, where both are there.
     """
     metrics = {f"eval/observation_{name}": value for name, value in score(params, trajectories).items()}
-    shuffled = score(params, shuffle_actions(trajectories, seed, longest=score.longest))
-    metrics["eval/observation_ce_shuffled"] = shuffled["ce"]
+    pairs = zip(trajectories, shuffle_actions(trajectories, seed), strict=True)
+    fitting = [pair for pair in pairs if len(pair[1].ids) <= score.longest]
+    if fitting:
+        own, shuffled = (score(params, side)["ce"] for side in zip(*fitting, strict=True))
+        metrics |= {"eval/observation_ce_shuffled": shuffled, "eval/observation_ce_shuffled_gap": shuffled - own}
     by_split: dict[str, list[Trajectory]] = {"train": [], "heldout": []}
     for trajectory in trajectories:
         for split, own in by_split.items():
@@ -87,10 +92,9 @@ def compare(score: Scorer, params, trajectories: Sequence[Trajectory], seed: int
     return metrics
 
 
-def shuffle_actions(trajectories: Sequence[Trajectory], seed: int, *, longest: int) -> list[Trajectory]:
+def shuffle_actions(trajectories: Sequence[Trajectory], seed: int) -> list[Trajectory]:
     """Returns the trajectories with the actions of turn k taken from another trajectory's turn k (its own where no
-    other has such a turn). All else stays, so the same observations are scored; what then exceeds `longest` tokens is
-    cut."""
+    other has such a turn). All else stays, so the same observations are scored."""
     rng = np.random.default_rng(seed)
     turns = [turn_of(t) for t in trajectories]
     donors: dict[tuple[int, int], tuple[int, int]] = {}  # (trajectory, turn) -> where its actions come from
@@ -104,8 +108,6 @@ def shuffle_actions(trajectories: Sequence[Trajectory], seed: int, *, longest: i
         for k in range(1, turns[i][-1] + 1):
             other, turn = donors[i, k]
             pieces += [(trajectories[other], action_of(other, turn)), (t, (turns[i] == k) & (t.role != Role.ACTION))]
-        arrays = {
-            name: np.concatenate([getattr(source, name)[mask] for source, mask in pieces])[:longest] for name in DTYPES
-        }
+        arrays = {name: np.concatenate([getattr(source, name)[mask] for source, mask in pieces]) for name in DTYPES}
         shuffled.append(dataclasses.replace(t, **arrays))
     return shuffled

@@ -73,6 +73,12 @@ def test_a_field_that_does_not_exist_cannot_be_set():
         ("loss.top_entropy", 0.0, "top_entropy = 0.0"),
         ("loss.observation_clip", 1.5, "observation_clip = 1.5"),
         ("loss.class_weights.body", -1.0, "class_weights.body = -1.0"),
+        ("loss.class_weights.body", float("nan"), "class_weights.body = nan"),
+        ("loss.observation_weight", float("inf"), "observation_weight = inf"),
+        ("loss.mode_changes", ((-1, "echo"),), r"\(-1, 'echo'\).*from 0 to 99"),
+        ("loss.mode_changes", ((100, "echo"),), r"\(100, 'echo'\).*from 0 to 99"),
+        ("loss.min_valid_calls", 0.5, "min_valid_calls = 0.5.*only env_only"),
+        ("loss.clean_parse", True, "clean_parse = True.*only env_only"),
         ("loss.observation_filter", "no.such:filter", "no filter 'no.such:filter'.*module:function"),
         ("loss.observation_filter", "math:pi", "math:pi is a float"),
         ("pack.rows", 0, "pack.rows = 0"),
@@ -101,6 +107,30 @@ def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices(sec
     config.loss[section] = value
     with pytest.raises(ConfigError, match=f"{section}.{next(iter(value))}.*choose from {known}"):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mode": "env_only", "observation_weight": 0.0}, "observation_weight = 0.0.*trains none"),
+        ({"mode": "env_only", "class_weights.body": 0.0}, "class_weights trains none"),
+        ({"mode": "env_only", "kl_weight": 0.1}, "kl_weight = 0.1"),
+        ({"policy": "cispo", "dual_clip": 3.0}, "dual_clip = 3.0: only grpo, dr_grpo, dapo, gspo"),
+        ({"policy": "rloo", "clip_low": 0.1}, r"'rloo' has no clip for \{'clip_low': 0.1\}"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_an_error(fields, named):
+    config = default_config()
+    config.update_from_flattened_dict({f"loss.{name}": value for name, value in fields.items()})
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+def test_whole_numbers_are_weights_too():
+    config = default_config()
+    config.loss.class_weights = {"body": 1, "boilerplate": 0}
+    config.loss.tool_weights = {"bash": 0}
+    validate(config)
 
 
 def test_weights_may_be_given_for_some_classes_and_tools_only():

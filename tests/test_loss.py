@@ -15,7 +15,7 @@ import reference
 from synthetic import GRAPHDEF, HEAD, MESH, OPTIONS, TINY, gradient, initial, relative_difference, varied
 
 from echo_jax.advantages import ADVANTAGES, advantages_of
-from echo_jax.loss import LossOptions
+from echo_jax.loss import LossOptions, finish_metrics
 from echo_jax.models.transformer import bind
 from echo_jax.objective import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective
 from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip
@@ -113,7 +113,7 @@ def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
 
 
 def test_env_only_trains_observations_alone():
-    check(dataclasses.replace(BASE, mode="env_only"), dataclasses.replace(OPTIONS), "group", use_policy=False)
+    check(dataclasses.replace(BASE, mode="env_only"), OPTIONS, "group", use_policy=False)
 
 
 def noisy_logprobs(seed):
@@ -154,3 +154,51 @@ def test_scoring_only_what_is_trained_changes_no_gradient():
     assert relative_difference(grads, expected) < CLOSE
     np.testing.assert_allclose(sums["loss/total"], all_sums["loss/total"], rtol=CLOSE)
     assert 0 < sums["policy/tokens"] < all_sums["policy/tokens"]
+
+
+def test_metrics_equal_their_definitions_written_out():
+    """Per token, in float64, over every place that is predicted."""
+    clip = Clip(0.05, 0.1)
+    options = dataclasses.replace(OPTIONS, clip=clip)
+    advantages = advantages_of(CHOSEN, "group")
+    sums, _, _ = gradient(CHOSEN, advantages, objective=dataclasses.replace(BASE, kl_weight=0.1), options=options)
+    metrics = finish_metrics(sums)
+    entropies, gaps, kls, stopped, reference_kls = [], [], [], [], []
+    ce = {role: [] for role in range(4, 9)}
+    correct = []
+    for t, z, advantage in zip(CHOSEN, logits_and_pullback()[0], advantages, strict=True):
+        for p in range(1, len(t.ids)):
+            row = reference.log_softmax(z[p - 1] / (TEMPERATURE if t.role[p] == 3 else 1.0))
+            if t.role[p] in ce:
+                ce[t.role[p]].append(-row[t.ids[p]])
+            if t.role[p] == 4:
+                correct.append(row.argmax() == t.ids[p])
+            if t.role[p] != 3:
+                continue
+            difference = row[t.ids[p]] - t.logprob[p]
+            entropies.append(-(np.exp(row) * row).sum())
+            gaps.append(abs(difference))
+            kls.append(np.exp(difference) - 1 - difference)
+            ratio = np.exp(difference)
+            stopped.append((advantage > 0 and ratio > 1 + clip.high) or (advantage < 0 and ratio < 1 - clip.low))
+            if p >= t.shared:
+                reference_kls.append(np.exp(-row[t.ids[p]]) - 1 + row[t.ids[p]])  # k3 to log-probs of 0
+    expected = {
+        "policy/entropy": np.mean(entropies),
+        "policy/sampler_gap": np.mean(gaps),
+        "policy/sampler_gap_max": np.max(gaps),
+        "policy/mismatch_kl": np.mean(kls),
+        "policy/clip_fraction": np.mean(stopped),
+        "policy/reference_kl": np.mean(reference_kls),
+        "observation/ce": np.mean(ce[4]),
+        "observation/accuracy": np.mean(correct),
+        "observation/ce_boilerplate": np.mean(ce[5]),
+        "observation/ce_truncation": np.mean(ce[6]),
+        "observation/ce_feedback": np.mean(ce[7]),
+        "observation/ce_warning": np.mean(ce[8]),
+        "observation/tokens": len(ce[4]),
+        "observation/loss": metrics["loss/observation"] / WEIGHT,
+    }
+    assert 0.1 < expected["policy/clip_fraction"] < 0.9
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)

@@ -213,3 +213,37 @@ def test_a_mode_holds_from_its_step_on():
     ]  # fmt: skip
     assert mode_at(7, "echo", ()) == "echo"
     assert {mode for _, mode in changes} <= MODES.keys()
+
+
+def test_the_last_listed_mode_of_a_step_holds():
+    assert mode_at(3, "env_only", ((3, "grpo"), (3, "echo"))) == "echo"
+
+
+def test_reward_adaptive_lambda_is_never_negative():
+    chosen = [make_trajectory([0] * 3, [P, A, O], reward=2.0)]
+    assert (
+        weigh(chosen, [0.0], dataclasses.replace(ECHO, reward_adaptive=True))[0].observation_weight.tolist() == [0] * 3
+    )
+
+
+def test_unscored_rollouts_are_no_variance_and_no_reward():
+    """One fails, another is lost with a made-up reward: the group has no variance, and its mean reward is 0."""
+    chosen = [
+        make_trajectory([0] * 3, [P, A, O]),
+        make_trajectory([0] * 3, [P, A, O], rollout=1, reward=1.0, scored=False),
+    ]
+    objective = dataclasses.replace(ECHO, filter_zero_variance=True, reward_adaptive=True)
+    for w in weigh(chosen, [0.0, 0.0], objective):
+        assert not w.policy_weight.any()
+        np.testing.assert_allclose(w.observation_weight[2], 0.05)
+
+
+def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():
+    short = with_roles(S, P, A, O, A, A)
+    long = with_roles(S, P, A, O, O, O, N, A, A)
+    few, many = weigh_one(short, 0.7), weigh_one(long, 0.7)
+    for name in ("policy_weight", "advantage", "temperature"):
+        np.testing.assert_array_equal(
+            getattr(few, name)[short.role == A], getattr(many, name)[long.role == A], err_msg=name
+        )
+    assert few.policy_denominator.sum() == many.policy_denominator.sum()

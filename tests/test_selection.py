@@ -10,12 +10,17 @@ from echo_jax.selection import Selection, SelectionError, load_filter, select, t
 P, A, O, N, F = Role.PROMPT, Role.ACTION, Role.OBSERVATION, Role.BOILERPLATE, Role.FEEDBACK  # noqa: E741
 
 
+def choose(trajectories, kept=None, **rules):
+    kept = np.ones(len(trajectories), bool) if kept is None else np.asarray(kept)
+    return select(trajectories, Selection(**rules), kept)
+
+
 def only(t, **rules):
-    return select([t], Selection(**rules))[0].tolist()
+    return choose([t], **rules)[0].tolist()
 
 
 def test_by_default_bodies_and_nothing_else():
-    for t, weight in zip(varied(), select(varied(), Selection()), strict=True):
+    for t, weight in zip(varied(), choose(varied()), strict=True):
         np.testing.assert_array_equal(weight, (t.role == O).astype(np.float32))
 
 
@@ -62,9 +67,9 @@ def test_observations_after_the_most_uncertain_turns_are_kept():
     roles, entropy = [P, A, A, O, A, O], [0, 0.5, 1.5, 0, 4.0, 0]
     one = make_trajectory([0] * 6, roles, entropy=entropy)
     two = make_trajectory([0] * 6, roles, entropy=[0, 2.5, 1.5, 0, 3.0, 0], rollout=1)
-    kept = [w.tolist() for w in select([one, two], Selection(top_entropy=0.75))]
+    kept = [w.tolist() for w in choose([one, two], top_entropy=0.75)]
     assert kept == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 0, 1]]
-    kept = [w.tolist() for w in select([one, two], Selection(top_entropy=0.25))]
+    kept = [w.tolist() for w in choose([one, two], top_entropy=0.25)]
     assert kept == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]
 
 
@@ -80,13 +85,21 @@ def test_a_repeated_observation_is_trained_once_in_its_group():
     one = make_trajectory([9, 1, 5, 6, 1, 5, 6], roles)  # repeats itself
     two = make_trajectory([9, 2, 5, 6, 2, 5, 7], roles, rollout=1)  # repeats the first, then says another thing
     other = make_trajectory([9, 2, 5, 6, 2, 5, 7], roles, rollout=2, group=1)
-    kept = [w.tolist() for w in select([one, two, other], Selection(dedupe=True))]
+    kept = [w.tolist() for w in choose([one, two, other], dedupe=True)]
     assert kept == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 1]]
 
 
 def test_deduping_does_not_drop_what_only_a_branch_of_the_rollout_repeats_in_its_shared_prefix():
     stem = make_trajectory([9, 1, 5, 6], [P, A, O, O])
     branch = make_trajectory([9, 1, 5, 6, 1, 7], [P, A, O, O, A, O], shared=4)
-    kept = [w.tolist() for w in select([branch, stem], Selection(dedupe=True))]
+    kept = [w.tolist() for w in choose([branch, stem], dedupe=True)]
     assert kept[1] == [0, 0, 1, 1]
     assert kept[0][4:] == [0, 1]
+
+
+def test_rollouts_that_are_left_out_decide_nothing_for_the_others():
+    one = make_trajectory([9, 1, 5, 6], [P, A, O, O], entropy=[0, 4.0, 0, 0])
+    two = make_trajectory([9, 2, 5, 6], [P, A, O, O], entropy=[0, 1.0, 0, 0], rollout=1)
+    assert [w.tolist() for w in choose([one, two], [False, True], dedupe=True)] == [[0] * 4, [0, 0, 1, 1]]
+    assert [w.tolist() for w in choose([one, two], [False, True], top_entropy=0.5)] == [[0] * 4, [0, 0, 1, 1]]
+    assert [w.tolist() for w in choose([one, two], top_entropy=0.5)] == [[0, 0, 1, 1], [0] * 4]

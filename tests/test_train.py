@@ -100,6 +100,9 @@ def test_a_run_leaves_what_the_readme_says(finished):
     ].keys()
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[30:])
     assert records[-1]["train/gradient_norm"] > 0
+    # The KL is to the policy that RL began with.
+    assert records[30]["policy/reference_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert records[-1]["policy/reference_kl"] > 1e-7
 
 
 def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, tmp_path):
@@ -245,6 +248,7 @@ def test_without_a_sandbox_nothing_starts(tmp_path, monkeypatch):
         ("rollout.group_size", 0),
         ("rollout.max_tokens", 500),
         ("loss.observation_normalizer", "mean"),
+        ("loss.mode", "ehco"),
         ("mesh.data", 3),
         ("mesh.tensor", 64),
         ("tokenizer.path", "/no/such.model"),
@@ -370,7 +374,8 @@ def recorded_run(tmp_path_factory):
     config.eval.every = 2
     config.mesh.update(data=2, fsdp=2, tensor=2)
     # Everything optional that compiles a program of its own, or runs one more often.
-    config.loss.update(old_logprobs="recomputed", kl_weight=0.1, gradient_metrics_every=2)
+    config.loss.update(old_logprobs="recomputed", gradient_metrics_every=2)
+    config.loss.update(observation_schedule="linear", mode_changes=((2, "grpo"),))
     config.optimizer.updates_per_batch = 2
     config.pack.rows = 4
     config.model.num_kv_heads = 2
@@ -429,7 +434,7 @@ def test_a_sharded_run_reports_the_same_kind_of_numbers(recorded_run):
     records = read_metrics(recorded_run.workdir / "metrics.jsonl")
     assert len(records) == 8
     assert ["loss/gradient_cosine" in record for record in records] == [False] * 4 + [True, False] * 2
-    assert records[4]["policy/reference_kl"] < records[-1]["policy/reference_kl"]
+    assert [record["loss/observation_weight"] for record in records[4:]] == pytest.approx([0.05, 0.0375, 0, 0])
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[4:])
 
 

@@ -155,7 +155,7 @@ def test_zero_lambda_is_grpo():
     sums, grads, params = gradient(CHOSEN, ADVANTAGES, objective=objective)
     loss, expected = unpacked_gradient(params, objective)
     assert abs(float(sums["loss/total"]) - float(loss)) <= 1e-6
-    assert relative_difference(grads, expected) <= CLOSE
+    assert relative_difference(grads, expected) <= 1e-6
 
 
 def test_observation_count_does_not_scale_the_policy_gradient():

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
@@ -111,3 +112,41 @@ def test_no_array_of_tokens_by_vocabulary_exists():
     local_logits = TOKENS // 2 * VOCAB // 4
     largest = max(elements(line.split("=")[1].split("(")[0]) for line in text.splitlines() if " = " in line)
     assert largest < local_logits
+
+
+GIB = 2**30
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "tensor", "entropy", "limit"),
+    [
+        ("v5e:4x4", 1, 1, False, 0.15),
+        ("v5e:4x4", 1, 1, True, 0.40),
+        ("v5e:4x4", 4, 4, True, 0.45),
+        ("v5e:16x16", 256, 1, True, 0.45),
+    ],
+)
+def test_memory_that_the_tpu_compiler_plans(topology, fsdp, tensor, entropy, limit):
+    """GiB of temporary memory a chip for 8,192 tokens a data shard, D = 4096, V = 151,936, bf16, active mask on."""
+    tokens, dim, vocab = 8192, 4096, 151_936
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices[: fsdp * tensor]
+    mesh = make_mesh(1, fsdp, tensor, devices)
+    where = {"mesh": mesh, "axes": Axes(("data", "fsdp"), "tensor", "fsdp")} if mesh.size > 1 else {}
+    on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    rows, head = on(("data", "fsdp")), on("tensor", "fsdp")
+
+    def loss(hidden, head, targets, active, cotangent):
+        scores = fused_logprobs(hidden, head, targets, active=active, entropy=entropy, token_block=1024, **where)
+        return jnp.sum(cotangent * scores.logprob), jnp.sum(scores.entropy)
+
+    arguments = [
+        jax.ShapeDtypeStruct((tokens * fsdp, dim), jnp.bfloat16, sharding=rows),
+        jax.ShapeDtypeStruct((vocab, dim), jnp.bfloat16, sharding=head),
+        *(jax.ShapeDtypeStruct((tokens * fsdp,), dtype, sharding=rows) for dtype in (jnp.int32, bool, jnp.float32)),
+    ]
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), out_shardings=((on(), on()), (rows, head)))
+    memory = step.lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= limit * GIB
+    gradients = 2 * (tokens * dim + vocab * dim // (fsdp * tensor))
+    assert memory.output_size_in_bytes - gradients <= 2**20

@@ -113,7 +113,7 @@ def tokamax_xla(hidden, head, targets, active, cotangent):
 
 
 def ours(size: Size, *, entropy=False, skip=True, **options) -> Row:
-    options |= {"token_block": size.token_block, "entropy": entropy}
+    options = {"token_block": size.token_block, "entropy": entropy} | options
 
     def logprob(hidden, head, targets, active):
         scores = fused_logprobs(hidden, head, targets, active=active if skip else None, **options)
@@ -214,6 +214,8 @@ def tpu_table() -> Iterator[str]:
                 continue  # how many are active changes nothing here
             seen.add(name)
             yield from _tpu_row(name, chip, row, chip_mesh(topology, 1, 1))
+        pallas = ours(TPU, entropy=True, implementation="pallas_tpu", token_block=512)
+        yield from _tpu_row("ours, skipping, entropy, Pallas forward", chip, pallas, chip_mesh(topology, 1, 1))
         meshes = [("fsdp 4 × tensor 4", topology, 4, 4)] + [("fsdp 256", "v5e:16x16", 256, 1)] * (chip == "v5e")
         for label, where, fsdp, tensor in meshes:
             mesh = chip_mesh(where, fsdp, tensor)

@@ -128,7 +128,9 @@ def echo_loss(
     kl = KL_ESTIMATORS[options.kl_estimator](logprob, batch.reference_logprob)
     cross_entropy = -logprob
     # PaW (arXiv 2606.02388): what is already this likely has no gradient left.
-    bounded = -jnp.minimum(logprob, jnp.log(options.observation_clip)) if options.observation_clip < 1 else -logprob
+    bounded = cross_entropy
+    if options.observation_clip < 1:
+        bounded = jnp.maximum(cross_entropy, -jnp.log(options.observation_clip))
 
     per_policy, per_observation = inverse_denominators
     policy_term = per_policy * jnp.sum(batch.policy_weight * surrogate)

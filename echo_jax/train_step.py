@@ -63,6 +63,12 @@ def micro_batch(batch: Batch, i: jax.Array, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(take(x), rows), batch)
 
 
+def _forward(graphdef, params, micro: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns hidden states [B, T, D] of a micro-batch, and the LM head [V, D]."""
+    model = bind(graphdef, params)
+    return model(micro.tokens, micro.positions, micro.segment_ids), model.head()
+
+
 def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mesh: Mesh, options: LossOptions):
     """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches.
 
@@ -73,9 +79,8 @@ def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mes
     inverse_denominators = denominators(batch)
 
     def micro_loss(params, micro):
-        model = bind(graphdef, params)
-        hidden = model(micro.tokens, micro.positions, micro.segment_ids)
-        return echo_loss(hidden, model.head(), micro, inverse_denominators, options)
+        hidden, head_weights = _forward(graphdef, params, micro)
+        return echo_loss(hidden, head_weights, micro, inverse_denominators, options)
 
     def accumulate(i, carry):
         sums, grads = carry
@@ -136,9 +141,8 @@ def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Ba
     def logprobs(params, batch: Batch, micro_batches: jax.Array):
         def fill(i, values):
             micro = micro_batch(batch, i, mesh)
-            model = bind(graphdef, params)
-            hidden = model(micro.tokens, micro.positions, micro.segment_ids)
-            own = score(hidden, model.head(), micro, head).logprob
+            hidden, head_weights = _forward(graphdef, params, micro)
+            own = score(hidden, head_weights, micro, head).logprob
             return jax.lax.dynamic_update_index_in_dim(values, own, i, 0)
 
         return jax.lax.fori_loop(0, micro_batches, fill, jnp.zeros_like(batch.old_logprob))
@@ -151,9 +155,8 @@ def make_score(graphdef, head: HeadOptions) -> Callable[[dict, Batch], dict[str,
     options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=head)
 
     def metric_sums(params, micro: Batch):
-        model = bind(graphdef, params)
-        hidden = model(micro.tokens, micro.positions, micro.segment_ids)
+        hidden, head_weights = _forward(graphdef, params, micro)
         one = jnp.float32(1.0)
-        return echo_loss(hidden, model.head(), micro, (one, one), options)[1]
+        return echo_loss(hidden, head_weights, micro, (one, one), options)[1]
 
     return jax.jit(metric_sums)

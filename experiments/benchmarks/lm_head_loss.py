@@ -1,9 +1,11 @@
 """Time and memory of the LM-head loss and its two gradients, ours beside the usual ways.
 
     python experiments/benchmarks/lm_head_loss.py [--output=experiments/benchmarks/lm_head_loss.md]
+    JAX_PLATFORMS=cuda python experiments/benchmarks/lm_head_loss.py --tables=gpu --torch=TORCH_VENV/bin/python
 
 On this machine: wall time as a ratio to full logits in the same run, and XLA's temporary memory. For TPUs, where the
-extra `tpu` is installed: what the real compiler plans, ahead of time, for one chip and for meshes (no TPU needed).
+extra `tpu` is installed: what the real compiler plans, ahead of time, for one chip and for meshes (no TPU needed), and a
+roofline. On a GPU: wall time and memory beside Liger's and Apple's kernels (`lm_head_loss_torch.py`).
 """
 
 import dataclasses
@@ -11,8 +13,11 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +38,12 @@ from echo_jax.sharding import MESH_AXES
 
 OUTPUT = flags.DEFINE_string("output", None, "also write the tables to this file")
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each row; the fastest counts")
+TABLES = flags.DEFINE_list("tables", ["cpu", "tpu", "gpu"], "which tables to make")
+TORCH = flags.DEFINE_string("torch", sys.executable, "a Python with torch, liger-kernel and cut-cross-entropy")
 TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
+# bf16 FLOP/s and HBM bytes/s of a chip, from Google's system architecture pages (cloud.google.com/tpu/docs)
+CHIPS = {"v5e": (197e12, 819e9), "v5p": (459e12, 2765e9), "v6e": (918e12, 1640e9)}
+SHARES = (1.0, 0.6, 0.3)
 CHUNK = 512  # tokens of a chunk in the chunked rows
 
 
@@ -48,6 +58,7 @@ class Size:
 
 CPU = Size(4096, 512, 32_000, "float32", 256)
 TPU = Size(8192, 4096, 151_936, "bfloat16", 1024)  # tokens of one data shard
+GPU = [Size(8192, 4096, vocab, "bfloat16", 1024) for vocab in (151_936, 32_000)]
 
 # A row maps (hidden, head, targets, active, cotangent [N]) to (loss, (d hidden, d head)).
 Row = Callable[..., tuple]
@@ -131,7 +142,7 @@ def rows(size: Size) -> Iterator[tuple[str, Row, float]]:
     if size is CPU and importlib.util.find_spec("tokamax") is not None:
         yield "tokamax, its XLA implementation", tokamax_xla, 1.0
     yield "ours, all tokens", ours(size, skip=False), 1.0
-    for share in (1.0, 0.6, 0.3):
+    for share in SHARES:
         yield f"ours, {share:.0%} active", ours(size), share
     yield "ours, 100% active, entropy", ours(size, entropy=True), 1.0
 
@@ -170,8 +181,8 @@ def cpu_table() -> Iterator[str]:
         yield f"| {name} | {taken / base:.2f} | {memory:.0f} |"
 
 
-def tpu_memory(row: Row, mesh: Mesh) -> tuple[float, float]:
-    """Returns, a chip: GiB of temporary memory, and MiB of outputs beyond the gradients themselves."""
+def tpu_memory(row: Row, mesh: Mesh) -> tuple[float, float, float]:
+    """Returns, a chip: GiB of temporary memory, MiB of outputs beyond the gradients themselves, seconds to compile."""
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
     tokens, batch = TPU.tokens * data, ("data", "fsdp")
@@ -187,10 +198,12 @@ def tpu_memory(row: Row, mesh: Mesh) -> tuple[float, float]:
     # Rows differ in what stands beside the loss: leave the placement of scalars to the compiler.
     loss_shape = jax.eval_shape(row, *abstract)[0]
     out = (jax.tree.map(lambda _: on(), loss_shape), gradients)
+    start = time.perf_counter()
     memory = jax.jit(row, out_shardings=out).lower(*abstract).compile().memory_analysis()
+    compile_seconds = time.perf_counter() - start
     temporary, outputs = memory.temp_size_in_bytes, memory.output_size_in_bytes
     own = 2 * (TPU.tokens * TPU.dim + TPU.vocab * TPU.dim / mesh.shape["tensor"] / mesh.shape["fsdp"])
-    return temporary / 2**30, (outputs - own) / 2**20
+    return temporary / 2**30, (outputs - own) / 2**20, compile_seconds
 
 
 def chip_mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
@@ -204,8 +217,8 @@ def tpu_table() -> Iterator[str]:
     if importlib.util.find_spec("libtpu") is None:
         yield "Not measured: it needs the TPU compiler, `pip install -e '.[tpu]'`."
         return
-    yield "| row | chip | temp GiB | outputs beyond the gradients, MiB |"
-    yield "|---|---|---|---|"
+    yield "| row | chip | temp GiB | outputs beyond the gradients, MiB | compile s |"
+    yield "|---|---|---|---|---|"
     for chip, topology in TOPOLOGIES.items():
         seen = set()
         for name, row, _ in rows(TPU):
@@ -226,8 +239,99 @@ def tpu_table() -> Iterator[str]:
 
 
 def _tpu_row(name: str, chip: str, row: Row, mesh: Mesh) -> Iterator[str]:
-    temp, beyond = tpu_memory(row, mesh)
-    yield f"| {name} | {chip} | {temp:.3f} | {beyond:.2f} |"
+    temp, beyond, compile_seconds = tpu_memory(row, mesh)
+    yield f"| {name} | {chip} | {temp:.3f} | {beyond:.2f} | {compile_seconds:.0f} |"
+
+
+def roofline_table() -> Iterator[str]:
+    """What the arithmetic says, in units of one T·D·V matmul at a chip's peak: no compiler and no TPU behind it."""
+    yield f"## TPU, by arithmetic: {TPU.tokens} tokens, D = {TPU.dim}, V = {TPU.vocab}, all active\n"
+    yield "Matmul units, and units of time that the bytes take which each way must move through HBM (the larger bounds it).\n"
+    yield "| way | matmul units | " + " | ".join(f"{chip}: HBM units" for chip in CHIPS) + " |"
+    yield "|---|---|" + "---|" * len(CHIPS)
+    matmul = 2 * TPU.tokens * TPU.dim * TPU.vocab
+    hidden, head = 2 * TPU.tokens * TPU.dim, 2 * TPU.vocab * TPU.dim  # bytes, bf16
+    logits = 2 * TPU.tokens * TPU.vocab
+    chunks = TPU.tokens / CHUNK
+    ways: dict[str, tuple[int, float]] = {
+        # logits written, read by the softmax and by its gradient, which is written and read by two matmuls
+        "full logits bf16": (3, 6 * logits + 3 * head + 3 * hidden),
+        # a chunk of tokens reads the head for each matmul, and reads and writes the gradient of the head in f32
+        "token chunks, rematerialised": (4, chunks * (3 + 2 * 2) * head + 4 * hidden),
+        "token chunks, gradient in forward": (3, chunks * (2 + 2 * 2) * head + 3 * hidden),
+    }
+    for block in (2048, 4096, 8192):
+        # a block of the vocabulary reads hidden once forward and once backward, and reads and writes d hidden in f32
+        moved = -(-TPU.vocab // block) * (2 + 2 * 2) * hidden + 3 * head
+        ways[f"ours, vocab_block {block}"] = (4, moved)
+    for way, (units, moved) in ways.items():
+        times = (moved / bandwidth / (matmul / peak) for peak, bandwidth in CHIPS.values())
+        yield f"| {way} | {units} | " + " | ".join(f"{t:.2f}" for t in times) + " |"
+
+
+def gpu_table() -> Iterator[str]:
+    """Wall time and memory on this machine's GPU, torch's kernels in processes of their own."""
+    yield "## GPU: 8192 tokens, D = 4096, bfloat16\n"
+    if jax.default_backend() != "gpu":
+        yield "Not measured: no GPU. The module's docstring has the command."
+        return
+    yield f"{jax.devices()[0].device_kind}. Memory is above inputs and returned gradients.\n"
+    for size in GPU:
+        hidden, head, *_ = arguments(size, 1.0)
+        matmul = jax.jit(lambda h, w: jnp.einsum("nd,vd->nv", h, w)).lower(hidden, head).compile()
+        unit = seconds(matmul, (hidden, head))
+        flops = 2 * size.tokens * size.dim * size.vocab / unit
+        yield f"\nV = {size.vocab}; one matmul with the head: {1e3 * unit:.2f} ms, {flops / 1e12:.0f} TFLOP/s\n"
+        yield "| row | ms | matmul units | share of the matmul rate | MiB | error of d hidden |"
+        yield "|---|---|---|---|---|---|"
+        for name, row, share in rows(size):
+            inputs = arguments(size, share)
+            compiled = jax.jit(row).lower(*inputs).compile()
+            taken = seconds(compiled, inputs)
+            needed = (4 if "ours" in name or "remat" in name else 3) * (share if "ours" in name else 1.0)
+            memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            error = gradient_error(compiled(*inputs)[1][0], inputs)
+            yield (
+                f"| {name} | {1e3 * taken:.1f} | {taken / unit:.2f} | {needed * unit / taken:.0%} | {memory:.0f} | "
+                f"{error:.1e} |"
+            )
+        yield from _torch_rows(size, unit)
+
+
+def gradient_error(d_hidden, inputs, checked: int = 256) -> float:
+    """Returns the largest relative error of a few active rows of the gradient of hidden against f32."""
+    hidden, head, targets, active, cotangent = inputs
+    rows = jnp.flatnonzero(active)[:checked]
+
+    def loss(h, w):
+        logprob = jax.nn.log_softmax(jnp.einsum("nd,vd->nv", h, w, precision="highest"))
+        return jnp.sum(cotangent[rows] * jnp.take_along_axis(logprob, targets[rows, None], axis=-1)[:, 0])
+
+    wanted = jax.grad(loss)(hidden[rows].astype(jnp.float32), head.astype(jnp.float32))
+    error = jnp.linalg.norm(d_hidden[rows].astype(jnp.float32) - wanted, axis=-1)
+    return float(jnp.max(error / jnp.linalg.norm(wanted, axis=-1)))
+
+
+def _torch_rows(size: Size, unit: float) -> Iterator[str]:
+    script = Path(__file__).with_name("lm_head_loss_torch.py")
+    for share in SHARES:
+        flags = [f"--{name}={getattr(size, name)}" for name in ("tokens", "dim", "vocab")]
+        command = [TORCH.value, str(script), *flags, f"--share={share}", f"--repeats={REPEATS.value}"]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode:
+            yield f"\ntorch rows not measured: {ran.stderr.strip().splitlines()[-1]}"
+            return
+        for result in map(json.loads, ran.stdout.splitlines()):
+            name = f"{result['name']}, {share:.0%} active"
+            if "failed" in result:
+                yield f"| {name} | {result['failed'][:80]} | | | | |"
+                continue
+            taken = result["seconds"]
+            yield (
+                f"| {name} | {1e3 * taken:.1f} | {taken / unit:.2f} | | {result['bytes'] / 2**20:.0f} | "
+                f"{result['error']:.1e} |"
+            )
+    yield f"\n{', '.join(f'{name} {version}' for name, version in result['versions'].items())}"
 
 
 def main(_) -> None:
@@ -243,7 +347,8 @@ def main(_) -> None:
         emit(line)
     if importlib.util.find_spec("tokamax") is None:
         emit("tokamax is not installed: no row of it.\n")
-    for table in (cpu_table, tpu_table):
+    tables = {"cpu": [cpu_table], "tpu": [tpu_table, roofline_table], "gpu": [gpu_table]}
+    for table in [table for name in TABLES.value for table in tables[name]]:
         for line in table():
             emit(line)
             lines.append(line)

@@ -4,8 +4,8 @@
     JAX_PLATFORMS=cuda python experiments/benchmarks/lm_head_loss.py --tables=gpu --torch=TORCH_VENV/bin/python
 
 On this machine: wall time as a ratio to full logits in the same run, and XLA's temporary memory. For TPUs, where the
-extra `tpu` is installed: what the real compiler plans, ahead of time, for one chip and for meshes (no TPU needed), and a
-roofline. On a GPU: wall time and memory beside Liger's and Apple's kernels (`lm_head_loss_torch.py`).
+extra `tpu` is installed: what the real compiler plans, ahead of time, for one chip and for meshes (no TPU needed), and
+a roofline. On a GPU: wall time and memory beside Liger's and Apple's kernels (`lm_head_loss_torch.py`).
 """
 
 import dataclasses
@@ -246,7 +246,7 @@ def _tpu_row(name: str, chip: str, row: Row, mesh: Mesh) -> Iterator[str]:
 def roofline_table() -> Iterator[str]:
     """What the arithmetic says, in units of one T·D·V matmul at a chip's peak: no compiler and no TPU behind it."""
     yield f"## TPU, by arithmetic: {TPU.tokens} tokens, D = {TPU.dim}, V = {TPU.vocab}, all active\n"
-    yield "Matmul units, and units of time that the bytes take which each way must move through HBM (the larger bounds it).\n"
+    yield "Matmul units, and the time, in such units, of the bytes that pass through HBM; the larger bounds it.\n"
     yield "| way | matmul units | " + " | ".join(f"{chip}: HBM units" for chip in CHIPS) + " |"
     yield "|---|---|" + "---|" * len(CHIPS)
     matmul = 2 * TPU.tokens * TPU.dim * TPU.vocab

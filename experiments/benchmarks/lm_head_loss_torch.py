@@ -2,10 +2,10 @@
 
     python experiments/benchmarks/lm_head_loss_torch.py --tokens=8192 --dim=4096 --vocab=151936 --share=0.6
 
-Needs a GPU, torch, `liger-kernel` and `cut-cross-entropy` (none is a dependency of this project). One JSON object a row:
-seconds, bytes above inputs and returned gradients, and the largest relative error of 256 active rows of the gradient of
-hidden against f32. The loss is a plain sum over the active tokens, the others are given as the index to ignore: per-token
-cotangents, which PPO needs, are what these kernels do not offer.
+Needs a GPU, torch, `liger-kernel` and `cut-cross-entropy` (none is a dependency of this project). One JSON object a
+row: seconds, bytes above inputs and returned gradients, and the largest relative error of 256 active rows of the
+gradient of hidden against f32. The loss is a plain sum over the active tokens, the others are given as the index to
+ignore: per-token cotangents, which PPO needs, are what these kernels do not offer.
 """
 
 import argparse

@@ -17,6 +17,7 @@ setuptools.setup(
         "flax>=0.12.8",
         "grain>=0.2.12",
         "jax>=0.10.2",
+        "jsonschema>=4.20",
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.5",

@@ -29,6 +29,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.task.lookup.folders = 3  # folders of the random tree
     c.task.lookup.files = 6  # files of the random tree
     c.task.lookup.words = 96  # distinct words for all names, keys and values
+    c.task.shell = ml_collections.ConfigDict({"level": 1})  # 1 to 3: more files, more steps
+    c.task.python = ml_collections.ConfigDict({"level": 1})
+    c.task.sqlite = ml_collections.ConfigDict({"level": 1})
+    c.task.maze = ml_collections.ConfigDict({"width": 6, "height": 6})  # cells; runs no subprocess
     c.task.rooms = ml_collections.ConfigDict()
     c.task.rooms.width = 3  # rooms of the map, west to east
     c.task.rooms.height = 3  # rooms of the map, north to south
@@ -60,6 +64,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0  # of sampling, in training and evaluation
     c.rollout.tool_threads = 8  # tool calls at work at once; as many sandboxes as rollouts are open
     c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
+    c.rollout.grammar = "plain"  # of tool calls: plain | json, see calls.py
+    c.rollout.max_seconds = 60.0  # that the tool calls of one rollout may run, all together
+    c.rollout.max_format_errors = 4  # turns on end without a call that could run, before a rollout is ended
+    c.rollout.replay = ""  # a file of saved rollouts to train on, off-policy, in place of sampling
 
     c.sandbox = ml_collections.ConfigDict()
     c.sandbox.backend = "auto"
@@ -67,13 +75,20 @@ def default_config() -> ml_collections.ConfigDict:
     c.sandbox.output_bytes = 256  # of one tool call; head and tail are kept
     c.sandbox.memory_bytes = 256 << 20
     c.sandbox.disk_bytes = 16 << 20
+    c.sandbox.flood_bytes = 64 << 20  # printed by one tool call, before it is ended
     c.sandbox.processes = 32
+    c.sandbox.open_files = 256  # of one process
+    c.sandbox.cpu_seconds = 60  # of one process
+    c.sandbox.setup_seconds = 30.0  # of a task's own setup command
+    c.sandbox.score_seconds = 30.0  # of one command that scores
 
     # Imitation of actions, cross-entropy on every body of an observation, whatever `loss` says of RL.
     c.warm_start = ml_collections.ConfigDict()
     c.warm_start.num_steps = 200  # sft updates on scripted demonstrations before RL; 0: none
     c.warm_start.demonstrations = 2048
     c.warm_start.success_rate = 0.35  # share of demonstrations that do the right thing
+    c.warm_start.trajectories = ""  # a file of saved rollouts to imitate in place of scripted demonstrations
+    c.warm_start.min_reward = 0.0  # of the rollouts of that file that are imitated
     c.warm_start.batch = 64  # demonstrations an update
     c.warm_start.learning_rate = 2e-3
     c.warm_start.observation_weight = 0.2  # action-only sft leaves observation CE worse than uniform
@@ -108,8 +123,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.top_entropy = 1.0  # train observations after this share of turns, the most uncertain (PaW: 0.75)
     c.loss.reward_adaptive = False  # lambda times (1 - mean reward) of each group (PaW)
     c.loss.dedupe = False  # train an observation that is repeated within a group once
-    c.loss.min_valid_calls = 0.0  # env_only: least share of a rollout's turns with a valid call
-    c.loss.clean_parse = False  # env_only: leave out rollouts with a turn that was cut off
+    c.loss.min_valid_calls = 0.0  # env_only: least share of a rollout's attempts at calls that were valid
+    c.loss.clean_parse = False  # env_only: leave out rollouts with a turn that was cut off, or a call left open
     # Both terms.
     c.loss.policy_constant = 0  # tokens, the divisor of the normaliser "constant"; 0: rollout.max_tokens
     c.loss.observation_constant = 0
@@ -173,9 +188,18 @@ _NOT_NEGATIVE = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
 )
-_POSITIVE = ("rollout.temperature", "optimizer.clip_norm", "model.rope_theta", "model.norm_eps")
+_POSITIVE = (
+    "rollout.temperature",
+    "rollout.max_seconds",
+    "sandbox.timeout_seconds",
+    "sandbox.setup_seconds",
+    "sandbox.score_seconds",
+    "optimizer.clip_norm",
+    "model.rope_theta",
+    "model.norm_eps",
+)
 _WEIGHTS = ("loss.class_weights.", "loss.tool_weights.")
-_SHARE = ("warm_start.success_rate", "loss.min_valid_calls")
+_SHARE = ("warm_start.success_rate", "warm_start.min_reward", "loss.min_valid_calls")
 _SHARE_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
 
 

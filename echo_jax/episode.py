@@ -6,21 +6,21 @@ call, stop) and in the end a `Trajectory`. Every token's role is stamped here, w
 
 import dataclasses
 import enum
+import math
 
 import numpy as np
 
+from echo_jax.calls import GRAMMARS, Call, Malformed
 from echo_jax.render import Part, Rendered, Renderer
 from echo_jax.roles import Role
 from echo_jax.tools import TOOL_IDS, TOOLS
 from echo_jax.tools.sandbox import CommandResult, Status
-from echo_jax.trajectory import Sampled, Trajectory
-
-SUBMIT = "submit"
+from echo_jax.trajectory import Attempt, Sampled, Trajectory
 
 
 class Phase(enum.Enum):
     GENERATE = enum.auto()  # wants a turn from the policy
-    CALL = enum.auto()  # wants `call` run
+    CALL = enum.auto()  # wants the first of `pending` run
     DONE = enum.auto()
 
 
@@ -29,6 +29,8 @@ class Outcome(enum.StrEnum):
     SUBMITTED = "submitted"
     MAX_TURNS = "max_turns"
     MAX_TOKENS = "max_tokens"  # the next observation or turn would not have fitted
+    MAX_SECONDS = "max_seconds"  # its calls took too long, all together
+    FORMAT_ERRORS = "format_errors"  # too many turns on end without a call that could run
     INFRA = "infra"  # the fault of the machine, not of the policy: kept, but not scored
 
 
@@ -40,14 +42,9 @@ class Rules:
     max_tokens: int  # of the whole trajectory
     max_turn_tokens: int  # sampled in one turn
     warn_last_turn: bool = False  # say so before it
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One attempt at a tool call: `name` is a tool, `argument` what follows the first space."""
-
-    name: str
-    argument: str
+    max_seconds: float = math.inf  # that its tool calls may run, all together
+    max_format_errors: int = 8  # turns on end without a call that could run
+    grammar: str = "plain"  # of GRAMMARS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +53,40 @@ class Episode:
 
     renderer: Renderer
     rules: Rules
-    ids: tuple[int, ...]
-    roles: tuple[Role, ...]
-    tools: tuple[int, ...]  # which tool wrote the token, as in TOOL_IDS; 0: none did
-    logprobs: tuple[float, ...]
-    entropies: tuple[float, ...]
+    available: tuple[str, ...]  # names of the tools that there are
+    ids: tuple[int, ...] = ()
+    roles: tuple[Role, ...] = ()
+    tools: tuple[int, ...] = ()  # which tool wrote the token, as in TOOL_IDS; 0: none did
+    logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
     phase: Phase = Phase.GENERATE
     outcome: Outcome = Outcome.RUNNING
     turns: int = 0
-    call: Call | None = None
+    pending: tuple[Call | Malformed, ...] = ()  # attempts of the last turn that have no observation yet
     answer: str | None = None
-    attempts: tuple[str, ...] = ()  # status of each tool-call attempt
+    attempts: tuple[Attempt, ...] = ()  # those that were dealt with
+    format_errors: int = 0  # turns on end
+    seconds: float = 0.0  # that its calls have run
     policy_version: int = -1
+
+    @property
+    def call(self) -> Call | None:
+        """What to run, in phase CALL."""
+        return self.pending[0] if self.phase is Phase.CALL else None
 
     @property
     def sample_budget(self) -> int:
         """Tokens the next turn may have."""
         return min(self.rules.max_turn_tokens, self.rules.max_tokens - len(self.ids))
 
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that its tool calls may still run."""
+        return self.rules.max_seconds - self.seconds
 
-def start(renderer: Renderer, rules: Rules, prompt: str) -> Episode:
-    """Returns an episode that waits for its first turn.
+
+def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] = ("bash",)) -> Episode:
+    """Returns an episode that waits for its first turn. `tools`: names of those that there are beside `submit`.
 
     Raises:
       ValueError: the prompt alone leaves no room to act.
@@ -86,7 +96,7 @@ def start(renderer: Renderer, rules: Rules, prompt: str) -> Episode:
         raise ValueError(
             f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}"
         )
-    return _append(Episode(renderer, rules, (), (), (), (), ()), rendered)
+    return _append(Episode(renderer, rules, (*tools, "submit")), rendered)
 
 
 def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
@@ -100,15 +110,7 @@ def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
 
 def abandon(episode: Episode) -> Episode:
     """Returns the episode ended by a fault of the infrastructure; its tokens are kept."""
-    return dataclasses.replace(episode, phase=Phase.DONE, outcome=Outcome.INFRA)
-
-
-def parse_call(text: str) -> Call | str:
-    """Returns the call that a turn's text makes, or what is wrong with it. The grammar: NAME, a space, the argument."""
-    name, _, argument = text.partition(" ")
-    if name == SUBMIT or name in TOOLS:
-        return Call(name, argument)
-    return f"unknown tool; there are: {' '.join([*TOOLS, SUBMIT])}"
+    return _end(episode, Outcome.INFRA)
 
 
 def _after_turn(episode: Episode, turn: Sampled) -> Episode:
@@ -129,23 +131,52 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
     )
     if not turn.stopped:
         if len(episode.ids) >= episode.rules.max_tokens:
-            return _end(episode, Outcome.MAX_TOKENS, attempt="unclosed")
-        close = episode.renderer.close_turn()
-        return _observe(_append(episode, close), [Part("the turn was cut off", Role.FEEDBACK)], attempt="unclosed")
-    call = parse_call(episode.renderer.turn_text(turn.ids))
-    if isinstance(call, str):
-        return _observe(episode, [Part(call, Role.FEEDBACK)], attempt="unknown_tool")
-    if call.name == SUBMIT:
-        return dataclasses.replace(_end(episode, Outcome.SUBMITTED, attempt="submit"), answer=call.argument)
-    return dataclasses.replace(episode, phase=Phase.CALL, call=call)
+            return _end(_note(episode, "unclosed"), Outcome.MAX_TOKENS)
+        episode = _append(episode, episode.renderer.close_turn())
+        attempts = [Malformed("unclosed", "the turn was cut off")]
+    else:
+        attempts = GRAMMARS[episode.rules.grammar].parse(episode.renderer.turn_text(turn.ids), episode.available)
+    runs = any(isinstance(attempt, Call) for attempt in attempts)
+    errors = 0 if runs else episode.format_errors + 1
+    return _next(dataclasses.replace(episode, pending=tuple(attempts), format_errors=errors))
 
 
 def _after_call(episode: Episode, result: CommandResult) -> Episode:
+    tool = episode.call.tool
+    episode = _note(episode, str(result.status), tool, result.exit_code, result.limit, result.dropped_bytes)
     if result.status is Status.INFRA:
-        return abandon(dataclasses.replace(episode, attempts=(*episode.attempts, str(result.status))))
-    tool = TOOL_IDS[episode.call.name]
-    episode = dataclasses.replace(episode, call=None)
-    return _observe(episode, observation_parts(result), tool=tool, attempt=str(result.status))
+        return abandon(episode)
+    episode = dataclasses.replace(episode, pending=episode.pending[1:], seconds=episode.seconds + result.seconds)
+    return _next(_observe(episode, observation_parts(result), TOOL_IDS[tool]))
+
+
+def _next(episode: Episode) -> Episode:
+    """Goes through the attempts of the turn as far as nothing has to run, then on to the next turn."""
+    while episode.phase is not Phase.DONE and episode.pending:
+        attempt, *rest = episode.pending
+        if isinstance(attempt, Call):
+            if TOOLS[attempt.tool].ends_episode:
+                episode = _note(episode, "submit", attempt.tool)
+                return dataclasses.replace(_end(episode, Outcome.SUBMITTED), answer=attempt.arguments["answer"])
+            if episode.seconds >= episode.rules.max_seconds:
+                return _end(episode, Outcome.MAX_SECONDS)
+            return dataclasses.replace(episode, phase=Phase.CALL)
+        episode = _note(dataclasses.replace(episode, pending=tuple(rest)), attempt.status)
+        episode = _observe(episode, [Part(attempt.message, Role.FEEDBACK)])
+    if episode.phase is Phase.DONE:
+        return episode
+    rules = episode.rules
+    for spent, outcome in (
+        (episode.turns >= rules.max_turns, Outcome.MAX_TURNS),
+        (episode.format_errors >= rules.max_format_errors, Outcome.FORMAT_ERRORS),
+        (episode.seconds >= rules.max_seconds, Outcome.MAX_SECONDS),
+    ):
+        if spent:
+            return _end(episode, outcome)
+    next_turn = episode.renderer.generation_prompt()
+    if len(episode.ids) + len(next_turn.ids) >= rules.max_tokens:
+        return _end(episode, Outcome.MAX_TOKENS)
+    return dataclasses.replace(_append(episode, next_turn), phase=Phase.GENERATE)
 
 
 def observation_parts(result: CommandResult) -> list[Part]:
@@ -156,24 +187,24 @@ def observation_parts(result: CommandResult) -> list[Part]:
         parts.insert(1, Part(f"{result.dropped_bytes} bytes dropped", Role.TRUNCATION))
     if result.status is not Status.OK:
         notice = str(result.status) if result.exit_code is None else f"exit {result.exit_code}"
+        notice += f", limit of {result.limit}" if result.limit else ""
         parts.append(Part(notice, Role.BOILERPLATE))
     return parts
 
 
-def _observe(episode: Episode, parts: list[Part], *, attempt: str, tool: int = 0) -> Episode:
-    """Appends an observation and asks for the next turn, unless a budget ends the episode first."""
-    if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1:
+def _observe(episode: Episode, parts: list[Part], tool: int = 0) -> Episode:
+    """Appends an observation, unless the episode ends for want of room."""
+    if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1 and not episode.pending:
         parts = [*parts, Part("last turn", Role.WARNING)]
     observation = episode.renderer.observation(parts)
     if len(episode.ids) + len(observation.ids) > episode.rules.max_tokens:
-        return _end(episode, Outcome.MAX_TOKENS, attempt=attempt)
-    episode = _append(episode, observation, tool)
-    if episode.turns >= episode.rules.max_turns:
-        return _end(episode, Outcome.MAX_TURNS, attempt=attempt)
-    next_turn = episode.renderer.generation_prompt()
-    if len(episode.ids) + len(next_turn.ids) >= episode.rules.max_tokens:
-        return _end(episode, Outcome.MAX_TOKENS, attempt=attempt)
-    return dataclasses.replace(_append(episode, next_turn), phase=Phase.GENERATE, attempts=(*episode.attempts, attempt))
+        return _end(episode, Outcome.MAX_TOKENS)
+    return _append(episode, observation, tool)
+
+
+def _note(episode: Episode, status: str, tool: str = "", *details) -> Episode:
+    attempt = Attempt(episode.turns, tool, status, *details)
+    return dataclasses.replace(episode, attempts=(*episode.attempts, attempt))
 
 
 def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
@@ -190,13 +221,13 @@ def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
     )
 
 
-def _end(episode: Episode, outcome: Outcome, *, attempt: str) -> Episode:
-    return dataclasses.replace(
-        episode, phase=Phase.DONE, outcome=outcome, call=None, attempts=(*episode.attempts, attempt)
-    )
+def _end(episode: Episode, outcome: Outcome) -> Episode:
+    return dataclasses.replace(episode, phase=Phase.DONE, outcome=outcome, pending=())
 
 
-def to_trajectory(episode: Episode, *, task: str, group: int, rollout: int, reward: float) -> Trajectory:
+def to_trajectory(
+    episode: Episode, *, task: str, group: int, rollout: int, reward: float, limits_by: str = ""
+) -> Trajectory:
     """Returns a finished episode as numpy arrays."""
     if episode.phase is not Phase.DONE:
         raise ValueError(f"an episode in phase {episode.phase.name} is not finished")
@@ -215,5 +246,6 @@ def to_trajectory(episode: Episode, *, task: str, group: int, rollout: int, rewa
         scored=episode.outcome is not Outcome.INFRA,
         outcome=str(episode.outcome),
         turns=episode.turns,
-        calls={status: episode.attempts.count(status) for status in sorted(set(episode.attempts))},
+        attempts=episode.attempts,
+        limits_by=limits_by,
     )

@@ -24,7 +24,8 @@ from echo_jax.checkpoint import Checkpointer
 from echo_jax.cli import run_program
 from echo_jax.config import check_workdir
 from echo_jax.engine.dense import DenseEngine
-from echo_jax.rollout import Collector, Job, rollout_metrics
+from echo_jax.rollout import Collector, Job
+from echo_jax.rollout_metrics import rollout_metrics
 from echo_jax.runtime import Runtime
 from echo_jax.trajectory import Trajectory
 from echo_jax.world_model import Scorer, compare

@@ -48,7 +48,7 @@ class Objective:
     observation_normalizer: str = "observation"  # a key of OBSERVATION_NORMALIZERS
     observation_constant: float = 1.0  # tokens, the divisor of `constant`
     reward_adaptive: bool = False  # lambda times (1 - mean reward) of the group
-    min_valid_calls: float = 0.0  # env_only: least share of turns with a valid call
+    min_valid_calls: float = 0.0  # env_only: least share of attempts at calls that were valid
     clean_parse: bool = False  # env_only: no turn was cut off
     policy_normalizer: str = "sequence"  # a key of POLICY_NORMALIZERS
     policy_constant: float = 1.0  # tokens, the divisor of `constant`

@@ -1,7 +1,7 @@
 """Runs episodes: one thread drives the engine, a pool of threads runs tools in sandboxes.
 
-In: tasks. Out: one `Trajectory` for each, in order, none lost: a crash or a time-out of a tool is an observation, a
-fault of the machine is a recorded outcome.
+In: tasks. Out: one `Trajectory` for each, in order, none lost: a crash or a time-out of a tool is an observation; after
+a fault of the machine the rollout is made again, and if it fails again that is a recorded outcome.
 """
 
 import concurrent.futures
@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from echo_jax import episode as episode_lib
+from echo_jax.calls import GRAMMARS, Call
 from echo_jax.engine.dense import DenseEngine
-from echo_jax.episode import Call, Episode, Phase, Rules
+from echo_jax.environment import Environment, Machine
+from echo_jax.episode import Episode, Phase, Rules
 from echo_jax.render import Renderer
-from echo_jax.roles import Role
 from echo_jax.tasks.task import Task
-from echo_jax.tools import TOOLS
-from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.trajectory import Sampled, Trajectory
 
-START_ATTEMPTS = 3  # of a sandbox, before its rollout is given up as a fault of the machine
+ATTEMPTS = 2  # at a rollout, when the machine fails it
 
 
 class RolloutError(RuntimeError):
@@ -29,7 +29,11 @@ class RolloutError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """The collection was asked to stop; its unfinished rollouts are dropped and will be made again."""
+    """The collection was asked to stop: `finished` is what it had, the others will be made again."""
+
+    def __init__(self, finished: Sequence[Trajectory] = ()):
+        super().__init__(f"stopped with {len(finished)} rollouts finished")
+        self.finished = finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,69 +45,15 @@ class Job:
     rollout: int  # global index: the root of its sampling keys
 
 
-class Environment:
-    """What one episode acts on: its sandbox. Every method runs in a thread of the pool, one at a time."""
-
-    def __init__(self, task: Task, limits: Limits, backend: str):
-        self._task = task
-        self._limits = limits
-        self._backend = backend
-        self._sandbox: Sandbox | None = None
-        self.fault = ""  # what the machine did wrong last
-        self._used_up = False  # the agent's own doing: it took all memory, and the sandbox died of it
-
-    def open(self) -> bool:
-        """Starts the sandbox; returns whether it stands. Faults of the machine are tried again."""
-        for _ in range(START_ATTEMPTS):
-            try:
-                self._sandbox = Sandbox(
-                    limits=self._limits, backend=self._backend, files=self._task.files, symlinks=self._task.symlinks
-                )
-            except SandboxBroken as error:
-                self.fault = str(error)
-                continue
-            setup = self._sandbox.run(self._task.setup) if self._task.setup else None
-            if setup is None or setup.status is Status.OK:
-                return True
-            self.fault = f"setup {self._task.setup!r}: {setup.status} {setup.head.decode(errors='replace')}"
-            self.close()
-        return False
-
-    def run(self, call: Call) -> CommandResult:
-        result = TOOLS[call.name]().run(self._sandbox, call.argument)
-        if result.status is Status.INFRA:
-            self.fault = result.head.decode(errors="replace")
-        self._used_up = result.status is Status.OOM and result.exit_code is None
-        return result
-
-    def finish(self, answer: str | None) -> float | None:
-        """Ends the agent's processes, scores what it did and closes; None when the machine failed meanwhile."""
-        try:
-            if self._sandbox is None:
-                return None
-            self._sandbox.kill_processes()
-            return self._task.score(answer, self._sandbox)
-        except SandboxError as error:
-            self.fault = str(error)
-            return 0.0 if self._used_up else None
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
-
-
 class Collector:
     """Makes trajectories, from a policy or from scripts. A context manager: leaving it ends all threads."""
 
-    def __init__(self, renderer: Renderer, rules: Rules, limits: Limits, backend: str, tool_threads: int):
+    def __init__(self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int):
         self.stop = threading.Event()  # set it from anywhere: the collection under way raises Interrupted soon
+        self.retried = 0  # rollouts of the last collection that were made again
         self._renderer = renderer
         self._rules = rules
-        self._limits = limits
-        self._backend = backend
+        self._machine = machine
         self._pool = concurrent.futures.ThreadPoolExecutor(tool_threads, thread_name_prefix="tool")
 
     def __enter__(self) -> "Collector":
@@ -113,19 +63,25 @@ class Collector:
         self._pool.shutdown(cancel_futures=True)
 
     def rollouts(
-        self, jobs: Sequence[Job], engine: DenseEngine, on_finish: Callable[[int], None] = lambda done: None
+        self,
+        jobs: Sequence[Job],
+        engine: DenseEngine,
+        on_finish: Callable[[int], None] = lambda done: None,
+        finished: Sequence[Trajectory] = (),
     ) -> list[Trajectory]:
         """Samples one trajectory a job from the engine's policy.
 
         Job i runs in lane i mod lanes, after the job before it there: with it, its tokens and log-probs are the same
-        however long the tools take. `on_finish` is called with the number of finished rollouts.
+        however long the tools take. `on_finish` is called with the number of finished rollouts. `finished`: what an
+        interrupted call with the same jobs and policy already made.
         """
-        collection = _Collection(self, jobs, engine)
+        collection = _Collection(self, jobs, engine, finished)
         try:
             return collection.run(on_finish)
         finally:
             engine.cancel()
             collection.close()
+            self.retried = collection.retried
 
     def scripted(
         self,
@@ -140,10 +96,7 @@ class Collector:
           RolloutError: one failed. A script does what it should, so the machine is at fault; the result would be kept
             and used for the whole run, so it must be complete.
         """
-        futures = [
-            self._pool.submit(self._script, job, right, np.random.default_rng([seed, job.rollout]))
-            for job, right in zip(jobs, solve, strict=True)
-        ]
+        futures = [self._pool.submit(self._script, job, right, seed) for job, right in zip(jobs, solve, strict=True)]
         try:
             trajectories = []
             for done, future in enumerate(futures, start=1):
@@ -156,10 +109,17 @@ class Collector:
             concurrent.futures.wait(futures)
 
     def _start(self, job: Job) -> tuple[Episode, Environment]:
-        episode = episode_lib.start(self._renderer, self._rules, job.task.prompt)
-        return episode, Environment(job.task, self._limits, self._backend)
+        episode = episode_lib.start(self._renderer, self._rules, job.task.prompt, job.task.tools)
+        return episode, Environment(job.task, self._machine)
 
-    def _script(self, job: Job, solve: bool, rng: np.random.Generator) -> Trajectory:
+    def _script(self, job: Job, solve: bool, seed: int) -> Trajectory:
+        for _ in range(ATTEMPTS):
+            trajectory, fault = self._script_once(job, solve, np.random.default_rng([seed, job.rollout]))
+            if trajectory.scored:
+                return trajectory
+        raise RolloutError(f"the script of task {job.task.name} failed on this machine: {fault or 'no cause'}")
+
+    def _script_once(self, job: Job, solve: bool, rng: np.random.Generator) -> tuple[Trajectory, str]:
         episode, environment = self._start(job)
         try:
             if not environment.open():
@@ -170,7 +130,7 @@ class Collector:
                 if self.stop.is_set():
                     raise Interrupted
                 if episode.phase is Phase.CALL:
-                    result = environment.run(episode.call)
+                    result = environment.run(episode.call, episode.seconds_left)
                     observation = (result.head + result.tail).decode("utf-8", "surrogateescape")
                     episode = episode_lib.advance(episode, result)
                     continue
@@ -182,7 +142,7 @@ class Collector:
                         f"longer than {self._rules.max_turn_tokens} tokens"
                     ) from error
                 observation = ""
-                action = self._renderer.action(text)
+                action = self._renderer.action(self._spoken(text, episode.available))
                 ids = action.ids[: episode.sample_budget]
                 turn = Sampled(
                     ids,
@@ -192,14 +152,15 @@ class Collector:
                     policy_version=-1,
                 )
                 episode = episode_lib.advance(episode, turn)
-            trajectory = _score(job, episode, environment)
-            if not trajectory.scored:
-                raise RolloutError(
-                    f"the script of task {job.task.name} failed on this machine: {environment.fault or 'no cause'}"
-                )
-            return trajectory
+            return _score(job, episode, environment), environment.fault
         finally:
             environment.close()
+
+    def _spoken(self, text: str, available: tuple[str, ...]) -> str:
+        """Returns a script's turn, which is plain, in the grammar of the episodes."""
+        attempt = GRAMMARS["plain"].parse(text, available)[0]
+        grammar = self._rules.grammar
+        return GRAMMARS[grammar].write(attempt) if grammar != "plain" and isinstance(attempt, Call) else text
 
 
 def _score(job: Job, episode: Episode, environment: Environment) -> Trajectory:
@@ -207,14 +168,19 @@ def _score(job: Job, episode: Episode, environment: Environment) -> Trajectory:
     if reward is None:
         episode = episode_lib.abandon(episode)
     return episode_lib.to_trajectory(
-        episode, task=job.task.name, group=job.group, rollout=job.rollout, reward=reward or 0.0
+        episode,
+        task=job.task.name,
+        group=job.group,
+        rollout=job.rollout,
+        reward=reward or 0.0,
+        limits_by=environment.limits_by,
     )
 
 
 class _Collection:
     """The state of one `Collector.rollouts`."""
 
-    def __init__(self, collector: Collector, jobs: Sequence[Job], engine: DenseEngine):
+    def __init__(self, collector: Collector, jobs: Sequence[Job], engine: DenseEngine, finished: Sequence[Trajectory]):
         self._collector = collector
         self._jobs = jobs
         self._engine = engine
@@ -224,14 +190,17 @@ class _Collection:
         self._episodes: dict[int, Episode] = {}
         self._waiting: dict[concurrent.futures.Future, int] = {}  # tool call or score under way -> job
         self._in_lane: dict[int, int] = {}
-        self._done: dict[int, Trajectory] = {}
+        made = {trajectory.rollout: trajectory for trajectory in finished}
+        self._done = {i: made[job.rollout] for i, job in enumerate(jobs) if job.rollout in made}
+        self._attempts = dict.fromkeys(range(len(jobs)), 0)
+        self.retried = 0
 
     def run(self, on_finish: Callable[[int], None]) -> list[Trajectory]:
-        for i in range(min(len(self._jobs), self._engine.lanes)):
-            self._begin(i)
+        for lane in range(self._engine.lanes):
+            self._fill(lane, lane)
         while len(self._done) < len(self._jobs):
             if self._collector.stop.is_set():
-                raise Interrupted
+                raise Interrupted(list(self._done.values()))
             if self._engine.busy:
                 for lane, turn in self._engine.step().items():
                     self._advance(self._in_lane[lane], turn)
@@ -257,9 +226,16 @@ class _Collection:
         for environment in self._environments.values():
             environment.close()
 
-    def _begin(self, i: int) -> None:
+    def _fill(self, lane: int, i: int) -> None:
+        """Begins the first job from i on that this lane has to do, if one is left."""
+        while i in self._done:
+            i += self._engine.lanes
+        if i < len(self._jobs):
+            self._begin(lane, i)
+
+    def _begin(self, lane: int, i: int) -> None:
         job = self._jobs[i]
-        lane = i % self._engine.lanes
+        self._attempts[i] += 1
         self._in_lane[lane] = i
         self._episodes[i], self._environments[i] = self._collector._start(job)
         self._opened[i] = self._pool.submit(self._environments[i].open)  # while the policy writes its first turn
@@ -277,7 +253,7 @@ class _Collection:
         if episode.phase is Phase.GENERATE:
             self._ask(i)
         elif episode.phase is Phase.CALL:
-            self._waiting[self._pool.submit(self._call, i, episode.call)] = i
+            self._waiting[self._pool.submit(self._call, i, episode.call, episode.seconds_left)] = i
         else:
             self._waiting[self._pool.submit(self._finish, i, episode)] = i
 
@@ -285,60 +261,21 @@ class _Collection:
         if isinstance(result, CommandResult):
             self._advance(i, result)
             return
+        lane = i % self._engine.lanes
+        if not result.scored and self._attempts[i] < ATTEMPTS:
+            self.retried += 1
+            self._begin(lane, i)
+            return
         self._done[i] = result
-        following = i + self._engine.lanes
-        if following < len(self._jobs):
-            self._begin(following)
+        self._fill(lane, i)
 
     # The two below run in the pool. The pool starts jobs in order, so `_opened[i]` is never behind them.
 
-    def _call(self, i: int, call: Call) -> CommandResult:
+    def _call(self, i: int, call: Call, seconds: float) -> CommandResult:
         if not self._opened[i].result():
             return CommandResult(Status.INFRA, None, b"", b"", 0, 0.0, "")
-        return self._environments[i].run(call)
+        return self._environments[i].run(call, seconds)
 
     def _finish(self, i: int, episode: Episode) -> Trajectory:
         self._opened[i].result()
         return _score(self._jobs[i], episode, self._environments[i])
-
-
-def imagined_observations(trajectories: Sequence[Trajectory], header: tuple[int, ...]) -> float:
-    """Returns the share of action tokens that spell the header of an observation: the policy writes what only the
-    environment should."""
-    actions = imitated = 0
-    for t in trajectories:
-        action = t.role == Role.ACTION
-        actions += int(action.sum())
-        places = len(t.ids) - len(header) + 1
-        if places > 0:
-            window = np.arange(places)[:, None] + np.arange(len(header))
-            imitated += len(header) * int((action[window] & (t.ids[window] == header)).all(axis=1).sum())
-    return imitated / max(actions, 1)
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory], prefix: str, header: tuple[int, ...]) -> dict[str, float]:
-    """Returns what a set of rollouts looks like; rewards are averaged over those that were scored. `header`: the ids
-    that an observation begins with."""
-    scored = [t.reward for t in trajectories if t.scored]
-    statuses: dict[str, int] = {}
-    for trajectory in trajectories:
-        for status, count in trajectory.calls.items():
-            statuses[status] = statuses.get(status, 0) + count
-    groups: dict[int, list[float]] = {}
-    for trajectory in trajectories:
-        if trajectory.scored:
-            groups.setdefault(trajectory.group, []).append(trajectory.reward)
-    metrics = {
-        "turns": float(np.mean([t.turns for t in trajectories])),
-        "tokens": float(np.mean([len(t.ids) for t in trajectories])),
-        "infra": sum(not t.scored for t in trajectories),
-        "imagined_observations": imagined_observations(trajectories, header),
-    }
-    if scored:
-        metrics["solve_rate"] = float(np.mean([reward >= 1.0 for reward in scored]))
-        metrics["reward"] = float(np.mean(scored))
-        if len(scored) > len(groups):  # else no group has two to compare
-            metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))
-    for status in (*Status, "unknown_tool", "unclosed", "submit"):
-        metrics[f"calls_{status}"] = statuses.get(status, 0)
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}

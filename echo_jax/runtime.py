@@ -4,6 +4,7 @@ In: a validated config. Out: tokenizer, mesh, model, tasks, engine and collector
 """
 
 import dataclasses
+from pathlib import Path
 
 import grain
 import ml_collections
@@ -13,10 +14,12 @@ from jax.sharding import Mesh
 
 from echo_jax import config as config_lib
 from echo_jax import packing
-from echo_jax.advantages import ADVANTAGES, advantages_of
+from echo_jax.advantages import ADVANTAGES, advantages_of, groups_of
+from echo_jax.calls import GRAMMARS
 from echo_jax.checkpoint import CheckpointError
 from echo_jax.config import ConfigError
 from echo_jax.engine.dense import DenseEngine
+from echo_jax.environment import Machine, ScoreError
 from echo_jax.episode import Rules, start
 from echo_jax.loss import HeadOptions, LossOptions
 from echo_jax.metrics import MetricsError
@@ -42,7 +45,8 @@ from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import Tokenizer, TokenizerError
 from echo_jax.tools import TOOL_IDS, sandbox
 from echo_jax.train_step import TrainState, abstract_state
-from echo_jax.trajectory import TrajectoryError
+from echo_jax.trajectory import Trajectory, TrajectoryError
+from echo_jax.trajectory import load as load_trajectories
 
 # What a user can mend: printed as one message instead of a traceback. An OSError names its path.
 USER_ERRORS = (
@@ -53,6 +57,7 @@ USER_ERRORS = (
     MetricsError,
     TrajectoryError,
     RolloutError,
+    ScoreError,
     SelectionError,
     OSError,
 )
@@ -61,6 +66,7 @@ USER_ERRORS = (
 RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase of its own, the warm start
 DUAL_CLIPPED = [name for name, loss in POLICY_LOSSES.items() if loss.surrogate in CLIPPED]
 CHOICES = {
+    "rollout.grammar": GRAMMARS,
     "model.compute_dtype": ("float32", "bfloat16"),
     "loss.mode": RL_MODES,
     "loss.policy": [name for name in POLICY_LOSSES if name != "imitation"],
@@ -85,6 +91,8 @@ class Runtime:
     abstract_params: dict
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
+    imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
+    replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
 
     @property
     def vocab_size(self) -> int:
@@ -108,10 +116,7 @@ class Runtime:
 
     def make_collector(self) -> Collector:
         rollout = self.config.rollout
-        limits = sandbox_limits(self.config)
-        return Collector(
-            self.renderer, episode_rules(self.config), limits, self.config.sandbox.backend, rollout.tool_threads
-        )
+        return Collector(self.renderer, episode_rules(self.config), sandboxes(self.config), rollout.tool_threads)
 
     def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         o = self.config.optimizer
@@ -206,14 +211,22 @@ class Runtime:
 
 def episode_rules(config: ml_collections.ConfigDict) -> Rules:
     rollout = config.rollout
-    return Rules(rollout.max_turns, rollout.max_tokens, rollout.max_turn_tokens, rollout.warn_last_turn)
+    return Rules(
+        max_turns=rollout.max_turns,
+        max_tokens=rollout.max_tokens,
+        max_turn_tokens=rollout.max_turn_tokens,
+        warn_last_turn=rollout.warn_last_turn,
+        max_seconds=rollout.max_seconds,
+        max_format_errors=rollout.max_format_errors,
+        grammar=rollout.grammar,
+    )
 
 
 def _check_budgets(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
     """Raises `ConfigError` if a prompt or the first turn of a solution does not fit the budgets of an episode."""
     for task in tasks:
         try:
-            episode = start(renderer, episode_rules(config), task.prompt)
+            episode = start(renderer, episode_rules(config), task.prompt, task.tools)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         turn = next(task.demonstrate(np.random.default_rng(0), solve=True))
@@ -226,15 +239,63 @@ def _check_budgets(config: ml_collections.ConfigDict, renderer: Renderer, tasks:
             )
 
 
-def sandbox_limits(config: ml_collections.ConfigDict) -> sandbox.Limits:
+def sandboxes(config: ml_collections.ConfigDict) -> Machine:
+    """Returns how this config's sandboxes are made.
+
+    Raises:
+      ValueError: its limits cannot hold.
+    """
     box = config.sandbox
-    return sandbox.Limits(
-        timeout_seconds=box.timeout_seconds,
-        output_bytes=box.output_bytes,
-        memory_bytes=box.memory_bytes,
-        disk_bytes=box.disk_bytes,
-        processes=box.processes,
+    names = [field.name for field in dataclasses.fields(sandbox.Limits)]
+    return Machine(
+        limits=sandbox.Limits(**{name: box[name] for name in names}),
+        backend=box.backend,
+        setup_seconds=box.setup_seconds,
+        score_seconds=box.score_seconds,
     )
+
+
+def _saved(path: str, field: str, config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    """Returns the scored rollouts of a file that a field of the config names; none for no file."""
+    if not path:
+        return []
+    trajectories = [t for t in load_trajectories(Path(path), vocab_size=vocab_size) if t.scored]
+    longest = max((len(t.ids) for t in trajectories), default=0)
+    if not 0 < longest <= config.rollout.max_tokens:
+        raise ConfigError(
+            f"config.{field} = {path}: {len(trajectories)} scored rollouts, the longest of {longest} tokens; there "
+            f"must be some, of at most config.rollout.max_tokens = {config.rollout.max_tokens}"
+        )
+    return trajectories
+
+
+def _replay(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    trajectories = _saved(config.rollout.replay, "rollout.replay", config, vocab_size)
+    largest = max(map(len, groups_of(trajectories).values()), default=0)
+    if largest > config.rollout.group_size:
+        raise ConfigError(
+            f"config.rollout.replay = {config.rollout.replay} has a group of {largest} rollouts, more than "
+            f"config.rollout.group_size = {config.rollout.group_size}"
+        )
+    if any(t.policy_version < 0 for t in trajectories):
+        raise ConfigError(
+            f"config.rollout.replay = {config.rollout.replay} has rollouts that no policy sampled: they have no "
+            "log-probs to take a ratio to; imitate them with config.warm_start.trajectories"
+        )
+    return trajectories
+
+
+def _imitated(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    warm = config.warm_start
+    trajectories = _saved(warm.trajectories, "warm_start.trajectories", config, vocab_size)
+    least = warm.min_reward
+    chosen = [t for t in trajectories if t.reward >= least]
+    if trajectories and len(chosen) < warm.batch:
+        raise ConfigError(
+            f"config.warm_start.trajectories = {warm.trajectories} has {len(chosen)} rollouts with a reward of "
+            f"warm_start.min_reward = {least} or more: less than a batch of warm_start.batch = {warm.batch}"
+        )
+    return chosen
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -300,9 +361,10 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
     model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model)
     try:
-        sandbox_limits(config)
-        sandbox.probe(config.sandbox.backend)
+        sandboxes(config)
         families = make_families(mixture, parameters)
+        if any(family.make("train", 0).world() is None for family in families.values()):
+            sandbox.probe(config.sandbox.backend)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -321,4 +383,6 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
         abstract_params=params,
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
+        imitated=_imitated(config, tokenizer.vocab_size),
+        replay=_replay(config, tokenizer.vocab_size),
     )

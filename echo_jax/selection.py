@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from echo_jax.advantages import groups_of
+from echo_jax.calls import MALFORMED
 from echo_jax.roles import ENVIRONMENT_CLASSES, Role
 from echo_jax.tools import TOOL_IDS
 from echo_jax.trajectory import Trajectory
 
 # (trajectory, bool [T] of its tokens that would be trained) -> bool [T] of those that are.
 ObservationFilter = Callable[[Trajectory, np.ndarray], np.ndarray]
-UNPARSED = ("unclosed",)  # attempts that were no call, by status
-INVALID = (*UNPARSED, "unknown_tool")  # attempts that no tool could take
 
 
 class SelectionError(ValueError):
@@ -72,11 +71,12 @@ def load_filter(name: str) -> ObservationFilter | None:
 
 
 def parsed_well(trajectory: Trajectory, *, min_valid_calls: float, clean: bool) -> bool:
-    """Whether a rollout is of the quality asked for: the share of its turns with a call that a tool took (or a
-    submission), and, if `clean`, no turn that was cut off."""
-    invalid = sum(trajectory.calls.get(status, 0) for status in INVALID)
-    valid = (sum(trajectory.calls.values()) - invalid) / max(trajectory.turns, 1)
-    return valid >= min_valid_calls and not (clean and any(trajectory.calls.get(status) for status in UNPARSED))
+    """Whether a rollout is of the quality asked for: the share of its attempts that a tool took (or a submission), and,
+    if `clean`, no turn that was cut off and no call left open."""
+    calls = trajectory.calls
+    invalid = sum(calls.get(status, 0) for status in MALFORMED)
+    valid = (len(trajectory.attempts) - invalid) / max(len(trajectory.attempts), 1)
+    return valid >= min_valid_calls and not (clean and "unclosed" in calls)
 
 
 def turn_of(trajectory: Trajectory) -> np.ndarray:

@@ -10,16 +10,14 @@ and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
@@ -28,20 +26,21 @@ from ml_collections import config_flags
 from echo_jax import provenance
 from echo_jax import runtime as runtime_lib
 from echo_jax import trajectory as trajectory_lib
-from echo_jax.batch import to_mesh
+from echo_jax.advantages import groups_of
 from echo_jax.checkpoint import Checkpointer, check_free_space
 from echo_jax.cli import run_program
 from echo_jax.config import claim_workdir
 from echo_jax.evaluate import Evaluator
-from echo_jax.loss import LossOptions, finish_metrics
 from echo_jax.metrics import MetricsWriter, read_metrics
 from echo_jax.models.transformer import init_params
-from echo_jax.objective import MODES, weigh
+from echo_jax.objective import MODES, TokenWeights, weigh
 from echo_jax.progress import Progress
-from echo_jax.rollout import Collector, Interrupted, Job, rollout_metrics
+from echo_jax.rollout import Collector, Interrupted, Job
+from echo_jax.rollout_metrics import rollout_metrics
 from echo_jax.runtime import Runtime
-from echo_jax.train_step import TrainState, init_state, make_logprobs, make_term_gradients, make_train_step
+from echo_jax.train_step import TrainState, init_state
 from echo_jax.trajectory import Trajectory
+from echo_jax.update import Update, UpdateError
 
 SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
 DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
@@ -95,7 +94,7 @@ class Trainer:
         objective = runtime.imitation_objective()
         stream = grain.MapDataset.source(demonstrations)
         stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
-        update = self._make_update(runtime.imitation_options(), warm.learning_rate, passes=1)
+        update = Update(runtime, runtime.imitation_options(), warm.learning_rate)
         with Progress("warm start", total=self.warm_steps, start=self.step) as progress:
             while self.step < self.warm_steps:
                 self._check_stop()
@@ -103,7 +102,8 @@ class Trainer:
                 first = self.step * warm.batch
                 # A demonstration that comes twice in a batch is two sequences, not branches of one rollout.
                 chosen = [dataclasses.replace(stream[i], rollout=i) for i in range(first, first + warm.batch)]
-                metrics = update(chosen, weigh(chosen, np.zeros(len(chosen)), objective), at_most=warm.batch)
+                weights = weigh(chosen, np.zeros(len(chosen)), objective)
+                metrics = self._updated(update, chosen, weights, at_most=warm.batch)
                 metrics["time/step"] = time.perf_counter() - start
                 if self.step == self.warm_steps:
                     progress.log("evaluating the warm start on held-out tasks")
@@ -112,22 +112,38 @@ class Trainer:
 
     def _reinforce(self) -> None:
         """ECHO: sample rollouts, then one update on actions and observations alike."""
-        rollout, optimizer = self.config.rollout, self.config.optimizer
+        rollout, optimizer, loss = self.config.rollout, self.config.optimizer, self.config.loss
         runtime = self.runtime
-        update = self._make_update(runtime.loss_options(), optimizer.learning_rate, optimizer.updates_per_batch)
+        update = Update(
+            runtime,
+            runtime.loss_options(),
+            optimizer.learning_rate,
+            passes=optimizer.updates_per_batch,
+            recompute=loss.old_logprobs == "recomputed",
+            reference=self._reference() if loss.kl_weight else None,
+        )
         if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
-            optimizer = runtime.make_optimizer(self.config.optimizer.learning_rate)
-            self.state = init_state(self.state.params, optimizer, runtime.mesh, self.step)
+            fresh = runtime.make_optimizer(optimizer.learning_rate)
+            self.state = init_state(self.state.params, fresh, runtime.mesh, self.step)
         with Progress("ECHO", total=self.config.num_steps, start=self.step - self.warm_steps) as progress:
             while self.step < self.last_step:
                 self._check_stop()
                 start = time.perf_counter()
                 trajectories = self._rollouts()
+                metrics = {"rollout/retried": self.collector.retried}
                 rollout_seconds = time.perf_counter() - start
-                metrics = rollout_metrics(trajectories, "rollout", runtime.renderer.observation_header)
+                metrics |= rollout_metrics(trajectories, "rollout", runtime.renderer.observation_header)
                 objective = runtime.objective(self.step - self.warm_steps)
                 weights = weigh(trajectories, runtime.advantages(trajectories), objective)
-                metrics |= update(trajectories, weights, at_most=runtime.rollouts_per_step)
+                metrics["rollout/filtered"] = nothing_trained(trajectories, weights)
+                metrics["rollout/accepted"] -= metrics["rollout/filtered"]
+                metrics |= self._updated(
+                    update,
+                    trajectories,
+                    weights,
+                    at_most=runtime.rollouts_per_step,
+                    compare_gradients=_due(self.step - self.warm_steps, loss.gradient_metrics_every),
+                )
                 observed = "observation" in MODES[objective.mode]
                 metrics["loss/observation_weight"] = objective.observation_weight if observed else 0.0
                 metrics["time/rollout"] = rollout_seconds
@@ -141,53 +157,17 @@ class Trainer:
 
     # Parts of a step.
 
-    def _make_update(self, options: LossOptions, learning_rate: float, passes: int):
-        """Returns a function that trains on trajectories in `passes` updates, advances the step and gives metrics."""
-        runtime, loss = self.runtime, self.config.loss
-        optimizer = runtime.make_optimizer(learning_rate)
-        train_step = make_train_step(runtime.graphdef, runtime.abstract_state(), optimizer, runtime.mesh, options)
-        score = make_logprobs(runtime.graphdef, runtime.mesh, options.head)
-        term_gradients = make_term_gradients(runtime.graphdef, runtime.mesh, options)
-        imitates = options.policy == "imitation"
-        reference = None if imitates or not loss.kl_weight else self._reference()
-
-        def update(trajectories: list[Trajectory], weights, *, at_most: int) -> dict[str, float]:
-            start = time.perf_counter()
-            packed = runtime.pack(trajectories, weights, at_most=at_most)
-            batch, used = to_mesh(packed.batch, runtime.mesh), jnp.int32(packed.micro_batches)
-            if loss.old_logprobs == "recomputed" and not imitates:
-                batch = batch.replace(old_logprob=score(self.state.params, batch, used))
-            if reference is not None:
-                batch = batch.replace(reference_logprob=score(reference, batch, used))
-            extra = {}
-            if not imitates and _due(self.step - self.warm_steps, loss.gradient_metrics_every):
-                extra = jax.device_get(term_gradients(self.state.params, batch, used))
-            sums = []
-            for _ in range(passes):
-                self.state, own = train_step(self.state, batch, used)
-                sums.append(own)
-            metrics = mean_of_passes([finish_metrics(own) for own in jax.device_get(sums)])
-            self.step += 1
-            if not math.isfinite(metrics["loss/total"] + metrics["train/gradient_norm"]):
-                raise TrainError(
-                    f"step {self.step}: loss {metrics['loss/total']}, gradient norm {metrics['train/gradient_norm']}. "
-                    f"Nothing of it was saved; the last checkpoint is of step {self.saved_step}. Try a smaller "
-                    "optimizer.learning_rate, in another --workdir"
-                )
-            seconds = time.perf_counter() - start
-            if extra and extra["policy/gradient_norm"] > 0:
-                extra["loss/gradient_ratio"] = extra["observation/gradient_norm"] / extra["policy/gradient_norm"]
-            return (
-                metrics
-                | {name: float(value) for name, value in extra.items()}
-                | {
-                    "pack/efficiency": packed.efficiency,
-                    "time/train": seconds,
-                    "train/tokens_per_second": metrics["pack/tokens"] / seconds,
-                }
-            )
-
-        return update
+    def _updated(self, update: Update, trajectories: list[Trajectory], weights, **options) -> dict[str, float]:
+        """Advances state and step by an update; returns its metrics."""
+        try:
+            self.state, metrics = update(self.state, trajectories, weights, **options)
+        except UpdateError as error:
+            raise TrainError(
+                f"step {self.step + 1}: {error}. Nothing of it was saved; the last checkpoint is of step "
+                f"{self.saved_step}. Try a smaller optimizer.learning_rate, in another --workdir"
+            ) from error
+        self.step += 1
+        return metrics
 
     def _reference(self):
         """Returns the parameters that RL began with, which the KL is taken to; the workdir keeps them."""
@@ -197,6 +177,8 @@ class Trainer:
             return saved.restore(self.runtime.abstract_params)[0]
 
     def _rollouts(self) -> list[Trajectory]:
+        if self.runtime.replay:
+            return self._replayed()
         rollout = self.config.rollout
         first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
         first_rollout = self.step * self.runtime.rollouts_per_step
@@ -206,12 +188,33 @@ class Trainer:
             for i in range(self.runtime.rollouts_per_step)
         ]
         self.engine.set_params(self.state.params, self.step)
-        return self.collector.rollouts(jobs, self.engine)
+        name = f"interrupted_{self.step:06d}"  # what was made of this step's rollouts when the run was stopped
+        path = self._rollouts_file(name)
+        finished = trajectory_lib.load(path, vocab_size=self.runtime.vocab_size) if path.exists() else []
+        try:
+            trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
+        except Interrupted as interrupted:
+            if interrupted.finished:
+                self._save_rollouts(name, interrupted.finished)
+            raise
+        path.unlink(missing_ok=True)
+        return trajectories
+
+    def _replayed(self) -> list[Trajectory]:
+        """Returns the groups of saved rollouts that this step trains on, in turn."""
+        groups = list(groups_of(self.runtime.replay).values())
+        first = (self.step - self.warm_steps) * self.config.rollout.groups
+        chosen = [groups[(first + k) % len(groups)] for k in range(self.config.rollout.groups)]
+        return [
+            dataclasses.replace(self.runtime.replay[i], group=k) for k, members in enumerate(chosen) for i in members
+        ]
 
     def _demonstrations(self) -> list[Trajectory]:
-        """Returns the warm start's demonstrations, made once a run."""
+        """Returns what the warm start imitates: rollouts that were saved, or scripted ones, made once a run."""
         warm = self.config.warm_start
-        path = self.workdir / "rollouts" / "demonstrations.jsonl.gz"
+        if self.runtime.imitated:
+            return self.runtime.imitated
+        path = self._rollouts_file("demonstrations")
         if path.exists():
             return trajectory_lib.load(path, vocab_size=self.runtime.vocab_size)
         seed = _fold(self.config.seed, DEMONSTRATION_SEED)
@@ -219,7 +222,7 @@ class Trainer:
         jobs = [Job(self.runtime.train_tasks[i], group=i, rollout=i) for i in range(warm.demonstrations)]
         with Progress("demonstrations", total=len(jobs)) as progress:
             made = self.collector.scripted(jobs, solve.tolist(), seed, progress.update)
-        trajectory_lib.save(path, made, vocab_size=self.runtime.vocab_size)
+        self._save_rollouts("demonstrations", made)
         return made
 
     def _evaluate(self) -> dict[str, float]:
@@ -241,8 +244,10 @@ class Trainer:
             self.saved_step = self.step
 
     def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
-        path = self.workdir / "rollouts" / f"{name}.jsonl.gz"
-        trajectory_lib.save(path, trajectories, vocab_size=self.runtime.vocab_size)
+        trajectory_lib.save(self._rollouts_file(name), trajectories, vocab_size=self.runtime.vocab_size)
+
+    def _rollouts_file(self, name: str) -> Path:
+        return self.workdir / "rollouts" / f"{name}.jsonl.gz"
 
     def _restore_or_init(self) -> TrainState:
         abstract = self.runtime.abstract_state()
@@ -260,13 +265,9 @@ class Trainer:
             raise Interrupted
 
 
-def mean_of_passes(passes: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean over the updates made on one batch; the sampler's mismatch is of the first, before any changed
-    the policy."""
-    first = passes[0]
-    mean = {name: float(np.mean([metrics[name] for metrics in passes])) for name in first}
-    mismatch = ("policy/sampler_gap", "policy/sampler_gap_max", "policy/mismatch_kl")
-    return mean | {name: first[name] for name in mismatch if name in first}
+def nothing_trained(trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights]) -> int:
+    """Returns how many scored rollouts have no token that any term trains."""
+    return sum(t.scored and not w.active.any() for t, w in zip(trajectories, weights, strict=True))
 
 
 def progress_step(step: int, warm_steps: int) -> int:
@@ -332,9 +333,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         runtime.make_collector() as collector,
         stop_on_signal(collector) as received,
     ):
-        provenance.record(workdir)
         trainer = Trainer(runtime, collector, workdir)
         with contextlib.closing(trainer):
+            provenance.record(workdir)
             if trainer.step:
                 print(f"resuming {workdir} from step {trainer.step} of {trainer.last_step}")
             try:

@@ -4,6 +4,7 @@ In: what episode.py built. Out: the rows of packing.py, or a `.jsonl.gz` file th
 them.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gzip
@@ -12,14 +13,15 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from echo_jax.roles import Role
 from echo_jax.tools import TOOL_IDS
 
-FORMAT = "echo_jax.trajectories/2"
-ENDED_BY_BUDGET = ("max_turns", "max_tokens")  # outcomes of an overlong rollout
+FORMAT = "echo_jax.trajectories/3"
+ENDED_BY_BUDGET = ("max_turns", "max_tokens", "max_seconds")  # outcomes of an overlong rollout
 
 
 class TrajectoryError(ValueError):
@@ -35,6 +37,17 @@ class Sampled:
     entropies: tuple[float, ...]  # of that distribution, nats; nan where there was none, as for a script
     stopped: bool  # ended by the stop token, which is the last of `ids`
     policy_version: int
+
+
+class Attempt(NamedTuple):
+    """One attempt at a tool call."""
+
+    turn: int  # from 1
+    tool: str  # "" where none was named that exists
+    status: str  # of `Status`, of `calls.MALFORMED`, or "submit"
+    exit_code: int | None = None
+    limit: str = ""  # which one it met, as in `CommandResult`
+    dropped_bytes: int = 0  # of its output, in the middle
 
 
 DTYPES = {"ids": np.int32, "role": np.int8, "tool": np.int8, "logprob": np.float32, "entropy": np.float32}
@@ -58,12 +71,18 @@ class Trajectory:
     scored: bool  # False: an infrastructure fault, left out of the group's baseline
     outcome: str  # why it ended
     turns: int
-    calls: dict[str, int]  # tool-call attempts by status
+    attempts: tuple[Attempt, ...]  # at tool calls, in order
+    limits_by: str  # how the sandbox held its limits, as `Sandbox.limits_by`; "" where there was none
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in DTYPES}
         if len(set(lengths.values())) > 1:
             raise TrajectoryError(f"lengths differ: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How many attempts had each status."""
+        return dict(collections.Counter(attempt.status for attempt in self.attempts))
 
     def count(self, *roles: Role) -> int:
         """Returns how many tokens have one of these roles, the first token (never predicted) left out."""
@@ -111,7 +130,7 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
         raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {_header(vocab_size)}")
     try:
         return [_from_record(record) for record in records]
-    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
 
 
@@ -133,4 +152,5 @@ def _to_record(trajectory: Trajectory) -> dict:
 
 
 def _from_record(record: dict) -> Trajectory:
-    return Trajectory(**{name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in record.items()})
+    fields = {name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in record.items()}
+    return Trajectory(**fields | {"attempts": tuple(Attempt(*attempt) for attempt in record["attempts"])})

@@ -16,7 +16,7 @@ from echo_jax.policy_loss import Clip
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
 from echo_jax.sharding import make_mesh
 from echo_jax.train_step import loss_and_grads
-from echo_jax.trajectory import DTYPES, Trajectory
+from echo_jax.trajectory import DTYPES, Attempt, Trajectory
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -64,8 +64,10 @@ def make_trajectory(ids, role=None, **fields) -> Trajectory:
     arrays = {"ids": ids, "role": role} | {name: np.zeros(len(ids)) for name in ("tool", "logprob", "entropy")}
     plain = dict(
         task="family/train/0", group=0, rollout=0, shared=0, policy_version=0, reward=0.0, scored=True,
-        outcome="submitted", turns=1, calls={},
+        outcome="submitted", turns=1, attempts=(), limits_by="",
     )  # fmt: skip
+    for status, count in fields.pop("calls", {}).items():
+        plain["attempts"] += (Attempt(1, "bash", status),) * count
     fields = arrays | plain | fields
     return Trajectory(**{n: np.asarray(x, DTYPES[n]) if n in DTYPES else x for n, x in fields.items()})
 

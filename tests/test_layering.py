@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).parents[1] / "echo_jax"
 RANKS = [
     {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli"},
     {"batch", "tokenizer", "tools", "kernels"},
-    {"trajectory", "render", "models"},
+    {"trajectory", "render", "models", "calls"},
     {"tasks", "advantages", "policy_loss", "optimizer"},
     {"selection"},
     {"objective"},
     {"packing", "loss"},
-    {"engine", "episode", "train_step"},
+    {"engine", "episode", "train_step", "environment", "rollout_metrics"},
     {"rollout"},
     {"runtime"},
-    {"world_model"},
+    {"world_model", "update"},
     {"evaluate"},
     {"train", "sweep"},
 ]

@@ -16,24 +16,19 @@ import numpy as np
 import pytest
 from synthetic import TINY, make_trajectory
 
-from echo_jax import rollout
+from echo_jax import environment
+from echo_jax.calls import MALFORMED
 from echo_jax.engine.dense import DenseEngine
+from echo_jax.environment import START_ATTEMPTS, Environment, Machine
 from echo_jax.episode import Rules
 from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.models.transformer import abstract_params, bind
 from echo_jax.render import Renderer
 from echo_jax.roles import Role
-from echo_jax.rollout import (
-    START_ATTEMPTS,
-    Collector,
-    Interrupted,
-    Job,
-    RolloutError,
-    imagined_observations,
-    rollout_metrics,
-)
+from echo_jax.rollout import ATTEMPTS, Collector, Interrupted, Job, RolloutError
+from echo_jax.rollout_metrics import imagined_observations, rollout_metrics
 from echo_jax.sharding import make_mesh
-from echo_jax.tasks.task import Script
+from echo_jax.tasks.task import Script, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
 from echo_jax.trajectory import DTYPES
@@ -55,19 +50,16 @@ HABITS = {
 }  # what the model writes, and how strongly
 
 
-@dataclasses.dataclass(frozen=True)
-class ScriptedTask:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScriptedTask(Task):
     """A task whose script and score are given."""
 
-    name: str
     script: Callable[[], Script] = lambda: iter(())
     judge: Callable[[str | None], float] = lambda answer: float(answer == "oak")
     prompt: str = "value of oak"
     files: Mapping[str, bytes] = dataclasses.field(default_factory=lambda: {"oak": b"elm\nash\n", "elm": b"1\n"})
-    symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    setup: str = ""
 
-    def score(self, answer, sandbox):
+    def score(self, answer, world):
         return self.judge(answer)
 
     def demonstrate(self, rng, *, solve):
@@ -86,11 +78,14 @@ def says(*turns):
 
 def jobs_of(count, **fields):
     """Jobs of the same words and files, apart by their names, groups and rollouts."""
-    return [Job(ScriptedTask(f"task {i}", **fields), group=i // 2, rollout=100 + i) for i in range(count)]
+    return [Job(ScriptedTask(name=f"task {i}", **fields), group=i // 2, rollout=100 + i) for i in range(count)]
 
 
 def scripted_jobs(*scripts, **fields):
-    return [Job(ScriptedTask(f"task {i}", script, **fields), group=i, rollout=i) for i, script in enumerate(scripts)]
+    return [
+        Job(ScriptedTask(name=f"task {i}", script=script, **fields), group=i, rollout=i)
+        for i, script in enumerate(scripts)
+    ]
 
 
 @functools.cache
@@ -129,7 +124,7 @@ def engine(shared):
 
 @pytest.fixture
 def collector():
-    with Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=3) as collector:
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
         yield collector
     assert own_sandboxes() == 0
 
@@ -243,7 +238,7 @@ def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkey
         return slow
 
     for name in ("open", "run", "finish"):
-        monkeypatch.setattr(rollout.Environment, name, slowed(getattr(rollout.Environment, name)))
+        monkeypatch.setattr(Environment, name, slowed(getattr(Environment, name)))
     for _ in range(3):
         assert all(map(same, collector.rollouts(jobs, engine), expected))
 
@@ -259,8 +254,8 @@ def test_a_rollout_does_not_depend_on_its_neighbours(collector, engine):
 def test_one_thread_is_enough_for_all_tools(engine):
     jobs = jobs_of(7)
     with (
-        Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=1) as one,
-        Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=16) as many,
+        Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=1) as one,
+        Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=16) as many,
     ):
         assert all(map(same, one.rollouts(jobs, engine), many.rollouts(jobs, engine)))
 
@@ -285,7 +280,7 @@ def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkey
         jobs = with_task(jobs, i, files={f"f{i}": b""})
     expected = collector.rollouts(jobs, engine)
     replacement, starts = unreliable(times)
-    monkeypatch.setattr(rollout, "Sandbox", replacement)
+    monkeypatch.setattr(environment, "Sandbox", replacement)
     assert all(map(same, collector.rollouts(jobs, engine), expected))
     assert len(starts) == 5 * (times + 1)
 
@@ -293,9 +288,10 @@ def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkey
 def test_a_sandbox_that_never_starts_gives_an_unscored_trajectory_and_stops_no_other(collector, engine, monkeypatch):
     expected = collector.rollouts(jobs_of(7), engine)
     replacement, starts = unreliable(99, lambda files: "bad" in files)
-    monkeypatch.setattr(rollout, "Sandbox", replacement)
+    monkeypatch.setattr(environment, "Sandbox", replacement)
     trajectories = collector.rollouts(with_task(jobs_of(7), 2, files={"bad": b""}), engine)
-    assert starts.count(("bad",)) == START_ATTEMPTS
+    assert starts.count(("bad",)) == START_ATTEMPTS * ATTEMPTS
+    assert collector.retried == 1
     lost, other = trajectories.pop(2), expected.pop(2)
     assert (lost.outcome, lost.scored, lost.reward) == ("infra", False, 0.0)
     assert lost.turns >= 1
@@ -319,7 +315,7 @@ def test_setup_runs_where_the_agent_will_stand(collector):
 
 def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, engine, monkeypatch):
     expected = collector.rollouts(jobs_of(12), engine)
-    monkeypatch.setattr(rollout, "Sandbox", Dying)
+    monkeypatch.setattr(environment, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)
     lost = [i for i, t in enumerate(trajectories) if not t.scored]
     assert 0 < len(lost) < 12
@@ -345,7 +341,7 @@ def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, m
                 raise SandboxError("injected")
 
     expected = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
-    monkeypatch.setattr(rollout, "Sandbox", DiesLate)
+    monkeypatch.setattr(environment, "Sandbox", DiesLate)
     trajectories = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
     assert (trajectories[0].outcome, trajectories[0].scored, trajectories[0].reward) == ("infra", False, 0.0)
     assert trajectories[0].ids.tobytes() == expected[0].ids.tobytes()
@@ -355,7 +351,7 @@ def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, m
 
 
 def test_a_machine_on_which_every_rollout_fails_is_an_error_with_its_cause(collector, engine, monkeypatch):
-    monkeypatch.setattr(rollout, "Sandbox", unreliable(99)[0])
+    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
     with pytest.raises(RolloutError, match="all 5 rollouts failed on this machine.*injected"):
         collector.rollouts(jobs_of(5), engine)
 
@@ -368,7 +364,7 @@ def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
             self.close()
             return CommandResult(Status.OOM, None, b"", b"", 0, 0.1, "/work")
 
-    monkeypatch.setattr(rollout, "Sandbox", UsedUp)
+    monkeypatch.setattr(environment, "Sandbox", UsedUp)
     trajectory = collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)[0]
     assert (trajectory.outcome, trajectory.scored, trajectory.reward) == ("submitted", True, 0.0)
     assert trajectory.calls == {"oom": 1, "submit": 1}
@@ -380,7 +376,7 @@ def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
 def test_what_tools_do_to_an_agent_is_an_observation(collector):
     script = says("bash kill -9 $$", "bash sleep 9", "submit oak")
     limits = dataclasses.replace(LIMITS, timeout_seconds=0.2)
-    with Collector(RENDERER, RULES, limits, "auto", tool_threads=1) as hasty:
+    with Collector(RENDERER, RULES, Machine(limits), tool_threads=1) as hasty:
         trajectory = hasty.scripted(scripted_jobs(script), [True], 0)[0]
     assert (trajectory.scored, trajectory.reward, trajectory.outcome) == (True, 1.0, "submitted")
     assert trajectory.calls == {"signal": 1, "timeout": 1, "submit": 1}
@@ -392,7 +388,7 @@ def test_what_tools_do_to_an_agent_is_an_observation(collector):
 def test_an_output_is_observed_whole_up_to_the_cap(size):
     """The sandbox gives what is longer than half the cap in two pieces."""
     jobs = scripted_jobs(says(f"bash printf %{size}s | tr ' ' x", "submit oak"))
-    with Collector(RENDERER, Rules(4, 900, 40), LIMITS, "auto", tool_threads=1) as roomy:
+    with Collector(RENDERER, Rules(4, 900, 40), Machine(LIMITS), tool_threads=1) as roomy:
         trajectory = roomy.scripted(jobs, [True], 0)[0]
     assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "x" * min(size, LIMITS.output_bytes)
     notice = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.TRUNCATION])
@@ -466,10 +462,10 @@ def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine,
         stopped.append(time.monotonic())
         collector.stop.set()
 
-    monkeypatch.setattr(rollout, "Sandbox", Waiting)
+    monkeypatch.setattr(environment, "Sandbox", Waiting)
     stopped = []
     thread = threading.Thread(target=stop)
-    with Collector(RENDERER, RULES, limits, "auto", tool_threads=3) as collector:
+    with Collector(RENDERER, RULES, Machine(limits), tool_threads=3) as collector:
         collect = {
             "sampled": lambda: collector.rollouts(jobs_of(20), engine),
             "scripted": lambda: collector.scripted(scripted_jobs(*[says(*["bash ls"] * 4)] * 20), [True] * 20, 0),
@@ -507,16 +503,18 @@ def test_metrics_by_hand():
         HEADER,
     )
     calls = {"ok": 3, "submit": 2, "oom": 1, "infra": 1}
-    for status in (*Status, "unknown_tool", "unclosed", "submit"):
+    for status in (*Status, *MALFORMED, "submit"):
         assert metrics.pop(f"x/calls_{status}") == calls.get(status, 0)
     assert metrics == {
-        "x/turns": 1.75, "x/tokens": 12.5, "x/infra": 1, "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5,
+        "x/turns": 1.75, "x/tokens": 12.5,
+        "x/submitted": 4, "x/accepted": 3, "x/rejected": 1,
+        "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5,
         "x/imagined_observations": 0.0,
     }  # fmt: skip
 
 
 def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
-    monkeypatch.setattr(rollout, "Sandbox", Dying)
+    monkeypatch.setattr(environment, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)
     metrics = rollout_metrics(trajectories, "rollout", HEADER)
     assert metrics["rollout/calls_infra"] > 0
@@ -526,7 +524,7 @@ def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
 
 def test_rollouts_of_which_none_was_scored_have_no_rates():
     metrics = rollout_metrics([trajectory(scored=False), trajectory(scored=False)], "rollout", HEADER)
-    assert metrics["rollout/infra"] == 2
+    assert (metrics["rollout/submitted"], metrics["rollout/rejected"]) == (2, 2)
     assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
 

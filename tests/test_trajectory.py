@@ -11,7 +11,7 @@ from synthetic import make_trajectory
 
 from echo_jax import trajectory as trajectory_lib
 from echo_jax.roles import Role
-from echo_jax.trajectory import DTYPES, TrajectoryError, load, save
+from echo_jax.trajectory import DTYPES, Attempt, TrajectoryError, load, save
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 VOCAB = 1280
@@ -54,6 +54,17 @@ log_probabilities = st.floats(max_value=0.0, width=32, allow_nan=False) | st.sam
 )
 
 
+attempts = st.builds(
+    Attempt,
+    st.integers(0, 99),
+    texts,
+    texts,
+    st.none() | st.integers(0, 255),
+    texts,
+    st.integers(0, 2**60),
+)
+
+
 @st.composite
 def trajectories(draw):
     length = draw(st.integers(0, 12))
@@ -73,7 +84,8 @@ def trajectories(draw):
         scored=draw(st.booleans()),
         outcome=draw(texts),
         turns=draw(st.integers(0, 99)),
-        calls=draw(st.dictionaries(texts, st.integers(0, 9), max_size=3)),
+        attempts=tuple(draw(st.lists(attempts, max_size=3))),
+        limits_by=draw(texts),
     )
 
 
@@ -116,8 +128,9 @@ def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
         lambda lines: lines[1:],
         lambda lines: ["[]", *lines[1:]],
         lambda lines: ["null", *lines[1:]],
-        lambda lines: ['{"format": "echo_jax.trajectories/2"}', *lines[1:]],
-        lambda lines: [lines[0].replace("trajectories/2", "trajectories/0"), *lines[1:]],
+        lambda lines: ['{"format": "echo_jax.trajectories/3"}', *lines[1:]],
+        lambda lines: [lines[0].replace("trajectories/3", "trajectories/2"), *lines[1:]],
+        lambda lines: [*lines[:-1], lines[-1].replace('"attempts": [[1, ', '"attempts": [[1, 1, 1, 1, 1, 1, ')],
         lambda lines: [lines[0].replace('"ACTION": 3', '"ACTION": 4'), *lines[1:]],
         lambda lines: [*lines, "not JSON"],
         lambda lines: [*lines, "[]"],
@@ -129,7 +142,7 @@ def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [99999999999, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [300, ')],
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_a_file_of_another_format_is_refused(saved, edit):
     before = saved.read_bytes()

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import numpy as np
 
-from echo_jax.tasks.task import Script, Split
+from echo_jax.tasks.task import Script, Split, Task
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.sandbox import Sandbox
+from echo_jax.tools.tool import World
 
 KEYED_LINES = 3  # lines "key value" of a file, its first and last among them; the rest are filler
 LINES = (12, 100)  # length of a file: enough values that the number of lines cannot be guessed
@@ -25,21 +24,16 @@ TEMPLATES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class LookupTask:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookupTask(Task):
     """Answered by `submit`; see `TEMPLATES` for the questions."""
 
-    name: str
     template: str
-    prompt: str
     command: str
     answer: str
     values: tuple[str, ...]  # the words that a value could have been
-    files: Mapping[str, bytes]
-    symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    setup: str = ""
 
-    def score(self, answer: str | None, sandbox: Sandbox) -> float:
+    def score(self, answer: str | None, world: World) -> float:
         return float(answer is not None and answer.strip().removeprefix("./") == self.answer.removeprefix("./"))
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
@@ -132,4 +126,12 @@ class LookupFamily:
             "last": text[-1].split()[1],
         }[template]
         prompt, command = (part.format(key=key, path=path) for part in TEMPLATES[template])
-        return LookupTask(f"lookup/{split}/{index}", template, prompt, command, answer, tuple(values), content)
+        return LookupTask(
+            name=f"lookup/{split}/{index}",
+            prompt=prompt,
+            files=content,
+            template=template,
+            command=command,
+            answer=answer,
+            values=tuple(values),
+        )

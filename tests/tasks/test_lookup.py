@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 
+from echo_jax.environment import Machine
 from echo_jax.episode import Rules
 from echo_jax.render import Renderer
 from echo_jax.roles import Role
@@ -24,7 +25,7 @@ FAMILY = LookupFamily(folders=3, files=6, words=96)
 
 def run_scripts(tasks, *, solve):
     jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(tasks)]
-    with Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=2) as collector:
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=2) as collector:
         return collector.scripted(jobs, [solve] * len(jobs), seed=0)
 
 

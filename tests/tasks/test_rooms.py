@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from echo_jax.environment import Machine
 from echo_jax.episode import Rules
 from echo_jax.render import Renderer
 from echo_jax.roles import Role
@@ -33,7 +34,7 @@ def all_pairs(split):
 
 def run_scripts(tasks, *, solve):
     jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(tasks)]
-    with Collector(RENDERER, RULES, LIMITS, "auto", tool_threads=2) as collector:
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=2) as collector:
         return collector.scripted(jobs, [solve] * len(jobs), seed=0)
 
 

@@ -1,0 +1,79 @@
+"""The tools that handle one file below /work, without a shell's quoting: `read`, `write`, `edit`."""
+
+import posixpath
+import time
+
+from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.tools.tool import Tool, strings
+
+MAX_BYTES = 1 << 20  # of a file that can be read or edited
+
+
+class Read(Tool):
+    description = "Prints a file."
+    parameters = strings("path")
+
+    def run(self, world: Sandbox, arguments) -> CommandResult:
+        return _answer(world, lambda: world.read_file(_inner(world, arguments["path"]), limit=MAX_BYTES))
+
+
+class Write(Tool):
+    description = "Writes a file, over what was there; makes the folders on the way."
+    parameters = strings("path", "content")
+
+    def run(self, world: Sandbox, arguments) -> CommandResult:
+        def write() -> bytes:
+            content = _bytes(arguments["content"])
+            world.write_files({_inner(world, arguments["path"]): content})
+            return b"%d bytes written\n" % len(content)
+
+        return _answer(world, write)
+
+
+class Edit(Tool):
+    description = "Replaces a text that occurs exactly once in a file."
+    parameters = strings("path", "old", "new")
+
+    def run(self, world: Sandbox, arguments) -> CommandResult:
+        def edit() -> bytes:
+            path, old = _inner(world, arguments["path"]), _bytes(arguments["old"])
+            content = world.read_file(path, limit=MAX_BYTES)
+            count = content.count(old) if old else 0
+            if count != 1:
+                raise ValueError(f"{arguments['path']}: the old text occurs {count} times, not once")
+            world.write_files({path: content.replace(old, _bytes(arguments["new"]))})
+            return b"1 place edited\n"
+
+        return _answer(world, edit)
+
+
+def _answer(world: Sandbox, action) -> CommandResult:
+    """Runs an action on files; what it raises is the agent's to read, unless the sandbox itself is gone."""
+    start = time.monotonic()
+    status, exit_code = Status.OK, 0
+    try:
+        output = action()
+    except SandboxBroken as error:
+        status, exit_code, output = Status.INFRA, None, str(error).encode("utf-8", "replace")
+    except (ValueError, SandboxError) as error:
+        status, exit_code, output = Status.NONZERO, 1, f"{error}\n".encode("utf-8", "surrogateescape")
+    limit = world.limits.output_bytes
+    dropped = max(0, len(output) - limit)
+    head, tail = (output[: limit // 2], output[-(limit - limit // 2) :]) if dropped else (output, b"")
+    return CommandResult(status, exit_code, head, tail, dropped, time.monotonic() - start, world.cwd)
+
+
+def _inner(world: Sandbox, path: str) -> str:
+    """Returns the path below /work of what the agent means by `path`, seen from its directory."""
+    whole = posixpath.normpath(posixpath.join("/work", world.cwd, path))
+    if not whole.startswith("/work/"):
+        raise ValueError(f"{path}: not below /work")
+    return whole.removeprefix("/work/")
+
+
+def _bytes(text: str) -> bytes:
+    """Bytes that came as surrogates go back to what they were; a lone surrogate (JSON may hold one) keeps its code."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")

@@ -120,8 +120,7 @@ def echo_loss(
     scores = score(hidden, head, batch, options.head)
     logprob = scores.logprob
     scored = scored_tokens(batch, options.head)
-    own = jnp.where(scored, logprob, batch.old_logprob)  # elsewhere the ratio is 1, and not what may overflow times 0
-    tokens = Tokens(own, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
+    tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
     surrogate, clipped = POLICY_LOSSES[options.policy].surrogate(tokens, options.clip)
     if options.importance_cap:
         surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)

@@ -129,9 +129,13 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
     if header != _header(vocab_size):
         raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {_header(vocab_size)}")
     try:
-        return [_from_record(record) for record in records]
+        trajectories = [_from_record(record) for record in records]
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
+    for trajectory in trajectories:
+        if len(trajectory.ids) and not 0 <= trajectory.ids.min() <= trajectory.ids.max() < vocab_size:
+            raise TrajectoryError(f"{path}: {trajectory.task} has a token outside the vocabulary of {vocab_size}")
+    return trajectories
 
 
 def _header(vocab_size: int) -> dict:

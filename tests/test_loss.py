@@ -14,10 +14,12 @@ import pytest
 import reference
 from synthetic import GRAPHDEF, HEAD, MESH, OPTIONS, TINY, gradient, initial, relative_difference, varied
 
+from echo_jax import loss
 from echo_jax.advantages import ADVANTAGES, advantages_of
-from echo_jax.loss import LossOptions, finish_metrics
+from echo_jax.kernels.fused_logprobs import fused_logprobs
+from echo_jax.loss import HeadOptions, LossOptions, finish_metrics
 from echo_jax.models.transformer import bind
-from echo_jax.objective import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective
+from echo_jax.objective import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective, weigh
 from echo_jax.policy_loss import KL_ESTIMATORS, POLICY_LOSSES, Clip
 from echo_jax.selection import Selection
 from echo_jax.sharding import make_mesh
@@ -154,6 +156,43 @@ def test_scoring_only_what_is_trained_changes_no_gradient():
     assert relative_difference(grads, expected) < CLOSE
     np.testing.assert_allclose(sums["loss/total"], all_sums["loss/total"], rtol=CLOSE)
     assert 0 < sums["policy/tokens"] < all_sums["policy/tokens"]
+
+
+def test_metrics_of_a_frugal_run_count_what_was_scored_by_class_and_tool():
+    names = {
+        "observation/tokens": (4, None),
+        "observation/tokens_tool_bash": (4, 1),
+        "observation/tokens_tool_python": (4, 2),
+    }
+    chosen = [dataclasses.replace(t, tool=(t.tool * (1 + i % 2)).astype(np.int8)) for i, t in enumerate(CHOSEN)]
+    advantages = advantages_of(chosen, "group")
+    objective = dataclasses.replace(
+        BASE, selection=Selection(class_weights={"body": 1.0}, tool_weights={"python": 0.0})
+    )
+    frugal = dataclasses.replace(OPTIONS, head=dataclasses.replace(HEAD, score_all=False))
+    sums, _, _ = gradient(chosen, advantages, objective=objective, options=frugal)
+    active = [w.active > 0 for w in weigh(chosen, advantages, objective)]
+    assert sums["loss/active_fraction"] == sum(a[1:].sum() for a in active)
+    for name, (role, tool) in names.items():
+        expected = sum(
+            (a & (t.role == role) & (True if tool is None else t.tool == tool))[1:].sum()
+            for t, a in zip(chosen, active, strict=True)
+        )
+        assert sums[name] == expected, name
+    assert sums["observation/tokens_tool_python"] == 0 < sums["observation/tokens_tool_bash"]
+
+
+def test_the_options_of_the_head_reach_the_kernel(monkeypatch):
+    seen = []
+
+    def spy(*arguments, **options):
+        seen.append(options)
+        return fused_logprobs(*arguments, **options)
+
+    monkeypatch.setattr(loss, "fused_logprobs", spy)
+    head = HeadOptions(token_block=24, vocab_block=56, score_all=True, mesh=None)
+    gradient(CHOSEN, advantages_of(CHOSEN, "group"), objective=BASE, options=dataclasses.replace(OPTIONS, head=head))
+    assert (seen[0]["token_block"], seen[0]["vocab_block"]) == (24, 56)
 
 
 def test_metrics_equal_their_definitions_written_out():

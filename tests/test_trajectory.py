@@ -70,7 +70,7 @@ def trajectories(draw):
     length = draw(st.integers(0, 12))
     column = lambda elements: draw(st.lists(elements, min_size=length, max_size=length))  # noqa: E731
     return make(
-        column(st.integers(0, 2**31 - 1)),
+        column(st.integers(0, VOCAB - 1)),
         column(st.sampled_from([*map(int, Role)])),
         column(log_probabilities),
         tool=column(st.integers(0, 1)),
@@ -140,9 +140,11 @@ def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [')],
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": ["a", ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [99999999999, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [1280, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [-1, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [300, ')],
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_a_file_of_another_format_is_refused(saved, edit):
     before = saved.read_bytes()

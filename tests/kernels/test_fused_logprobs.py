@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
+from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs, xla
 from echo_jax.sharding import make_mesh
 
 IMPLEMENTATIONS = ("reference", "xla")  # the Pallas kernel is interpreted on a CPU, and has tests of its own
@@ -94,12 +94,13 @@ def check(p: Problem, *, softcap=None, dtype="float32", mesh=None, **options):
         axes = Axes(("data", "fsdp"), "tensor", "fsdp", options.pop("gather_once", False))
         rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         inputs |= {name: jax.device_put(inputs[name], rows) for name in ("hidden", "targets", "active", "temperature")}
-        inputs["head"] = jax.device_put(inputs["head"], NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
+        if not options.get("vocab_axis"):  # else it is transposed first
+            inputs["head"] = jax.device_put(inputs["head"], NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
         options |= {"mesh": mesh, "axes": axes}
     values, correct, grads = jax.device_get(run(inputs, softcap=softcap, dtype=dtype, options=tuple(options.items())))
     expected, expected_grads, best = p.float64(softcap)
-    tolerance = LOGPROB if dtype == "float32" else 2e-3
-    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=tolerance)
+    np.testing.assert_allclose(values[0], expected[0], rtol=0, atol=LOGPROB)
+    np.testing.assert_allclose(values[1:], expected[1:], rtol=1e-5, atol=LOGPROB)
     assert (correct == (p.active & (best == p.targets))).all()
     for own, value in zip(grads, expected_grads, strict=True):
         difference = np.linalg.norm(own.astype(np.float64) - value)
@@ -186,15 +187,105 @@ def test_eight_devices_equal_float64_with_uneven_work_a_shard(shape, gather_once
     check(p, mesh=make_mesh(*shape), gather_once=gather_once, token_block=4, vocab_block=100)
 
 
-def test_tied_gradients_add_up():
-    p = problem(40, 130)
+@pytest.mark.parametrize("options", [{"vocab_axis": 1}, {"vocab_axis": 1, "gather_once": True}, {"softcap": 20.0}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_devices_in_other_layouts_and_dtypes(options, dtype):
+    p = problem(64, 1192, active=0.4, dtype=dtype)
+    check(p, mesh=make_mesh(2, 2, 2), dtype=dtype, token_block=4, vocab_block=100, **options)
 
-    def loss(table, **options):
-        return jnp.sum(fused_logprobs(table[p.targets[::-1]], table, p.targets, **options).logprob)
 
-    own = jax.jit(jax.grad(functools.partial(loss, token_block=16, vocab_block=48)))(p.head)
-    dense = jax.jit(jax.grad(functools.partial(loss, implementation="reference")))(p.head)
-    assert np.linalg.norm(own - dense) <= 1e-5 * np.linalg.norm(dense)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tied_gradients_add_up(implementation):
+    p = problem(40, 130, active=0.7)
+    sources = p.targets[::-1]
+    p = dataclasses.replace(p, hidden=p.head[sources])
+
+    def loss(table):
+        scores = fused_logprobs(
+            table[sources], table, p.targets, active=p.active, temperature=p.temperature, entropy=True,
+            implementation=implementation, token_block=16, vocab_block=48,
+        )  # fmt: skip
+        return jnp.sum(jnp.stack(scores[:3]) * p.cotangents)
+
+    d_hidden, expected = p.float64()[1]
+    np.add.at(expected, sources, d_hidden)
+    own = np.asarray(jax.jit(jax.grad(loss))(p.head), np.float64)
+    assert np.linalg.norm(own - expected) <= GRADIENT["float32"] * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_inactive_rows_hold_does_not_matter(implementation):
+    """Not a number, logits whose exponential overflows, a target that does not exist, a temperature of zero."""
+    p = problem(21, 130, active=0.5)
+    assert p.active.sum() % 16 > 0  # the last block is not full
+    idle = np.flatnonzero(~p.active)
+    p = dataclasses.replace(p, hidden=p.hidden.copy())
+    p.hidden[idle[0]] = np.nan
+    p.hidden[idle[1]] = 1e4 * p.head[0]
+    p.targets[idle[2]] = 10**6
+    p.temperature[idle[3]] = 0.0
+    p.cotangents[:, idle[4]] = np.nan
+    clean = dataclasses.replace(
+        p,
+        hidden=np.where(p.active[:, None], p.hidden, 0),
+        targets=np.where(p.active, p.targets, 0),
+        temperature=np.where(p.active, p.temperature, 1),
+        cotangents=np.where(p.active, p.cotangents, 0),
+    )
+    options = {"implementation": implementation, "token_block": 16, "vocab_block": 48}
+
+    def scalar(hidden, head):
+        scores = fused_logprobs(
+            hidden, head, p.targets, active=p.active, temperature=p.temperature, entropy=True, **options
+        )
+        used = jnp.stack(scores[:3])
+        return jnp.sum(jnp.where(p.active, used * p.cotangents, 0.0)), used
+
+    grads, values = jax.jit(jax.grad(scalar, (0, 1), has_aux=True))(p.hidden, p.head)
+    expected, expected_grads, _ = clean.float64()
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=LOGPROB)
+    for own, value in zip(grads, expected_grads, strict=True):
+        assert np.linalg.norm(own - value) <= GRADIENT["float32"] * np.linalg.norm(value)
+
+
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+def test_logits_far_from_zero(shift):
+    p = problem(20, 130)
+    p = dataclasses.replace(
+        p, hidden=np.c_[p.hidden, np.ones(20)], head=np.c_[p.head, np.full(130, shift)], temperature=np.ones(20)
+    )
+    scores = fused_logprobs(p.hidden, p.head, p.targets, token_block=8, vocab_block=48)
+    np.testing.assert_allclose(scores.logprob, p.float64()[0][0], atol=1e-3)  # an f32 near 300 has 3e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_left_out_has_its_plain_meaning(implementation):
+    p = problem(21, 130)
+    score = functools.partial(fused_logprobs, p.hidden, p.head, p.targets, implementation=implementation)
+    plain = score()
+    assert not plain.entropy.any()
+    every = score(active=np.ones(21, bool), temperature=np.ones(21, np.float32), entropy=True)
+    assert every.entropy.all()
+    for own, other in zip(plain._replace(entropy=every.entropy), every, strict=True):
+        np.testing.assert_array_equal(own, other)
+    np.testing.assert_array_equal(score(temperature=0.7)[0], score(temperature=np.full(21, 0.7, np.float32))[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_blocks_without_an_active_row_are_not_computed(share, monkeypatch):
+    p = problem(53, 200, active=share)
+    computed = []
+
+    def counted(self, t, block):
+        jax.debug.callback(lambda t: computed.append(int(t)), t)
+        return logits(self, t, block)
+
+    logits = xla.Rows.logits
+    monkeypatch.setattr(xla.Rows, "logits", counted)
+    loss = lambda h: fused_logprobs(h, p.head, p.targets, active=p.active, token_block=8, vocab_block=64).logprob.sum()  # noqa: E731
+    jax.block_until_ready(jax.grad(loss)(jnp.asarray(p.hidden)))
+    jax.effects_barrier()
+    assert len(computed) == 2 * -(-p.active.sum() // 8) * -(-200 // 64)  # forward and backward
 
 
 def test_one_program_whatever_is_active():
@@ -203,6 +294,37 @@ def test_one_program_whatever_is_active():
     for share in (0.0, 0.3, 1.0):
         function(np.random.default_rng(0).random(53) < share)
     assert function._cache_size() == 1
+
+
+def equations(jaxpr):
+    """Yields every equation of a jaxpr, at any depth."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_in_bfloat16_matmuls_accumulate_in_float32_and_the_head_travels_as_bfloat16():
+    mesh = make_mesh(1, 2, 4)
+    for gather_once in (False, True):
+        axes = Axes(("data", "fsdp"), "tensor", "fsdp", gather_once)
+
+        def loss(hidden, head, axes=axes):
+            return fused_logprobs(
+                hidden, head, np.zeros(16, np.int32), mesh=mesh, axes=axes, entropy=True
+            ).entropy.sum()
+
+        arguments = jnp.zeros((16, 8), jnp.bfloat16), jnp.zeros((64, 8), jnp.float32)
+        found = list(equations(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arguments).jaxpr))
+        dots = [e for e in found if e.primitive.name == "dot_general"]
+        assert len(dots) == 4
+        assert all(e.outvars[0].aval.dtype == jnp.float32 for e in dots)
+        assert all(v.aval.dtype == jnp.bfloat16 for e in dots for v in e.invars)
+        gathers = [e for e in found if e.primitive.name == "all_gather"]
+        assert gathers
+        assert all(e.invars[0].aval.dtype == jnp.bfloat16 for e in gathers)
 
 
 def test_a_float32_head_under_bfloat16_states_gets_float32_gradients():
@@ -221,11 +343,52 @@ def test_what_does_not_fit_is_named():
         fused_logprobs(p.hidden, p.head, p.targets, implementation="triton")
     with pytest.raises(ValueError, match=r"'pallas_tpu' takes a head \[V, D\] on one device"):
         fused_logprobs(p.hidden, p.head.T, p.targets, vocab_axis=1, implementation="pallas_tpu")
+    for active in (np.ones(9, bool), np.ones((6, 1), bool), np.ones(6, np.float32), np.bool_(True)):
+        with pytest.raises(ValueError, match=r"active bool \[N\] .* do not fit"):
+            fused_logprobs(p.hidden, p.head, p.targets, active=active)
+    with pytest.raises(ValueError, match="do not fit"):
+        fused_logprobs(p.hidden[:0], p.head, p.targets[:0])
+    with pytest.raises(ValueError, match="vocab_axis = -1"):
+        fused_logprobs(p.hidden, p.head, p.targets, vocab_axis=-1)
+    with pytest.raises(ValueError, match="token_block = 0"):
+        fused_logprobs(p.hidden, p.head, p.targets, token_block=0)
     axes = Axes(("data", "fsdp"), "tensor", "fsdp")
+    with pytest.raises(ValueError, match="without a mesh"):
+        fused_logprobs(p.hidden, p.head, p.targets, axes=axes)
+    for wrong, named in (
+        (Axes(("data", "expert"), "tensor"), "expert"),
+        (Axes("data", "tensor"), "tokens is a tuple"),
+        (Axes(("data",), "tensor", "fsdp"), "`embed` must be"),
+        (Axes(("data", "tensor"), "tensor"), "`vocab` may not be"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(2, 2, 2), axes=wrong)
+    with pytest.raises(ValueError, match="23 embedding dimensions are not divisible by 2"):
+        fused_logprobs(p.hidden[:, :23], p.head[:, :23], p.targets, mesh=make_mesh(1, 2, 1), axes=axes)
     with pytest.raises(ValueError, match="6 rows of hidden are not divisible by 4"):
         fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(2, 2, 2), axes=axes)
     with pytest.raises(ValueError, match="130 vocabulary entries are not divisible by 8"):
         fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(1, 1, 8), axes=axes)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("wrong", [-1, 130])
+def test_a_target_outside_the_vocabulary_is_named_or_under_a_trace_not_a_number(implementation, wrong):
+    p = problem(6, 130)
+    p.targets[3] = wrong
+    score = functools.partial(fused_logprobs, implementation=implementation)
+    with pytest.raises(ValueError, match=f"a target is {wrong}, outside the vocabulary of 130"):
+        score(p.hidden, p.head, p.targets)
+    traced = np.asarray(jax.jit(score)(p.hidden, p.head, p.targets).logprob)
+    assert np.isnan(traced).tolist() == [False, False, False, True, False, False]
+    idle = np.arange(6) != 3
+    assert np.isfinite(score(p.hidden, p.head, p.targets, active=idle).logprob).all()
+
+
+def test_the_pallas_kernel_refuses_another_platform():
+    p = problem(6, 130)
+    with pytest.raises(ValueError, match="interpret mode"):
+        fused_logprobs(p.hidden, p.head, p.targets, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 130), (37, 130), (50, 1187)])

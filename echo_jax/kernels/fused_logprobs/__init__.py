@@ -49,45 +49,60 @@ def fused_logprobs(
     dtype is cast block by block, and its gradient comes in its own dtype: f32 masters get f32 gradients.
 
     Args:
-      hidden: f32 or bf16 [N, D].
+      hidden: f32 or bf16 [N, D]; N is at least 1.
       head: f32 or bf16 [V, D], or [D, V] with `vocab_axis` = 1.
-      targets: int32 [N], in [0, V).
-      active: bool [N], the tokens that anything reads; the others are skipped. None: all.
-      temperature: scalar or f32 [N].
+      targets: int32 [N], in [0, V) on active rows.
+      active: bool [N], the tokens that anything reads; the others are skipped, whatever they hold. None: all.
+      temperature: scalar or f32 [N], above 0 on active rows; a constant to the derivative.
       logit_softcap: c of c tanh(z / c), before the temperature; None: none.
       entropy: whether to compute the entropy.
-      vocab_block, token_block: logits of so many entries for so many tokens exist at once (`xla`).
-      mesh, axes: where the arrays lie (`xla`); on one device leave both out.
-      implementation: one of `IMPLEMENTATIONS`.
+      vocab_block, token_block: logits of so many entries for so many tokens exist at once (`xla`; of `pallas_tpu` the
+        token block alone, `reference` makes them all).
+      mesh, axes: where the arrays lie (`xla`, `reference`); on one device leave both out.
+      implementation: one of `IMPLEMENTATIONS`; `pallas_tpu` compiles for TPU only.
 
     Returns:
       Vectors, differentiable with respect to hidden and head for any cotangents (`correct` has none).
 
     Raises:
-      ValueError: shapes do not fit each other or the mesh, or the implementation does not exist.
+      ValueError: shapes do not fit each other or the mesh, a target is out of range on an active row (under a trace its
+        log-prob is nan instead), or the implementation does not exist.
     """
     hidden, head, targets = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets)
+    active = jnp.ones(targets.shape, bool) if active is None else jnp.asarray(active)
+    if vocab_axis not in (0, 1):
+        raise ValueError(f"vocab_axis = {vocab_axis}: 0 for a head [V, D], 1 for [D, V]")
     dimension = head.shape[1 - vocab_axis] if head.ndim == 2 else None
-    if hidden.ndim != 2 or hidden.shape[1] != dimension or targets.shape != hidden.shape[:1]:
+    fit = hidden.ndim == 2 and hidden.shape[1] == dimension and targets.shape == active.shape == hidden.shape[:1]
+    if not fit or active.dtype != bool or not hidden.size:
         layout = "[D, V]" if vocab_axis else "[V, D]"
         raise ValueError(
-            f"hidden [N, D] {hidden.shape}, head {layout} {head.shape}, targets [N] {targets.shape} do not fit"
+            f"hidden [N, D] {hidden.shape}, head {layout} {head.shape}, targets [N] {targets.shape}, active bool [N] "
+            f"{active.dtype} {active.shape} do not fit"
         )
+    if min(vocab_block, token_block) < 1:
+        raise ValueError(f"vocab_block = {vocab_block}, token_block = {token_block}: both are at least 1")
+    if mesh is None and axes != Axes():
+        raise ValueError(f"{axes} without a mesh")
+    outside = active & ((targets < 0) | (targets >= head.shape[vocab_axis]))
+    if not isinstance(outside, jax.core.Tracer) and outside.any():
+        wrong = int(targets[jnp.argmax(outside)])
+        raise ValueError(f"a target is {wrong}, outside the vocabulary of {head.shape[vocab_axis]}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)
-    active = jnp.ones(targets.shape, bool) if active is None else jnp.asarray(active)
     inputs = Inputs(hidden, head, targets.astype(jnp.int32), active, temperature)
     if implementation == "reference":
-        values = reference(*inputs, vocab_axis=vocab_axis, logit_softcap=logit_softcap)
-        return LogProbs(*values)
+        scores = LogProbs(*reference(*inputs, vocab_axis=vocab_axis, logit_softcap=logit_softcap, entropy=entropy))
+        return scores._replace(logprob=jnp.where(outside, jnp.nan, scores.logprob))
     options = Options(vocab_block, token_block, entropy, logit_softcap, vocab_axis, axes)
     if mesh is not None:
         sharded.check(inputs, options, mesh)
     pallas = implementation == "pallas_tpu"
     if pallas and (mesh is not None or vocab_axis):
         raise ValueError("implementation 'pallas_tpu' takes a head [V, D] on one device; use 'xla'")
-    return LogProbs(*_fused(*inputs, options, mesh, pallas)[:4])
+    scores = LogProbs(*_fused(*inputs, options, mesh, pallas)[:4])
+    return scores._replace(logprob=jnp.where(outside, jnp.nan, scores.logprob))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

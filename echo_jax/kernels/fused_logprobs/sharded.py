@@ -36,8 +36,14 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
 
 
 def check(inputs: Inputs, options: Options, mesh: Mesh) -> None:
-    """Raises ValueError, naming both numbers, where an array cannot be spread evenly over its axes."""
+    """Raises ValueError where the axes are not the mesh's, or an array cannot be spread evenly over them; it names both
+    numbers."""
     axes = options.axes
+    named = [*axes.tokens, *(name for name in (axes.vocab, axes.embed) if name is not None)]
+    if isinstance(axes.tokens, str) or not set(named) <= set(mesh.axis_names):
+        raise ValueError(f"{axes}: tokens is a tuple, and all axes are of the mesh's {mesh.axis_names}")
+    if axes.vocab in axes.tokens or axes.embed not in (None, *axes.tokens):
+        raise ValueError(f"{axes}: the axis `vocab` may not be one of `tokens`, and `embed` must be")
     size = lambda names: _product(mesh.shape[name] for name in names if name is not None)  # noqa: E731
     wanted = [
         ("rows of hidden", inputs.hidden.shape[0], axes.tokens),

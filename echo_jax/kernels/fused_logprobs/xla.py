@@ -123,6 +123,7 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
             delta = p * slope + jnp.where(is_target, column(g_logprob), 0.0)
             if (cap := options.logit_softcap) is not None:
                 delta = delta * (1.0 - jnp.square(logits * column(rows.temperature) / cap))
+            # Also for the softcap's sake, whose slope at a masked logit is -inf.
             delta = jnp.where(block.fresh, delta / column(rows.temperature), 0.0).astype(block.weight.dtype)
             own = jnp.einsum("nv,vd->nd", delta, block.weight, preferred_element_type=jnp.float32)
             d_hidden = rows.put(d_hidden, rows.take(d_hidden, t) + own, t)
@@ -144,7 +145,9 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
 
 
 class Rows:
-    """The rows in the order of the inner loop: active ones first, in blocks, the last one filled up with any others."""
+    """The rows in the order of the inner loop: active ones first, in blocks, the last one filled up with copies of the
+    first active row. What is computed there has no cotangent and no reader, but it must stay finite (0 × inf is nan,
+    and would be added to the head's gradient): an inactive row may hold anything."""
 
     def __init__(self, inputs: Inputs, options: Options):
         n = inputs.hidden.shape[0]
@@ -153,9 +156,9 @@ class Rows:
         self.length = -(-n // self.block) * self.block
         order = jnp.argsort(~inputs.active, stable=True).astype(jnp.int32)
         self._place = jnp.argsort(order)
-        self._order = jnp.pad(order, (0, self.length - n))
         count = jnp.sum(inputs.active, dtype=jnp.int32)
         self.in_use = jnp.arange(self.length) < count
+        self._order = jnp.where(self.in_use, jnp.pad(order, (0, self.length - n)), order[0])
         self.blocks = (count + self.block - 1) // self.block
         self.temperature = self.arrange(inputs.temperature)
         self.targets = self.arrange(inputs.targets)
@@ -182,13 +185,13 @@ class Rows:
         return self._inputs.hidden[self.take(self._order, t)]
 
     def logits(self, t, block: "_Block"):
-        """Returns f32 [tokens, vocab] of two blocks, tempered, `MASKED` where not fresh, and which are the target's."""
+        """Returns f32 [tokens, vocab] of two blocks, tempered, `MASKED` where not fresh; and whether each column is its
+        row's target, fresh or not."""
         logits = jnp.einsum("nd,vd->nv", self.hidden(t), block.weight, preferred_element_type=jnp.float32)
         if (cap := self._options.logit_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         logits = jnp.where(block.fresh, logits / self.take(self.temperature, t)[:, None], MASKED)
-        is_target = self.take(self.targets, t)[:, None] == block.columns[None, :]
-        return logits, is_target & block.fresh
+        return logits, self.take(self.targets, t)[:, None] == block.columns[None, :]
 
 
 class _Block(NamedTuple):

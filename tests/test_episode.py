@@ -1,13 +1,14 @@
 """Laws of the episode's state machine, with a scripted sampler and made-up tool results: no JAX, no subprocess."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from echo_jax.calls import Call
+from echo_jax.calls import GRAMMARS, Call
 from echo_jax.episode import (
     Outcome,
     Phase,
@@ -64,7 +65,15 @@ sampled_ids = st.one_of(
     st.lists(st.sampled_from([TOKENIZER.task, TOKENIZER.assistant, TOKENIZER.tool, TOKENIZER.note, 0]), max_size=4),
 )
 output = st.one_of(st.binary(max_size=30), st.sampled_from(CONTROL_SYMBOLS).map(str.encode))
-all_rules = st.builds(Rules, st.integers(1, 4), st.integers(12, 90), st.integers(1, 20))
+all_rules = st.builds(
+    Rules,
+    st.integers(1, 4),
+    st.integers(12, 90),
+    st.integers(1, 20),
+    warn_last_turn=st.booleans(),
+    max_seconds=st.sampled_from([0.015, 60.0]),
+    max_format_errors=st.integers(1, 4),
+)
 
 
 @st.composite
@@ -148,6 +157,89 @@ def test_any_episode_keeps_every_token_and_every_budget(data):
     assert trajectory.policy_version == sampled[-1].policy_version
 
 
+def json_call(**call):
+    return f"<tool_call>{json.dumps(call)}</tool_call>"
+
+
+LS = json_call(name="bash", arguments={"command": "ls"})
+JSON = dataclasses.replace(ROOMY, grammar="json", max_tokens=4000, max_turn_tokens=1000)
+several = st.lists(
+    st.sampled_from(
+        [LS, "<tool_call>", "<tool_call>{}</tool_call>", "<tool_call>[</tool_call>", json_call(name="rm"), "<think>",
+         "</think>", json_call(name="submit", arguments={"answer": "a"}), "text"]
+    ),
+    max_size=5,
+).map("".join)  # fmt: skip
+
+
+@settings(PATIENT, max_examples=100)
+@given(several, st.lists(results(), min_size=5, max_size=5))
+def test_every_attempt_of_a_turn_gets_one_observation_in_order(text, answers):
+    episode = play(turn(text), rules=JSON)
+    expected = []
+    for attempt in GRAMMARS["json"].parse(text, ("bash", "submit")):
+        if isinstance(attempt, Call) and attempt.tool == "submit":
+            expected.append("submit")
+            break
+        if isinstance(attempt, Call):
+            assert episode.call == attempt
+            answer = answers.pop()
+            episode = advance(episode, answer)
+            expected.append(str(answer.status))
+            if answer.status is Status.INFRA:
+                break
+        else:
+            expected.append(attempt.status)
+    assert [a.status for a in episode.attempts] == expected
+    assert episode.phase is (Phase.DONE if {"submit", "infra"} & set(expected) else Phase.GENERATE)
+    closes = [i for i, r in zip(episode.ids, episode.roles, strict=True) if r == Role.SCAFFOLD and i == STOP]
+    assert len(closes) == len([status for status in expected if status not in ("submit", "infra")])
+
+
+def test_calls_of_one_turn_run_one_after_the_other():
+    episode = play(turn(f"both: {LS} and {LS}"), rules=JSON)
+    assert (episode.phase, len(episode.pending)) == (Phase.CALL, 2)
+    episode = advance(episode, result(b"one"))
+    assert (episode.phase, len(episode.pending), episode.ids[-1]) == (Phase.CALL, 1, STOP)
+    episode = advance(episode, result(b"two"))
+    assert (episode.phase, episode.turns) == (Phase.GENERATE, 1)
+    assert text_by(episode, Role.OBSERVATION) == "onetwo"
+    assert episode.attempts == (Attempt(1, "bash", "ok", 0),) * 2
+
+
+def test_what_follows_a_submission_does_not_run():
+    submit = json_call(name="submit", arguments={"answer": "oak"})
+    episode = play(turn(LS + submit + LS), result(b"one"), rules=JSON)
+    assert (episode.outcome, episode.answer, len(episode.attempts)) == (Outcome.SUBMITTED, "oak", 2)
+
+
+def test_errors_of_form_on_end_are_capped_and_a_call_that_runs_starts_the_count_anew():
+    rules = dataclasses.replace(ROOMY, max_turns=9, max_format_errors=2)
+    bad, good = turn("nonsense"), (turn("bash ls"), result(b"x"))
+    assert play(bad, *good, bad, rules=rules).phase is Phase.GENERATE
+    episode = play(bad, *good, bad, turn("bash ls", stopped=False), rules=rules)
+    assert (episode.outcome, episode.turns) == (Outcome.FORMAT_ERRORS, 4)
+    assert text_by(episode, Role.FEEDBACK).endswith("the turn was cut off")  # the last one is answered too
+
+
+def test_the_time_of_all_calls_is_a_budget_of_its_own():
+    rules = dataclasses.replace(JSON, max_seconds=1.0)
+    slow = dataclasses.replace(result(b"x"), seconds=0.75)
+    episode = play(turn(LS), slow, rules=rules)
+    assert (episode.phase, episode.seconds_left) == (Phase.GENERATE, 0.25)
+    episode = advance(advance(episode, turn(LS + LS + LS)), slow)
+    assert (episode.outcome, episode.turns) == (Outcome.MAX_SECONDS, 2)
+    assert text_by(episode, Role.OBSERVATION) == "xx"  # the rest of the turn's calls do not run
+
+
+def test_an_episode_has_the_tools_of_its_task():
+    episode = play(turn("python 1"), result(b"1\n"), tools=("python", "sqlite"))
+    assert {t for t, r in zip(episode.tools, episode.roles, strict=True) if r == Role.OBSERVATION} == {
+        TOOL_IDS["python"]
+    }
+    assert play(turn("bash ls"), tools=("python",)).attempts == (Attempt(1, "", "unknown_tool"),)
+
+
 def test_an_observation_is_appended_whole_or_not_at_all():
     before = play(turn("bash ls"))
     event = result(b"elm\noak\n", status=Status.NONZERO, exit_code=2, dropped=3, tail=b"ash")
@@ -197,6 +289,7 @@ def test_a_cut_is_noted_between_head_and_tail_with_the_exact_number_of_bytes():
         (Status.TIMEOUT, None, "timeout"),
         (Status.OOM, 137, "exit 137"),
         (Status.OOM, None, "oom"),
+        (Status.OUTPUT_LIMIT, None, "output_limit"),
     ],
 )
 def test_a_bad_end_is_noted_and_the_notice_is_no_observation(status, exit_code, notice):
@@ -204,6 +297,13 @@ def test_a_bad_end_is_noted_and_the_notice_is_no_observation(status, exit_code, 
     assert text_by(episode, Role.BOILERPLATE) == notice
     assert text_by(episode, Role.OBSERVATION) == "oak\n"
     assert episode.attempts == (Attempt(1, "bash", str(status), exit_code),)
+
+
+def test_a_limit_that_was_met_is_named():
+    full = dataclasses.replace(result(b"", status=Status.LIMIT, exit_code=1), limit="disk")
+    episode = play(turn("bash ls"), full)
+    assert text_by(episode, Role.BOILERPLATE) == "exit 1, limit of disk"
+    assert episode.attempts == (Attempt(1, "bash", "limit", 1, "disk"),)
 
 
 def test_control_symbols_in_an_output_speak_for_nobody():

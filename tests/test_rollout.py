@@ -30,6 +30,7 @@ from echo_jax.rollout_metrics import imagined_observations, rollout_metrics
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.task import Script, Task
 from echo_jax.tokenizer import Tokenizer
+from echo_jax.tools import cgroup
 from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
 from echo_jax.trajectory import DTYPES
 
@@ -330,6 +331,32 @@ def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, 
         collector.scripted(scripted_jobs(says("bash ls", "bash ls", "submit oak")), [True], 0)
 
 
+def test_a_rollout_that_the_machine_failed_once_is_made_again_to_the_last_bit(collector, engine, monkeypatch):
+    class DiesOnce(Sandbox):
+        died = set()
+
+        def __init__(self, *, files, **options):
+            super().__init__(files=files, **options)
+            self.dies = next(name for name in files if name.startswith("task"))
+
+        def run(self, command, **options):
+            if self.dies not in self.died:
+                self.died.add(self.dies)
+                self.close()
+            return super().run(command, **options)
+
+    jobs = jobs_of(8)
+    for i in range(8):
+        jobs = with_task(jobs, i, files={"oak": b"elm\n", f"task{i}": b""})
+    expected = collector.rollouts(jobs, engine)
+    assert collector.retried == 0
+    monkeypatch.setattr(environment, "Sandbox", DiesOnce)
+    assert all(map(same, collector.rollouts(jobs, engine), expected))
+    assert collector.retried == len(DiesOnce.died) > 0
+    script = scripted_jobs(says("bash ls", "submit oak"), files={"task99": b""})
+    assert collector.scripted(script, [True], 0)[0].reward == 1.0
+
+
 def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, monkeypatch):
     class DiesLate(Sandbox):
         def __init__(self, *, files, **options):
@@ -479,6 +506,65 @@ def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine,
         with pytest.raises(Interrupted):  # it stays stopped
             collect["sampled"]()
     assert own_sandboxes() == 0
+
+
+def test_what_was_finished_when_the_stop_came_is_kept_and_not_made_again(engine, monkeypatch):
+    jobs = jobs_of(11)
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        expected = collector.rollouts(jobs, engine)
+        stop_after = lambda done: collector.stop.set() if done >= 4 else None  # noqa: E731
+        with pytest.raises(Interrupted) as stopped:
+            collector.rollouts(jobs, engine, stop_after)
+    finished = stopped.value.finished
+    assert 4 <= len(finished) < 11
+    by_rollout = {t.rollout: t for t in expected}
+    assert all(same(t, by_rollout[t.rollout]) for t in finished)
+    opened = []
+    original = Environment.open
+    monkeypatch.setattr(Environment, "open", lambda self: opened.append(self) or original(self))
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        assert all(map(same, collector.rollouts(jobs, engine, finished=finished), expected))
+        assert len(opened) == 11 - len(finished)
+        assert all(map(same, collector.rollouts(jobs, engine, finished=expected), expected))
+        assert len(opened) == 11 - len(finished)
+
+
+def leftovers():
+    """Child processes, descriptors, mounts, threads of tools, control groups and temporary files of this process."""
+    groups = [
+        folder for _, parents in cgroup.choices() for p in parents for folder in p.glob(f"*sandbox-{os.getpid()}-*")
+    ]
+    return {
+        "children": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "threads": sum(thread.name.startswith("tool") for thread in threading.enumerate()),
+        "groups": len(groups),
+        "files": len([name for name in os.listdir("/tmp") if "sandbox" in name or "bwrap" in name]),
+    }
+
+
+def test_a_thousand_episodes_at_64_at_once_leave_nothing():
+    messes = [
+        "bash sleep 60 & setsid sleep 60 & echo 1",
+        "bash (trap '' TERM; sleep 60) & mkfifo p; ln -s /proc/1 q; echo 2",
+        "python import os, time\nif not os.fork(): time.sleep(60)",
+        "bash kill -9 $$",
+        "bash exec 1>&-; cat",
+        "write a/b/c\ntext",
+    ]
+    limits = dataclasses.replace(LIMITS, memory_bytes=64 << 20, disk_bytes=4 << 20)
+    rules = Rules(max_turns=4, max_tokens=900, max_turn_tokens=200)
+    with Collector(RENDERER, rules, Machine(limits), tool_threads=2) as collector:  # what is made once
+        collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)
+    before = leftovers()
+    scripts = [says(messes[i % len(messes)], messes[(i * 5 + 1) % len(messes)], "submit oak") for i in range(1000)]
+    jobs = scripted_jobs(*scripts, tools=("bash", "python", "write"))
+    with Collector(RENDERER, rules, Machine(limits), tool_threads=64) as collector:
+        trajectories = collector.scripted(jobs, [True] * 1000, 0)
+    assert sum(t.reward for t in trajectories) == 1000
+    assert {a.status for t in trajectories for a in t.attempts} == {"ok", "signal", "submit"}
+    assert leftovers() == before
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------

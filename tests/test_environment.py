@@ -74,18 +74,16 @@ def test_scoring_has_a_budget_of_its_own():
 
 def test_what_the_agent_left_running_is_ended_before_it_is_scored():
     def judge(answer, world):
-        seen = {world.read_file("f", limit=100) for _ in range(50)}
-        return float(seen == {b"honest\n"})
+        world.write_files({"f": b"honest"})
+        return float({world.read_file("f", limit=100) for _ in range(200)} == {b"honest"})
 
     own = Environment(Judged(judge=judge), MACHINE)
     assert own.open()
-    own.run(bash("(setsid sh -c 'while :; do echo forged > f; done' &) ; sleep 0.1; echo started"), math.inf)
-    own.run(bash("pkill -STOP sh; echo honest > f"), math.inf)
-    own.run(
-        Call("python", {"code": "import os\nif not os.fork():\n    while True: open('g', 'w').write('x')"}), math.inf
-    )
-    own._world.kill_processes()
-    own._world.write_files({"f": b"honest\n"})
+    forge = "(setsid sh -c 'while :; do echo forged > f; done' &); sleep 0.1; echo started"
+    assert own.run(bash(forge), math.inf).head == b"started\n"
+    forge = "import os\nif not os.fork():\n    while True: open('f', 'w').write('forged')"
+    assert own.run(Call("python", {"code": forge}), math.inf).status is Status.OK
+    assert judge("", own._world) == 0.0  # they are at work
     assert own.finish("") == 1.0
 
 

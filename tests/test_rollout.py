@@ -332,16 +332,16 @@ def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, 
 
 
 def test_a_rollout_that_the_machine_failed_once_is_made_again_to_the_last_bit(collector, engine, monkeypatch):
-    class DiesOnce(Sandbox):
-        died = set()
+    died = set()
 
+    class DiesOnce(Sandbox):
         def __init__(self, *, files, **options):
             super().__init__(files=files, **options)
             self.dies = next(name for name in files if name.startswith("task"))
 
         def run(self, command, **options):
-            if self.dies not in self.died:
-                self.died.add(self.dies)
+            if self.dies not in died:
+                died.add(self.dies)
                 self.close()
             return super().run(command, **options)
 
@@ -352,7 +352,7 @@ def test_a_rollout_that_the_machine_failed_once_is_made_again_to_the_last_bit(co
     assert collector.retried == 0
     monkeypatch.setattr(environment, "Sandbox", DiesOnce)
     assert all(map(same, collector.rollouts(jobs, engine), expected))
-    assert collector.retried == len(DiesOnce.died) > 0
+    assert collector.retried == len(died) > 0
     script = scripted_jobs(says("bash ls", "submit oak"), files={"task99": b""})
     assert collector.scripted(script, [True], 0)[0].reward == 1.0
 
@@ -563,7 +563,7 @@ def test_a_thousand_episodes_at_64_at_once_leave_nothing():
     with Collector(RENDERER, rules, Machine(limits), tool_threads=64) as collector:
         trajectories = collector.scripted(jobs, [True] * 1000, 0)
     assert sum(t.reward for t in trajectories) == 1000
-    assert {a.status for t in trajectories for a in t.attempts} == {"ok", "signal", "submit"}
+    assert {a.status for t in trajectories for a in t.attempts} == {"ok", "nonzero", "signal", "submit"}
     assert leftovers() == before
 
 

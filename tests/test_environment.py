@@ -10,7 +10,7 @@ from echo_jax import environment
 from echo_jax.calls import Call
 from echo_jax.environment import START_ATTEMPTS, Environment, Machine, ScoreError
 from echo_jax.tasks.task import Task
-from echo_jax.tools.sandbox import CommandResult, Limits, Status
+from echo_jax.tools.sandbox import CommandResult, Limits, SandboxError, Status
 
 MACHINE = Machine(Limits(timeout_seconds=5.0, memory_bytes=128 << 20, disk_bytes=8 << 20, output_bytes=256))
 
@@ -74,7 +74,10 @@ def test_scoring_has_a_budget_of_its_own():
 
 def test_what_the_agent_left_running_is_ended_before_it_is_scored():
     def judge(answer, world):
-        world.write_files({"f": b"honest"})
+        try:
+            world.write_files({"f": b"honest"})
+        except SandboxError:  # it was there again
+            return 0.0
         return float({world.read_file("f", limit=100) for _ in range(200)} == {b"honest"})
 
     own = Environment(Judged(judge=judge), MACHINE)

@@ -8,10 +8,14 @@ from pathlib import Path
 from absl import app, flags, logging
 
 
-def run_program(main: Callable[[flags.FlagValues], int | None], user_errors: tuple[type[Exception], ...]) -> None:
-    """Runs a program's main on its flags, of which `--config` and `--workdir` are required. Exits with its status; with
-    1 after one of `user_errors` or a config that cannot be read."""
-    flags.mark_flags_as_required(["config", "workdir"])
+def run_program(
+    main: Callable[[flags.FlagValues], int | None],
+    user_errors: tuple[type[Exception], ...],
+    required: tuple[str, ...] = ("config", "workdir"),
+) -> None:
+    """Runs a program's main on its flags. Exits with its status; with 1 after one of `user_errors` or a config that
+    cannot be read."""
+    flags.mark_flags_as_required(required)
 
     def guarded(argv: list[str]) -> int | None:
         if len(argv) > 1:

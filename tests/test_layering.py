@@ -21,7 +21,7 @@ RANKS = [
     {"runtime"},
     {"world_model", "update"},
     {"evaluate"},
-    {"train", "sweep"},
+    {"train", "sweep", "view"},
 ]
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 

@@ -199,6 +199,102 @@ def test_saved_rollouts_are_scored_per_class_and_tool_with_their_control(finishe
     assert result["eval/observation_tokens"] == sum(t.count(Role.OBSERVATION) for t in mixed)
 
 
+def test_saved_rollouts_can_be_viewed(finished):
+    rollouts = finished / "rollouts" / "step_000034.jsonl.gz"
+    saved = trajectory_lib.load(rollouts, vocab_size=runtime.build(tiny.get_config()).vocab_size)
+    view = [sys.executable, "-m", "echo_jax.view", f"--trajectories={rollouts}"]
+    run = subprocess.run([*view, f"--rollout={saved[2].rollout}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert f"{len(saved)} rollouts" in run.stdout
+    assert saved[2].task in run.stdout
+    assert "| <|task|>" in run.stdout
+    assert run.stdout.count(" · reward ") == 1
+    none = subprocess.run([*view, "--rollout=7"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (none.returncode, "no rollout 7" in none.stderr) == (1, True)
+
+
+def retrained(tmp_path, **fields) -> tuple[list[dict], list]:
+    """Runs tiny.py with a short warm start; returns its metrics and how many jobs were sampled at each RL step."""
+    config = tiny.get_config()
+    config.warm_start.num_steps = 2
+    config.num_steps = 2
+    config.update_from_flattened_dict(fields)
+    sampled = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = Collector.rollouts
+        patch.setattr(
+            Collector, "rollouts", lambda self, jobs, *a, **k: sampled.append(jobs) or original(self, jobs, *a, **k)
+        )
+        assert train.train(config, tmp_path / "w") == 0
+    return read_metrics(tmp_path / "w" / "metrics.jsonl"), sampled
+
+
+def test_saved_rollouts_can_be_trained_on_off_policy(finished, tmp_path):
+    path = finished / "rollouts" / "step_000034.jsonl.gz"
+    saved = trajectory_lib.load(path, vocab_size=runtime.build(tiny.get_config()).vocab_size)
+    records, sampled = retrained(tmp_path, **{"rollout.replay": str(path)})
+    assert len(sampled) == 2  # both evaluations, and nothing else
+    for record in records[2:]:
+        assert record["rollout/submitted"] == len(saved)
+        assert record["rollout/tokens"] == pytest.approx(np.mean([len(t.ids) for t in saved]))
+        assert record["policy/sampler_gap"] > 1e-3  # another policy wrote them
+
+
+def test_saved_rollouts_can_be_imitated(finished, tmp_path):
+    path = finished / "rollouts" / "demonstrations.jsonl.gz"
+    records, _ = retrained(tmp_path, **{"warm_start.trajectories": str(path), "warm_start.min_reward": 1.0})
+    own = read_metrics(finished / "metrics.jsonl")
+    assert not (tmp_path / "w" / "rollouts" / "demonstrations.jsonl.gz").exists()
+    assert [r["loss/total"] for r in records[:2]] == pytest.approx([r["loss/total"] for r in own[:2]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "file", "named"),
+    [
+        ("rollout.replay", "demonstrations", "no policy sampled"),
+        ("rollout.replay", "nowhere", "nowhere.jsonl.gz"),
+        ("rollout.replay", "heldout_transcripts", "no policy sampled"),
+        ("warm_start.trajectories", "heldout_transcripts", "less than a batch of warm_start.batch = 8"),
+        ("warm_start.trajectories", "nowhere", "nowhere.jsonl.gz"),
+    ],
+)
+def test_rollouts_that_cannot_be_trained_on_are_refused_before_any_work(finished, tmp_path, field, file, named):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({field: str(finished / "rollouts" / f"{file}.jsonl.gz")})
+    with pytest.raises(ValueError, match=named):
+        train.train(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_rollouts_finished_before_a_stop_are_kept_and_used(finished, tmp_path):
+    workdir = tmp_path / "w"
+    script = """
+import os, signal, sys
+from echo_jax import rollout, train
+fill = rollout._Collection._fill
+def stopped(self, lane, i):
+    fill(self, lane, i)
+    if len(self._done) == 2 and self._jobs[0].group == 0 and self._jobs[0].rollout < 1 << 30:
+        os.kill(os.getpid(), signal.SIGTERM)
+rollout._Collection._fill = stopped
+from configs import tiny
+from pathlib import Path
+sys.exit(train.train(tiny.get_config(), Path(sys.argv[1])))
+"""
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    broken = subprocess.run(
+        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert broken.returncode == 128 + signal.SIGTERM, broken.stderr
+    kept = workdir / "rollouts" / "interrupted_000030.jsonl.gz"
+    vocab_size = runtime.build(tiny.get_config()).vocab_size
+    assert len(trajectory_lib.load(kept, vocab_size=vocab_size)) >= 2
+    status, output = finish(start(workdir))
+    assert status == 0, output
+    assert not kept.exists()
+    assert comparable(workdir) == comparable(finished)
+
+
 def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
     (tmp_path / "other").write_text("text")
     run = evaluate(finished, f"--trajectories={tmp_path / 'other'}")
@@ -207,13 +303,22 @@ def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate", "sweep"])
-def test_help_helps(program):
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("train", ("config", "workdir")),
+        ("evaluate", ("config", "workdir")),
+        ("sweep", ("config", "workdir")),
+        ("view", ("trajectories", "rollout")),
+        ("tasks", ("task", "show")),
+    ],
+)
+def test_help_helps(program, flags):
     run = subprocess.run(
         [sys.executable, "-m", f"echo_jax.{program}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert f"python -m echo_jax.{program} --config=" in run.stdout
-    assert "--workdir" in run.stdout
+    assert f"python -m echo_jax.{program} --{flags[0]}=" in run.stdout
+    assert all(f"--{flag}" in run.stdout for flag in flags)
 
 
 def test_a_damaged_checkpoint_names_itself_and_the_way_on(finished, tmp_path):

@@ -129,6 +129,40 @@ def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, tmp_p
         np.testing.assert_array_equal(own, expected)
 
 
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path):
+    """Wherever it is: starting, compiling, in the demonstrations, the warm start, RL, saving, an evaluation."""
+    longer = (
+        "--config.num_steps=40",
+        "--config.warm_start.num_steps=40",
+        "--config.eval.every=5",
+        "--config.checkpoint.every=3",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin = time.monotonic()
+    status, output = finish(start(whole, *longer))
+    assert status == 0, output
+    length = time.monotonic() - begin
+    moments = np.random.default_rng().uniform(0.1, 0.8 * length, 10)
+    print("killed after seconds", moments.round(2).tolist())
+    reached = []
+    for seconds in moments:
+        process = start(killed, *longer)
+        time.sleep(seconds)
+        process.kill()
+        finish(process)
+        path = killed / "metrics.jsonl"
+        reached.append(read_metrics(path)[-1]["step"] if path.exists() and read_metrics(path) else 0)
+    print("steps reached", reached)
+    assert max(reached) > 0
+    status, output = finish(start(killed, *longer))
+    assert status == 0, output
+    assert comparable(killed) == comparable(whole)
+    states = [jax.tree.leaves(final_state(workdir)) for workdir in (killed, whole)]
+    for own, expected in zip(*states, strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
 def test_a_finished_run_is_not_run_again(finished):
     before = (finished / "metrics.jsonl").read_bytes()
     status, output = finish(start(finished))

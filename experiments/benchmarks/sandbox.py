@@ -82,7 +82,7 @@ def table() -> Iterator[str]:
     yield "# The sandbox: how often a second\n"
     yield (
         f"`python experiments/benchmarks/sandbox.py`, {datetime.date.today()}; {os.cpu_count()} CPU cores, "
-        f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}; limits by {limits_by}.\n"
+        f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}; {limits_by}.\n"
     )
     yield "| | 1 at once | 8 at once | 64 at once |"
     yield "|---|---|---|---|"

@@ -21,13 +21,15 @@ RANKS = [
     {"runtime"},
     {"world_model", "update"},
     {"evaluate"},
-    {"train", "sweep", "view"},
+    {"train", "sweep", "view", "tasks.__main__"},
 ]
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 
 
 def unit(path: Path) -> str:
-    """The file's name in RANKS: a folder counts as one."""
+    """The file's name in RANKS: a folder counts as one, but for a program in it."""
+    if path.name == "__main__.py":
+        return f"{path.parent.name}.__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
 
 

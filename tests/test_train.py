@@ -132,18 +132,14 @@ def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, tmp_p
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path):
     """Wherever it is: starting, compiling, in the demonstrations, the warm start, RL, saving, an evaluation."""
-    longer = (
-        "--config.num_steps=40",
-        "--config.warm_start.num_steps=40",
-        "--config.eval.every=5",
-        "--config.checkpoint.every=3",
-    )
+    fields = {"num_steps": 120, "warm_start.num_steps": 80, "eval.every": 10, "checkpoint.every": 3}
+    longer = [f"--config.{name}={value}" for name, value in fields.items()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     begin = time.monotonic()
     status, output = finish(start(whole, *longer))
     assert status == 0, output
     length = time.monotonic() - begin
-    moments = np.random.default_rng().uniform(0.1, 0.8 * length, 10)
+    moments = np.random.default_rng().uniform(0.1, 0.4 * length, 10)
     print("killed after seconds", moments.round(2).tolist())
     reached = []
     for seconds in moments:
@@ -154,7 +150,7 @@ def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path)
         path = killed / "metrics.jsonl"
         reached.append(read_metrics(path)[-1]["step"] if path.exists() and read_metrics(path) else 0)
     print("steps reached", reached)
-    assert max(reached) > 0
+    assert sum(0 < step < 200 for step in reached) >= 3  # else it says little
     status, output = finish(start(killed, *longer))
     assert status == 0, output
     assert comparable(killed) == comparable(whole)
@@ -392,6 +388,7 @@ def test_without_a_sandbox_nothing_starts(tmp_path, monkeypatch):
         ("mesh.tensor", 64),
         ("tokenizer.path", "/no/such.model"),
         ("task.lookup.words", 10),
+        ("task.mixture", {"shel": 1.0}),
         ("warm_start.success_rate", 1.5),
     ],
 )

@@ -5,6 +5,17 @@ scripted demonstrator. A new family is one module with a class like `LookupFamil
 """
 
 from echo_jax.tasks.lookup import LookupFamily
+from echo_jax.tasks.maze import MazeFamily
+from echo_jax.tasks.python import PythonFamily
 from echo_jax.tasks.rooms import RoomsFamily
+from echo_jax.tasks.shell import ShellFamily
+from echo_jax.tasks.sqlite import SqliteFamily
 
-FAMILIES = {"lookup": LookupFamily, "rooms": RoomsFamily}
+FAMILIES = {
+    "lookup": LookupFamily,
+    "rooms": RoomsFamily,
+    "shell": ShellFamily,
+    "python": PythonFamily,
+    "sqlite": SqliteFamily,
+    "maze": MazeFamily,
+}

@@ -49,7 +49,7 @@ def read(sandbox: Sandbox) -> None:
 
 ROWS: dict[str, tuple[Callable, bool]] = {  # name -> (what is done once, whether in a sandbox that stands)
     "episode start": (start, False),
-    "bash: `cat f | wc -l`": (bash, True),
+    "bash: `cat f \\| wc -l`": (bash, True),
     "bash: `cd d1; export X=1`": (bash_builtin, True),
     "python: `len(open('/work/f').readlines())`": (python, True),
     "read a file": (read, True),

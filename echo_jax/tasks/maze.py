@@ -1,0 +1,152 @@
+"""Maze: walk to a goal in a text maze that is new in every task, as in the microcosm of the ECHO paper
+(arXiv:2605.24517). It runs no process: the world is a few numbers.
+
+The agent knows where it stands and where the goal is, and sees the doors of its own cell only.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+
+from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tools.sandbox import CommandResult, Status
+
+Cell = tuple[int, int]  # column, row; the first row is the northmost
+
+STEPS = {"north": (0, -1), "east": (1, 0), "south": (0, 1), "west": (-1, 0)}
+EXTRA_DOORS = 0.15  # share of the doors that a spanning tree leaves closed: there is more than one way
+MAX_WANDERING = 12  # steps of a flawed demonstration
+
+
+class MazeWorld:
+    """Where the agent stands. `doors`: the pairs of cells between which one can walk."""
+
+    def __init__(self, doors: frozenset[tuple[Cell, Cell]], start: Cell, goal: Cell):
+        self.cell = start
+        self.goal = goal
+        self.timeout = 1.0
+        self.cwd = "/"
+        self._doors = doors
+
+    def go(self, direction: str) -> CommandResult:
+        started = time.monotonic()
+        if direction not in STEPS:
+            return self._answer(f"go {', '.join(STEPS)}", started, well=False)
+        following = neighbour(self.cell, direction)
+        if (self.cell, following) not in self._doors:
+            return self._answer(f"wall; {self.seen()}", started, well=False)
+        self.cell = following
+        return self._answer(self.seen(), started, well=True)
+
+    def seen(self) -> str:
+        """Returns what the agent sees: `at 2 3; doors north east; goal 5 0`."""
+        doors = [direction for direction in STEPS if (self.cell, neighbour(self.cell, direction)) in self._doors]
+        return f"at {self.cell[0]} {self.cell[1]}; doors {' '.join(doors)}; goal {self.goal[0]} {self.goal[1]}"
+
+    def _answer(self, text: str, started: float, *, well: bool) -> CommandResult:
+        return CommandResult(
+            status=Status.OK if well else Status.NONZERO,
+            exit_code=0 if well else 1,
+            head=f"{text}\n".encode(),
+            tail=b"",
+            dropped_bytes=0,
+            seconds=time.monotonic() - started,
+            cwd=self.cwd,
+        )
+
+    def kill_processes(self) -> None:
+        """There are none."""
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MazeTask(Task):
+    """Solved when the agent submits while it stands on the goal."""
+
+    tools: tuple[str, ...] = ("go",)
+    doors: frozenset[tuple[Cell, Cell]]
+    start: Cell
+    goal: Cell
+
+    def world(self) -> MazeWorld:
+        return MazeWorld(self.doors, self.start, self.goal)
+
+    def score(self, answer: str | None, world: MazeWorld) -> float:
+        return float(answer is not None and world.cell == self.goal)
+
+    def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
+        if solve:
+            for direction in shortest_ways(self.doors, self.start)[self.goal]:
+                yield f"go {direction}"
+        else:  # wander towards the goal and into walls, give up somewhere
+            x, y = self.goal[0] - self.start[0], self.goal[1] - self.start[1]
+            liked = ["east" if x > 0 else "west"] * abs(x) + ["south" if y > 0 else "north"] * abs(y)
+            for _ in range(int(rng.integers(1, MAX_WANDERING + 1))):
+                yield f"go {rng.choice([*liked, *STEPS])}"
+        yield "submit "
+
+
+class MazeFamily:
+    """A random maze of `width` × `height` cells for each task; the goal is half of the longest way off at least."""
+
+    def __init__(self, width: int, height: int):
+        if min(width, height) < 2 or max(width, height) > 20:
+            raise ValueError(f"task.maze: {width} × {height} cells; choose 2 to 20 each way")
+        self.width = width
+        self.height = height
+
+    def make(self, split: Split, index: int) -> MazeTask:
+        rng = np.random.default_rng([*b"maze", {"train": 1, "heldout": 2}[split], self.width, self.height, index])
+        cells = [(x, y) for x in range(self.width) for y in range(self.height)]
+        doors = _dig(cells, rng)
+        start = cells[int(rng.integers(len(cells)))]
+        ways = shortest_ways(doors, start)
+        longest = max(map(len, ways.values()))
+        far = [cell for cell, way in ways.items() if 2 * len(way) >= longest]
+        goal = far[int(rng.integers(len(far)))]
+        return MazeTask(
+            name=f"maze/{split}/{index}",
+            prompt=f"Walk to the goal, then submit. {MazeWorld(doors, start, goal).seen()}",
+            doors=doors,
+            start=start,
+            goal=goal,
+        )
+
+
+def neighbour(cell: Cell, direction: str) -> Cell:
+    return cell[0] + STEPS[direction][0], cell[1] + STEPS[direction][1]
+
+
+def _dig(cells: list[Cell], rng: np.random.Generator) -> frozenset[tuple[Cell, Cell]]:
+    """Returns the doors of a random spanning tree, made by a walk that backs out of dead ends, and some more."""
+    pairs = [(cell, neighbour(cell, direction)) for cell in cells for direction in ("east", "south")]
+    doors = {pair for pair in pairs if pair[1] in cells and rng.random() < EXTRA_DOORS}
+    path = [cells[int(rng.integers(len(cells)))]]
+    visited = {path[0]}
+    while path:
+        beside = [neighbour(path[-1], direction) for direction in STEPS]
+        new = [cell for cell in beside if cell in cells and cell not in visited]
+        if not new:
+            path.pop()
+            continue
+        following = new[int(rng.integers(len(new)))]
+        doors.add((path[-1], following))
+        visited.add(following)
+        path.append(following)
+    return frozenset(doors | {(there, here) for here, there in doors})
+
+
+def shortest_ways(doors: frozenset[tuple[Cell, Cell]], start: Cell) -> dict[Cell, tuple[str, ...]]:
+    """Returns the directions of a shortest way to each cell."""
+    ways: dict[Cell, tuple[str, ...]] = {start: ()}
+    queue = [start]
+    for cell in queue:
+        for direction in STEPS:
+            following = neighbour(cell, direction)
+            if (cell, following) in doors and following not in ways:
+                ways[following] = (*ways[cell], direction)
+                queue.append(following)
+    return ways

@@ -1,0 +1,166 @@
+"""Tasks made from templates: what the families `shell`, `python` and `sqlite` have in common.
+
+In: templates, functions of random numbers and a level. Out: tasks. A template draws its own content, so that no two
+tasks are alike, and says what earns the reward (`Goal`), by which turns, and how a beginner would go wrong.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.words import WORDS
+from echo_jax.tools.sandbox import Sandbox, SandboxBroken, SandboxError, Status
+
+LEVELS = (1, 2, 3)
+_SPLITS = {"train": 1, "heldout": 2}
+_Item = TypeVar("_Item")
+
+
+class Goal(Protocol):
+    """What earns the reward."""
+
+    answer: str  # what the one who solves it submits; empty where a deed is asked for
+
+    def reached(self, answer: str, sandbox: Sandbox) -> bool: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The right words in the right order, however they are spaced; a path may begin with `./`."""
+
+    answer: str
+
+    def reached(self, answer: str, sandbox: Sandbox) -> bool:
+        return _plain_words(answer) == _plain_words(self.answer)
+
+
+def _plain_words(text: str) -> list[str]:
+    return [word.removeprefix("./") for word in text.split()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a template makes."""
+
+    prompt: str
+    files: Mapping[str, bytes]
+    symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    solution: tuple[str, ...]  # the turns that solve it, but for the submission
+    slip: str  # what a beginner might write in place of the last of them
+    goal: Goal
+
+
+Template = Callable[[np.random.Generator, int], Problem]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProceduralTask(Task):
+    """A problem as a task."""
+
+    template: str
+    problem: Problem
+
+    def score(self, answer: str | None, world: Sandbox) -> float:
+        return float(answer is not None and self.problem.goal.reached(answer, world))
+
+    def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
+        problem = self.problem
+        flaw = "none" if solve else pick(rng, ["slip", "slip", "too early", "guess"])
+        *first, last = problem.solution
+        observation = ""
+        for turn in {"none": [*first, last], "slip": [*first, problem.slip], "too early": first, "guess": []}[flaw]:
+            observation = yield turn
+        if solve:
+            answer = problem.goal.answer
+        elif flaw == "slip" and problem.goal.answer and 0 < len(observation) < 200:
+            answer = " ".join(observation.split())
+        else:
+            answer = self._guess(rng)
+        yield f"submit {answer}"
+
+    def _guess(self, rng: np.random.Generator) -> str:
+        """Returns an answer of the right kind, almost always wrong."""
+        return " ".join(
+            str(int(word) + int(rng.integers(1, 1 + max(10, abs(int(word))))))
+            if word.removeprefix("-").isdigit()
+            else pick(rng, WORDS)
+            for word in self.problem.goal.answer.split()
+        )
+
+
+class ProceduralFamily:
+    """Tasks of some templates, each as often as the others. `level`: how large they are, and of how many steps."""
+
+    name: ClassVar[str]
+    tools: ClassVar[tuple[str, ...]]
+    templates: ClassVar[Mapping[str, Template]]
+
+    def __init__(self, level: int):
+        if level not in LEVELS:
+            raise ValueError(f"task.{self.name}.level = {level}: choose {LEVELS[0]} to {LEVELS[-1]}")
+        self.level = level
+
+    def make(self, split: Split, index: int) -> ProceduralTask:
+        rng = np.random.default_rng([*self.name.encode(), _SPLITS[split], self.level, index])
+        template = pick(rng, list(self.templates))
+        problem = self.templates[template](rng, self.level)
+        return ProceduralTask(
+            name=f"{self.name}/{split}/{index}",
+            prompt=problem.prompt,
+            tools=self.tools,
+            files=problem.files,
+            symlinks=problem.symlinks,
+            template=template,
+            problem=problem,
+        )
+
+
+def by_level(level: int, *choices: _Item) -> _Item:
+    """Returns the choice that belongs to a level."""
+    return choices[level - 1]
+
+
+# -- drawing -------------------------------------------------------------------------------------------------------
+
+
+def draw(rng: np.random.Generator, items: Sequence[_Item], count: int) -> list[_Item]:
+    """Returns `count` different ones of `items`, in random order."""
+    return [items[i] for i in rng.choice(len(items), count, replace=False)]
+
+
+def pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
+    return items[int(rng.integers(len(items)))]
+
+
+def names(rng: np.random.Generator) -> Iterator[str]:
+    """Yields different words, none part of another, so that a search for one does not find another."""
+    for word in draw(rng, WORDS, len(WORDS)):
+        if not any(word != other and (word in other or other in word) for other in WORDS):
+            yield word
+
+
+# -- looking at what the agent left -----------------------------------------------------------------------------------
+
+
+def holds(sandbox: Sandbox, command: str) -> bool:
+    """Returns whether a command ends with status 0, untouched by what the agent did to its environment.
+
+    Raises SandboxBroken if the sandbox is dead through no doing of the agent.
+    """
+    result = sandbox.run(command, fresh=True)
+    if result.status is Status.INFRA:
+        raise SandboxBroken(f"the sandbox died while it was looked at: {result.head.decode(errors='replace')}")
+    return result.status is Status.OK
+
+
+def content(sandbox: Sandbox, path: str, limit: int) -> bytes | None:
+    """Returns a file; None if the agent left no regular one of at most `limit` bytes there."""
+    try:
+        return sandbox.read_file(path, limit=limit)
+    except SandboxBroken:
+        raise
+    except SandboxError:
+        return None

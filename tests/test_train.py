@@ -388,7 +388,6 @@ def test_without_a_sandbox_nothing_starts(tmp_path, monkeypatch):
         ("mesh.tensor", 64),
         ("tokenizer.path", "/no/such.model"),
         ("task.lookup.words", 10),
-        ("task.mixture", {"shel": 1.0}),
         ("warm_start.success_rate", 1.5),
     ],
 )

@@ -1,50 +1,44 @@
-"""The parts of a run, built from its config: the one place below the programs that sees a whole config.
+"""The parts of a run, built from its config and checked before any work starts.
 
-In: a validated config. Out: tokenizer, mesh, model, tasks, engine and collector, all checked before any work starts.
+In: a config. Out: a `Runtime`: what training.py builds, and what the host does with it: tokenizer, tasks, engine,
+collector, saved rollouts.
 """
 
 import dataclasses
 from pathlib import Path
 
 import grain
+import jax
 import ml_collections
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from echo_jax import config as config_lib
-from echo_jax import packing
-from echo_jax.advantages import ADVANTAGES, advantages_of, groups_of
+from echo_jax.advantages import ADVANTAGES, groups_of
 from echo_jax.calls import GRAMMARS
 from echo_jax.checkpoint import CheckpointError
 from echo_jax.config import ConfigError
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.environment import Machine, ScoreError
 from echo_jax.episode import Rules, start
-from echo_jax.loss import HeadOptions, LossOptions
+from echo_jax.kernels import attention
 from echo_jax.metrics import MetricsError
-from echo_jax.models.transformer import ModelConfig, abstract_params
+from echo_jax.models.transformer import REMAT
 from echo_jax.objective import (
     MODES,
     OBSERVATION_NORMALIZERS,
     POLICY_NORMALIZERS,
     SCHEDULES,
-    Objective,
-    mode_at,
-    scheduled_weight,
 )
-from echo_jax.optimizer import make_optimizer
-from echo_jax.policy_loss import CLIPPED, KL_ESTIMATORS, POLICY_LOSSES, Clip
+from echo_jax.policy_loss import CLIPPED, KL_ESTIMATORS, POLICY_LOSSES
 from echo_jax.render import Renderer
 from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout import Collector, RolloutError
-from echo_jax.selection import Selection, SelectionError, load_filter
-from echo_jax.sharding import make_mesh
+from echo_jax.selection import SelectionError, load_filter
 from echo_jax.tasks.stream import make_families, task_stream
 from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import Tokenizer, TokenizerError
 from echo_jax.tools import TOOL_IDS, sandbox
-from echo_jax.train_step import TrainState, abstract_state
+from echo_jax.training import Training, build_training
 from echo_jax.trajectory import Trajectory, TrajectoryError
 from echo_jax.trajectory import load as load_trajectories
 
@@ -68,6 +62,8 @@ DUAL_CLIPPED = [name for name, loss in POLICY_LOSSES.items() if loss.surrogate i
 CHOICES = {
     "rollout.grammar": GRAMMARS,
     "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": REMAT,
+    "model.attention": attention.IMPLEMENTATIONS,
     "loss.mode": RL_MODES,
     "loss.policy": [name for name in POLICY_LOSSES if name != "imitation"],
     "loss.advantage": ("auto", *ADVANTAGES),
@@ -79,28 +75,15 @@ CHOICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Runtime:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runtime(Training):
     """What train and evaluate share."""
 
-    config: ml_collections.ConfigDict
     renderer: Renderer
-    mesh: Mesh
-    model_config: ModelConfig
-    graphdef: object
-    abstract_params: dict
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
     imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model_config.vocab_size
-
-    @property
-    def rollouts_per_step(self) -> int:
-        return self.config.rollout.groups * self.config.rollout.group_size
 
     def make_engine(self) -> DenseEngine:
         rollout = self.config.rollout
@@ -117,96 +100,6 @@ class Runtime:
     def make_collector(self) -> Collector:
         rollout = self.config.rollout
         return Collector(self.renderer, episode_rules(self.config), sandboxes(self.config), rollout.tool_threads)
-
-    def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
-        o = self.config.optimizer
-        return make_optimizer(
-            learning_rate=learning_rate,
-            warmup_steps=o.warmup_steps,
-            b1=o.b1,
-            b2=o.b2,
-            weight_decay=o.weight_decay,
-            clip_norm=o.clip_norm,
-        )
-
-    def abstract_state(self) -> TrainState:
-        """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
-        return abstract_state(self.abstract_params, self.make_optimizer(0.0), self.mesh)
-
-    def imitation_objective(self) -> Objective:
-        """Returns the objective of the warm start: the same whatever RL ablates, so that all arms begin alike."""
-        return Objective(
-            mode="sft",
-            observation_weight=self.config.warm_start.observation_weight,
-            temperature=1.0,
-            policy_normalizer=POLICY_LOSSES["imitation"].normalizer,
-            every_action=True,
-        )
-
-    def objective(self, step: int) -> Objective:
-        """Returns the objective of an RL step, from 0."""
-        loss = self.config.loss
-        policy = POLICY_LOSSES[loss.policy]
-        steps = loss.observation_schedule_steps or self.config.num_steps
-        return Objective(
-            mode=mode_at(step, loss.mode, loss.mode_changes),
-            observation_weight=scheduled_weight(loss.observation_weight, loss.observation_schedule, step, steps),
-            temperature=self.config.rollout.temperature,
-            selection=Selection(
-                class_weights=dict(loss.class_weights),
-                tool_weights=dict(loss.tool_weights),
-                keep=load_filter(loss.observation_filter),
-                top_entropy=loss.top_entropy,
-                dedupe=loss.dedupe,
-            ),
-            observation_normalizer=loss.observation_normalizer,
-            observation_constant=loss.observation_constant or self.config.rollout.max_tokens,
-            reward_adaptive=loss.reward_adaptive,
-            min_valid_calls=loss.min_valid_calls,
-            clean_parse=loss.clean_parse,
-            policy_normalizer=policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer,
-            policy_constant=loss.policy_constant or self.config.rollout.max_tokens,
-            filter_zero_variance=policy.filter_zero_variance,
-            mask_overlong=loss.mask_overlong,
-            every_action=policy.every_action,
-            kl_weight=loss.kl_weight,
-        )
-
-    def advantages(self, trajectories) -> np.ndarray:
-        loss = self.config.loss
-        estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
-        return advantages_of(trajectories, estimator)
-
-    def head_options(self) -> HeadOptions:
-        loss = self.config.loss
-        mesh = self.mesh if self.mesh.size > 1 else None
-        return HeadOptions(loss.token_block, loss.vocab_block, loss.score_all, mesh)
-
-    def imitation_options(self) -> LossOptions:
-        return LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=self.head_options())
-
-    def loss_options(self) -> LossOptions:
-        """Returns the options of the RL steps."""
-        loss = self.config.loss
-        own = POLICY_LOSSES[loss.policy].clip or Clip(0.0, 0.0)
-        return LossOptions(
-            policy=loss.policy,
-            clip=Clip(
-                own.low if loss.clip_low is None else loss.clip_low,
-                own.high if loss.clip_high is None else loss.clip_high,
-                loss.dual_clip,
-            ),
-            head=self.head_options(),
-            importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
-            observation_clip=loss.observation_clip,
-            kl_estimator=loss.kl_estimator,
-        )
-
-    def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
-        """Packs into the one shape that holds any `at_most` trajectories of this run."""
-        rows, length = self.config.pack.rows, self.config.pack.length
-        capacity = packing.capacity(at_most, self.config.rollout.max_tokens, rows=rows, length=length)
-        return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
 
 
 def episode_rules(config: ml_collections.ConfigDict) -> Rules:
@@ -359,28 +252,20 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
     tokenizer = Tokenizer(config.tokenizer.path)
     mixture = dict(config.task.mixture)
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
-    model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config.model)
     try:
         sandboxes(config)
         families = make_families(mixture, parameters)
         if any(family.make("train", 0).world() is None for family in families.values()):
             sandbox.probe(config.sandbox.backend)
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if tokenizer.vocab_size % config.mesh.tensor:
-        raise ConfigError(f"{tokenizer.vocab_size} pieces are not divisible by mesh.tensor = {config.mesh.tensor}")
-    graphdef, params = abstract_params(model_config, mesh)
+    training = build_training(config, tokenizer.vocab_size, jax.devices())
     renderer = Renderer(tokenizer)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
     _check_budgets(config, renderer, [train_tasks[i] for i in range(16)])
     return Runtime(
-        config=config,
+        **vars(training),
         renderer=renderer,
-        mesh=mesh,
-        model_config=model_config,
-        graphdef=graphdef,
-        abstract_params=params,
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         imitated=_imitated(config, tokenizer.vocab_size),

@@ -63,10 +63,10 @@ def micro_batch(batch: Batch, i: jax.Array, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(take(x), rows), batch)
 
 
-def _forward(graphdef, params, micro: Batch) -> tuple[jax.Array, jax.Array]:
+def _forward(graphdef, params, micro: Batch, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
     """Returns hidden states [B, T, D] of a micro-batch, and the LM head [V, D]."""
     model = bind(graphdef, params)
-    return model(micro.tokens, micro.positions, micro.segment_ids), model.head()
+    return model(micro.tokens, micro.positions, micro.segment_ids, mesh), model.head()
 
 
 def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mesh: Mesh, options: LossOptions):
@@ -79,7 +79,7 @@ def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mes
     inverse_denominators = denominators(batch)
 
     def micro_loss(params, micro):
-        hidden, head_weights = _forward(graphdef, params, micro)
+        hidden, head_weights = _forward(graphdef, params, micro, options.head.mesh)
         return echo_loss(hidden, head_weights, micro, inverse_denominators, options)
 
     def accumulate(i, carry):
@@ -141,7 +141,7 @@ def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Ba
     def logprobs(params, batch: Batch, micro_batches: jax.Array):
         def fill(i, values):
             micro = micro_batch(batch, i, mesh)
-            hidden, head_weights = _forward(graphdef, params, micro)
+            hidden, head_weights = _forward(graphdef, params, micro, head.mesh)
             own = score(hidden, head_weights, micro, head).logprob
             return jax.lax.dynamic_update_index_in_dim(values, own, i, 0)
 
@@ -155,7 +155,7 @@ def make_score(graphdef, head: HeadOptions) -> Callable[[dict, Batch], dict[str,
     options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=head)
 
     def metric_sums(params, micro: Batch):
-        hidden, head_weights = _forward(graphdef, params, micro)
+        hidden, head_weights = _forward(graphdef, params, micro, head.mesh)
         one = jnp.float32(1.0)
         return echo_loss(hidden, head_weights, micro, (one, one), options)[1]
 

@@ -52,7 +52,7 @@ class Scorer:
         return {name: value for name, value in found.items() if name.startswith(("ce", "accuracy", "tokens"))}
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]):
-        rows, length = self._runtime.config.pack.rows, self._runtime.config.pack.length
+        rows, length = self._runtime.rows, self._runtime.config.pack.length
         longest = max(len(t.ids) for t in trajectories)
         if longest > self.longest:
             raise TrajectoryError(

@@ -30,7 +30,8 @@ TINY = ModelConfig(
     norm_eps=1e-6,
     tie_embeddings=True,
     compute_dtype="float32",
-    remat=True,
+    remat="full",
+    attention="xla",
 )
 MESH = make_mesh(1, 1, 1)
 GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)

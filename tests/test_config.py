@@ -81,10 +81,9 @@ def test_a_field_that_does_not_exist_cannot_be_set():
         ("loss.clean_parse", True, "clean_parse = True.*only env_only"),
         ("loss.observation_filter", "no.such:filter", "no filter 'no.such:filter'.*module:function"),
         ("loss.observation_filter", "math:pi", "math:pi is a float"),
-        ("pack.rows", 0, "pack.rows = 0"),
+        ("pack.rows", -1, "pack.rows = -1"),
         ("optimizer.clip_norm", 0.0, "clip_norm = 0.0"),
         ("optimizer.b2", 1.0, "b2 = 1.0"),
-        ("mesh.fsdp", 5, "mesh.fsdp = 5"),
         ("warm_start.demonstrations", 3, "demonstrations = 3"),
     ],
 )

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "echo_jax"
 
 # rank -> modules, dotted below echo_jax; a folder's modules may import each other
 RANKS = [
-    {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli"},
+    {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli", "hlo"},
     {"batch", "tokenizer", "tools", "kernels"},
     {"trajectory", "render", "models", "calls"},
     {"tasks", "advantages", "policy_loss", "optimizer"},
@@ -17,11 +17,11 @@ RANKS = [
     {"objective"},
     {"packing", "loss"},
     {"engine", "episode", "train_step", "environment", "rollout_metrics"},
-    {"rollout"},
+    {"rollout", "training"},
     {"runtime"},
     {"world_model", "update"},
     {"evaluate"},
-    {"train", "sweep", "view", "tasks.__main__"},
+    {"train", "sweep", "view", "compile", "tasks.__main__"},
 ]
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 

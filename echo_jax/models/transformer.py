@@ -32,6 +32,14 @@ PARAM_AXES = {
 }
 
 
+# What the backward pass finds saved of each layer; the rest is computed again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its matmuls with weights gave
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shapes and numerics of a transformer; see config.py for the fields' meaning."""
@@ -47,7 +55,8 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     compute_dtype: str
-    remat: bool
+    remat: str  # key of REMAT
+    attention: str  # of attention.IMPLEMENTATIONS
 
 
 @flax.struct.dataclass
@@ -132,15 +141,21 @@ class Transformer(nnx.Module):
         stack = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(lambda rngs: Block(config, rngs)))
         self.layers = stack(rngs)
 
-    def __call__(self, tokens, positions, segment_ids):
-        """tokens, positions, segment_ids int32 [B, T] -> hidden [B, T, D] in the compute dtype."""
+    def __call__(self, tokens, positions, segment_ids, mesh: Mesh | None = None):
+        """tokens, positions, segment_ids int32 [B, T] -> hidden [B, T, D] in the compute dtype.
+
+        `mesh`: where they lie, for a kernel of attention that must be told; None: on one device.
+        """
+
+        def attend(q, k, v):
+            y = packed_attention(q, k, v, segment_ids, implementation=self.config.attention, mesh=mesh)
+            return y, None
 
         def layer(x, block):
-            attend = lambda q, k, v: (packed_attention(q, k, v, segment_ids), None)  # noqa: E731
             return block(x, positions, attend)[0]
 
-        if self.config.remat:
-            layer = nnx.remat(layer)
+        if self.config.remat != "none":
+            layer = nnx.remat(layer, policy=REMAT[self.config.remat])
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return self._finish(run(self._embed(tokens), self.layers))
 

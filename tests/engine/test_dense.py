@@ -17,7 +17,7 @@ from echo_jax.sharding import make_mesh
 
 LANES, SLOTS, STOP = 3, 48, 0
 CLOSE = 1e-4
-UNTIED = dataclasses.replace(TINY, tie_embeddings=False, remat=False)
+UNTIED = dataclasses.replace(TINY, tie_embeddings=False, remat="none")
 SMALL_VOCABULARY = dataclasses.replace(TINY, vocab_size=8)
 
 

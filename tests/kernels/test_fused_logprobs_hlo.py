@@ -1,20 +1,17 @@
 """What the compiled sharded program does: where its collectives stand, and how large its arrays get."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from echo_jax.hlo import collectives, largest_array
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
 from echo_jax.sharding import make_mesh
 
 TOKENS, DIM, VOCAB = 512, 64, 4096
 VOCAB_BLOCK, TOKEN_BLOCK = 128, 32
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
-SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 def compiled_text(mesh, gather_once=False) -> str:
@@ -40,77 +37,26 @@ def compiled_text(mesh, gather_once=False) -> str:
     return jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile().as_text()
 
 
-def computations(text: str) -> dict[str, list[str]]:
-    """Name -> lines of each computation of an HLO module."""
-    found, name = {}, None
-    for line in text.splitlines():
-        if (start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)) is not None:
-            name = start[1]
-            found[name] = []
-        elif name is not None:
-            found[name].append(line)
-    return found
-
-
-def loop_depths(parts: dict[str, list[str]]) -> dict[str, int]:
-    """Name -> the number of while loops around a computation, 0 for the entry."""
-    called_in_loop = {n: re.findall(r"body=%?([\w.\-]+)", "\n".join(lines)) for n, lines in parts.items()}
-    called = {
-        n: re.findall(r"(?:calls|to_apply|condition|body|branch_computations)=\{?%?([\w.\-]+)", "\n".join(lines))
-        for n, lines in parts.items()
-    }
-    depths = dict.fromkeys(parts, 0)
-    for _ in range(len(parts)):
-        for n in parts:
-            for callee in called[n]:
-                if callee in depths:
-                    depths[callee] = max(depths[callee], depths[n] + (callee in called_in_loop[n]))
-    return depths
-
-
-def elements(shape: str) -> int:
-    """Elements of the largest array of a result's type."""
-    sizes = []
-    for dimensions in SHAPE.findall(shape):
-        size = 1
-        for dimension in filter(None, dimensions.split(",")):
-            size *= int(dimension)
-        sizes.append(size)
-    return max(sizes, default=0)
-
-
-def collectives(text: str) -> list[tuple[int, str, int]]:
-    """(loops around it, kind, elements) of every collective."""
-    parts = computations(text)
-    depths = loop_depths(parts)
-    return [
-        (depths[name], match[2], elements(match[1]))
-        for name, lines in parts.items()
-        for line in lines
-        if (match := COLLECTIVE.search(line)) is not None
-    ]
-
-
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 2), (1, 8, 1)])
 def test_no_collective_in_the_token_loop_and_none_of_the_heads_size_in_any_loop(shape):
     # Broken on purpose: with the vocabulary's psum moved into `over_tokens`, a collective shows at depth 2.
     found = collectives(compiled_text(make_mesh(*shape)))
-    inside = [(depth, kind, size) for depth, kind, size in found if depth]
+    inside = [c for c in found if c.depth]
     assert inside  # the head is streamed: a gather a block
-    assert all(depth == 1 for depth, _, _ in inside)
-    assert max(size for _, _, size in inside) <= VOCAB_BLOCK * DIM
+    assert all(c.depth == 1 for c in inside)
+    assert max(c.elements for c in inside) <= VOCAB_BLOCK * DIM
 
 
 def test_gathered_once_only_the_gradient_of_a_block_moves_in_the_loop():
     found = collectives(compiled_text(make_mesh(1, 2, 4), gather_once=True))
-    assert not [kind for depth, kind, _ in found if depth and kind == "all-gather"]
-    assert [size for depth, kind, size in found if not depth and kind == "all-gather"]
+    assert not [c for c in found if c.depth and c.kind == "all-gather"]
+    assert [c for c in found if not c.depth and c.kind == "all-gather"]
 
 
 def test_no_array_of_tokens_by_vocabulary_exists():
     text = compiled_text(make_mesh(1, 2, 4))
     local_logits = TOKENS // 2 * VOCAB // 4
-    largest = max(elements(line.split("=")[1].split("(")[0]) for line in text.splitlines() if " = " in line)
+    largest = max(largest_array(line.split("=")[1].split("(")[0])[1] for line in text.splitlines() if " = " in line)
     assert largest < local_logits
 
 

@@ -1,0 +1,182 @@
+"""What an update needs, built from a config: mesh, shapes of the model and of the state, objective, optimizer, packing.
+
+In: a config, a vocabulary and devices, which may be TPUs that are not there. Out: a `Training`, with no memory used.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from echo_jax import packing
+from echo_jax.advantages import advantages_of
+from echo_jax.config import ConfigError
+from echo_jax.loss import HeadOptions, LossOptions
+from echo_jax.models.transformer import ModelConfig, abstract_params
+from echo_jax.objective import Objective, mode_at, scheduled_weight
+from echo_jax.optimizer import make_optimizer
+from echo_jax.policy_loss import POLICY_LOSSES, Clip
+from echo_jax.selection import Selection, load_filter
+from echo_jax.sharding import make_mesh
+from echo_jax.train_step import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The half of a run that the accelerators see."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    model_config: ModelConfig
+    graphdef: object
+    abstract_params: dict
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.config.rollout.groups * self.config.rollout.group_size
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, over all devices."""
+        return self.config.pack.rows or self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def capacity(self, at_most: int) -> int:
+        """Returns the micro-batches that hold any `at_most` trajectories of this run."""
+        pack = self.config.pack
+        return packing.capacity(at_most, self.config.rollout.max_tokens, rows=self.rows, length=pack.length)
+
+    def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+        o = self.config.optimizer
+        return make_optimizer(
+            learning_rate=learning_rate,
+            warmup_steps=o.warmup_steps,
+            b1=o.b1,
+            b2=o.b2,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
+        return abstract_state(self.abstract_params, self.make_optimizer(0.0), self.mesh)
+
+    def imitation_objective(self) -> Objective:
+        """Returns the objective of the warm start: the same whatever RL ablates, so that all arms begin alike."""
+        return Objective(
+            mode="sft",
+            observation_weight=self.config.warm_start.observation_weight,
+            temperature=1.0,
+            policy_normalizer=POLICY_LOSSES["imitation"].normalizer,
+            every_action=True,
+        )
+
+    def objective(self, step: int) -> Objective:
+        """Returns the objective of an RL step, from 0."""
+        loss = self.config.loss
+        policy = POLICY_LOSSES[loss.policy]
+        steps = loss.observation_schedule_steps or self.config.num_steps
+        return Objective(
+            mode=mode_at(step, loss.mode, loss.mode_changes),
+            observation_weight=scheduled_weight(loss.observation_weight, loss.observation_schedule, step, steps),
+            temperature=self.config.rollout.temperature,
+            selection=Selection(
+                class_weights=dict(loss.class_weights),
+                tool_weights=dict(loss.tool_weights),
+                keep=load_filter(loss.observation_filter),
+                top_entropy=loss.top_entropy,
+                dedupe=loss.dedupe,
+            ),
+            observation_normalizer=loss.observation_normalizer,
+            observation_constant=loss.observation_constant or self.config.rollout.max_tokens,
+            reward_adaptive=loss.reward_adaptive,
+            min_valid_calls=loss.min_valid_calls,
+            clean_parse=loss.clean_parse,
+            policy_normalizer=policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer,
+            policy_constant=loss.policy_constant or self.config.rollout.max_tokens,
+            filter_zero_variance=policy.filter_zero_variance,
+            mask_overlong=loss.mask_overlong,
+            every_action=policy.every_action,
+            kl_weight=loss.kl_weight,
+        )
+
+    def advantages(self, trajectories) -> np.ndarray:
+        loss = self.config.loss
+        estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
+        return advantages_of(trajectories, estimator)
+
+    def head_options(self) -> HeadOptions:
+        loss = self.config.loss
+        mesh = self.mesh if self.mesh.size > 1 else None
+        return HeadOptions(loss.token_block, loss.vocab_block, loss.score_all, mesh)
+
+    def imitation_options(self) -> LossOptions:
+        return LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=self.head_options())
+
+    def loss_options(self) -> LossOptions:
+        """Returns the options of the RL steps."""
+        loss = self.config.loss
+        own = POLICY_LOSSES[loss.policy].clip or Clip(0.0, 0.0)
+        return LossOptions(
+            policy=loss.policy,
+            clip=Clip(
+                own.low if loss.clip_low is None else loss.clip_low,
+                own.high if loss.clip_high is None else loss.clip_high,
+                loss.dual_clip,
+            ),
+            head=self.head_options(),
+            importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
+            observation_clip=loss.observation_clip,
+            kl_estimator=loss.kl_estimator,
+        )
+
+    def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
+        """Packs into the one shape that holds any `at_most` trajectories of this run."""
+        length, capacity = self.config.pack.length, self.capacity(at_most)
+        return packing.pack(trajectories, weights, length=length, rows=self.rows, micro_batches=capacity)
+
+
+def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Training:
+    """Builds it for the first devices that the mesh of the config takes; `vocab_size` is the tokenizer's.
+
+    Raises:
+      ConfigError: a size does not divide, or there are too few devices.
+    """
+    own = config.model.vocab_size or vocab_size
+    if own < vocab_size:
+        raise ConfigError(f"config.model.vocab_size = {own} is less than the tokenizer's {vocab_size} pieces")
+    sizes = config.mesh
+    try:
+        mesh = make_mesh(
+            sizes.data, sizes.fsdp or max(1, len(devices) // (sizes.data * sizes.tensor)), sizes.tensor, devices
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model_config = ModelConfig(**{**config.model, "vocab_size": own})
+    _check_divides(config, own, mesh)
+    graphdef, params = abstract_params(model_config, mesh)
+    return Training(config, mesh, model_config, graphdef, params)
+
+
+def _check_divides(config: ml_collections.ConfigDict, vocab_size: int, mesh: Mesh) -> None:
+    """Raises `ConfigError`, naming both numbers, for a size that cannot be spread evenly over the mesh."""
+    shards, model = mesh.shape, config.model
+    for name, value, axes in (
+        ("config.pack.rows", config.pack.rows, ("data", "fsdp")),
+        ("config.model.embed_dim", model.embed_dim, ("fsdp",)),
+        ("config.model.num_heads", model.num_heads, ("tensor",)),
+        ("config.model.num_kv_heads", model.num_kv_heads, ("tensor",)),
+        ("config.model.ffn_dim", model.ffn_dim, ("tensor",)),
+        ("vocabulary", vocab_size, ("tensor",)),
+    ):
+        size = int(np.prod([shards[axis] for axis in axes]))
+        if value % size:
+            over = " * ".join(f"mesh.{axis}" for axis in axes)
+            raise ConfigError(f"{name} = {value} is not divisible by {over} = {size}")

@@ -1,0 +1,152 @@
+"""Laws of compiling ahead of time: what it counts, what it refuses, and that the real step compiles for a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import qwen3_8b, tiny
+from echo_jax import compile as compile_lib
+from echo_jax import hlo
+from echo_jax.config import ConfigError
+from echo_jax.sharding import make_mesh
+from echo_jax.training import build_training
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_collectives_are_found_with_their_kind_size_and_loops():
+    mesh = make_mesh(1, 8, 1)
+    on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+
+    def step(weights, x):
+        def layer(i, x):
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(weights[i], on(None, None)))
+
+        return jnp.sum(jax.lax.fori_loop(0, 5, layer, x))
+
+    arguments = (
+        jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=on(None, "fsdp", None)),
+        jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=on("fsdp", None)),
+    )
+    text = jax.jit(step).lower(*arguments).compile().as_text()
+    found = hlo.collectives(text)
+    assert [(c.bytes, c.elements, c.depth) for c in found if c.kind == "all-gather"] == [(64 * 64 * 4, 64 * 64, 1)]
+    assert [(c.bytes, c.depth) for c in found if c.kind == "all-reduce"] == [(4, 0)]
+    counts = compile_lib.by_kind(text)
+    assert counts["all-gather"] == {"number": 1, "bytes": 16384, "bytes_in_loops": 16384, "largest_bytes": 16384}
+    assert counts["all-reduce"]["bytes_in_loops"] == 0
+
+
+@pytest.mark.parametrize(
+    ("result", "size"),
+    [("f32[8,128]{1,0}", 4096), ("(bf16[4]{0}, u32[], pred[100]{0})", 100), ("f8e4m3fn[10]", 10), ("f32[]", 4)],
+)
+def test_the_size_of_a_result_is_its_largest_arrays(result, size):
+    assert hlo.largest_array(result)[0] == size
+
+
+def test_flops_by_hand():
+    """Weights of Qwen3-8B: 8.19e9, of which the embedding's 0.62e9 are looked up and not multiplied."""
+    training = build_training(qwen3_8b.get_config(), 1280, jax.devices()[:1])
+    weights = sum(x.size for x in jax.tree.leaves(training.abstract_params))
+    assert weights == 8_190_726_144
+    tokens, attention = 16_384, 36 * 2 * 16_384 * 32 * 128
+    norms = (2 * 36 + 1) * 4096
+    assert compile_lib.flops(training) == 3 * tokens * (2 * (weights - 151_936 * 4096 - norms) + attention)
+
+
+def test_the_mesh_takes_the_devices_that_are_left():
+    config = tiny.get_config()
+    config.model.num_kv_heads = 2
+    config.mesh.update(data=2, fsdp=0, tensor=2)
+    config.pack.rows = 0
+    training = build_training(config, 1280, jax.devices())
+    assert (dict(training.mesh.shape), training.rows) == ({"data": 2, "fsdp": 2, "tensor": 2}, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mesh.fsdp": 5}, "pack.rows = 2 is not divisible by mesh.data * mesh.fsdp = 5"),
+        ({"mesh.fsdp": 64}, "needs 64 devices, there are 8"),
+        ({"mesh.tensor": 2}, "num_kv_heads = 1 is not divisible by mesh.tensor = 2"),
+        ({"mesh.tensor": 2, "model.num_kv_heads": 2, "model.vocab_size": 1281}, "vocabulary = 1281"),
+        ({"model.vocab_size": 12}, "vocab_size = 12 is less than the tokenizer's 1280"),
+    ],
+)
+def test_what_cannot_be_spread_names_both_numbers(fields, named):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=named.replace("*", r"\*")):
+        build_training(config, 1280, jax.devices())
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "echo_jax.compile", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--config=configs/tiny.py", "--topology=v5litepod-16"], "a chip of v4, v5e"),
+        (["--topology=v5e:2x2"], "give --config, or --table"),
+        (["--table=configs/none.py", "--topology=v5e:2x2"], "there is no config file configs/none.py"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line(arguments, named):
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert named in result.stderr or "TPU compiler is missing" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.tpu
+def test_the_real_step_compiles_for_tpu_and_is_described():
+    fits = run("--table=configs/tiny.py", "--topology=v5e:2x2")
+    assert fits.returncode == 1
+    assert "has 1 chips, v5e:2x2 has 4" in fits.stderr
+    mesh = ["--config.mesh.fsdp=0", "--config.pack.rows=0", "--topology=v5e:2x2"]
+    splash = ["--config.model.attention=splash", "--config.model.head_dim=128", "--config.pack.length=512"]
+    for arguments in (mesh, [*mesh, *splash]):
+        result = run("--config=configs/tiny.py", *arguments)
+        assert result.returncode == 0, result.stderr
+        described = json.loads(result.stdout)
+        assert described["fits"]
+        assert described["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+        assert 0 < described["argument_bytes"] < described["peak_bytes"] < described["hbm_bytes"] == 16 * 2**30
+        assert described["collectives"]
+    shape = run("--config=configs/tiny.py", "--topology=v5e:3x5x7")
+    assert (shape.returncode, "Traceback" in shape.stderr) == (1, False)
+    assert "v5e:3x5x7" in shape.stderr
+
+
+@pytest.mark.tpu
+def test_no_logits_no_head_in_a_loop_and_no_whole_stack_of_layers_is_gathered():
+    """A model of Qwen3-8B's widths with four layers, on 16 chips."""
+    config = qwen3_8b.get_config()
+    config.model.num_layers = 4
+    config.pack.length = config.rollout.max_tokens = 2048
+    texts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_lib, "by_kind", texts.append)
+        compile_lib.compile_train_step(config, "v5e:4x4")
+    (text,) = texts
+    model = config.model
+    found = hlo.collectives(text)
+    layer = model.embed_dim * model.ffn_dim  # the largest matrix of one
+    assert found
+    assert max(c.elements for c in found) < 4 * layer
+    head = model.vocab_size * model.embed_dim
+    assert all(c.elements < head // 8 for c in found if c.depth)
+    arrays = (hlo.largest_array(line.split("=")[1].split("(")[0])[1] for line in text.splitlines() if " = " in line)
+    assert max(arrays) < 2048 * model.vocab_size

@@ -37,7 +37,7 @@ from echo_jax.selection import SelectionError, load_filter
 from echo_jax.tasks.stream import make_families, task_stream
 from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import Tokenizer, TokenizerError
-from echo_jax.tools import TOOL_IDS, sandbox
+from echo_jax.tools import TOOL_IDS, TOOLS, sandbox
 from echo_jax.training import Training, build_training
 from echo_jax.trajectory import Trajectory, TrajectoryError
 from echo_jax.trajectory import load as load_trajectories
@@ -115,9 +115,12 @@ def episode_rules(config: ml_collections.ConfigDict) -> Rules:
     )
 
 
-def _check_budgets(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
-    """Raises `ConfigError` if a prompt or the first turn of a solution does not fit the budgets of an episode."""
+def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
+    """Raises `ConfigError` if a task has a tool that there is not, or its prompt or the first turn of its solution does
+    not fit the budgets of an episode."""
     for task in tasks:
+        if unknown := [name for name in task.tools if name not in TOOLS]:
+            raise ConfigError(f"task {task.name} has the tools {unknown}; there are {', '.join(TOOLS)}")
         try:
             episode = start(renderer, episode_rules(config), task.prompt, task.tools)
         except ValueError as error:
@@ -262,7 +265,7 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
     training = build_training(config, tokenizer.vocab_size, jax.devices())
     renderer = Renderer(tokenizer)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
-    _check_budgets(config, renderer, [train_tasks[i] for i in range(16)])
+    _check_tasks(config, renderer, [train_tasks[i] for i in range(16)])
     return Runtime(
         **vars(training),
         renderer=renderer,

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from synthetic import varied
 
-from configs import tiny
+from configs import maze, tiny
 from echo_jax import runtime
 from echo_jax.advantages import advantages_of
+from echo_jax.config import ConfigError
 from echo_jax.policy_loss import POLICY_LOSSES, Clip
+from echo_jax.tasks import FAMILIES
+from echo_jax.tasks.lookup import LookupFamily
+from echo_jax.tools import bubblewrap, sandbox
 
 BUILT = runtime.build(tiny.get_config())
 
@@ -108,3 +112,49 @@ def test_a_policy_loss_brings_its_advantage_and_normaliser_unless_told_otherwise
     told = with_fields(policy=policy, advantage="reward", policy_normalizer="token")
     np.testing.assert_array_equal(told.advantages(chosen), advantages_of(chosen, "reward"))
     assert told.objective(0).policy_normalizer == "token"
+
+
+class NoSuchTool(LookupFamily):
+    def make(self, split, index):
+        return dataclasses.replace(super().make(split, index), tools=("bash", "browser"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"task.mixture": {"shel": 1.0}}, r"\['shel'\]; choose from lookup, rooms, shell, python, sqlite, maze"),
+        ({"task.mixture": {"shell": 1.0}, "task.shell.level": 9}, "task.shell.level = 9: choose 1 to 3"),
+        ({"task.mixture": {"maze": 1.0}, "task.maze.width": 1}, "task.maze: 1 × 6 cells"),
+        ({"task.mixture": {"shell": 1.0}}, "leaves of config.rollout.max_tokens = 64|no room in rollout.max_tokens"),
+        ({"rollout.grammar": "xml"}, "choose one of plain, json"),
+        ({"sandbox.disk_bytes": 1 << 40}, "disk_bytes"),
+        ({"sandbox.backend": "docker"}, "auto, bubblewrap"),
+        ({"rollout.max_seconds": 0.0}, "max_seconds = 0.0: it must be above 0"),
+    ],
+)
+def test_a_task_tool_or_limit_that_cannot_be_is_named_before_any_episode(fields, named):
+    config = tiny.get_config()
+    for name, value in fields.items():
+        if name == "task.mixture":
+            config.task.mixture = value
+        else:
+            config.update_from_flattened_dict({name: value})
+    with pytest.raises(ConfigError, match=named):
+        runtime.build(config)
+
+
+def test_a_task_with_a_tool_that_there_is_not_is_named(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "lookup", NoSuchTool)
+    with pytest.raises(ConfigError, match=r"lookup/train/0 has the tools \['browser'\]; there are bash, python"):
+        runtime.build(tiny.get_config())
+
+
+def test_tasks_that_run_no_subprocess_need_no_sandbox(monkeypatch):
+    monkeypatch.setattr(bubblewrap, "candidates", lambda: [])
+    sandbox._accepted.cache_clear()
+    try:
+        assert runtime.build(maze.get_config()).heldout_tasks[0].tools == ("go",)
+        with pytest.raises(sandbox.SandboxUnavailable, match="configs/maze.py"):
+            runtime.build(tiny.get_config())
+    finally:
+        sandbox._accepted.cache_clear()

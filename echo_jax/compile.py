@@ -28,6 +28,7 @@ from echo_jax import batch as batch_lib
 from echo_jax import hlo
 from echo_jax.cli import run_program
 from echo_jax.config import ConfigError
+from echo_jax.flops import train_flops
 from echo_jax.runtime import validate
 from echo_jax.sharding import sharding_of
 from echo_jax.tokenizer import Tokenizer, TokenizerError
@@ -57,19 +58,6 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except (RuntimeError, ValueError) as error:
         raise CompileError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
-
-
-def flops(training: Training) -> int:
-    """Returns the analytic FLOPs of one micro-batch of full rows, forward and backward, without what is computed again.
-
-    Two a weight and token forward, four backward; attention counts half of its square (causal), one segment a row.
-    """
-    model, tokens = training.config.model, training.rows * training.config.pack.length
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = model.embed_dim * heads + 3 * model.embed_dim * model.ffn_dim
-    weights = model.num_layers * layer + training.vocab_size * model.embed_dim
-    attention = model.num_layers * 2 * training.config.pack.length * model.num_heads * model.head_dim
-    return 3 * tokens * (2 * weights + attention)
 
 
 def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict:
@@ -110,14 +98,15 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
 
 
 def _described(training: Training, topology: str, seconds: float) -> dict:
+    rows, length = training.rows, training.config.pack.length
     return {
         "topology": topology,
         "mesh": dict(training.mesh.shape),
-        "rows": training.rows,
-        "tokens_a_row": training.config.pack.length,
+        "rows": rows,
+        "tokens_a_row": length,
         "parameters": sum(x.size for x in jax.tree.leaves(training.abstract_params)),
         "hbm_bytes": HBM_BYTES[topology.partition(":")[0]],
-        "flops": flops(training),
+        "flops": train_flops(training.model_config, rows * length, rows * length * (length + 1) / 2),
         "compile_seconds": round(seconds, 1),
     }
 

@@ -161,6 +161,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 20  # steps; the last step is always saved
     c.checkpoint.keep = 2
+
+    c.system = ml_collections.ConfigDict()
+    c.system.compilation_cache = ""  # folder that keeps compiled programs from run to run; empty: none
+    c.system.profile_steps = ()  # (first, last) RL steps, from 1, that the profiler records into workdir/profile
     return c.lock()
 
 

@@ -210,6 +210,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
             f"the mode one of {', '.join(RL_MODES)}",
         )
+    steps = config.system.profile_steps
+    require(
+        not steps or (len(steps) == 2 and all(isinstance(s, int) for s in steps) and 1 <= steps[0] <= steps[1]),
+        f"config.system.profile_steps = {steps}: it must be (first, last) RL steps from 1, or ()",
+    )
     # An option that would do nothing is an error: its run would not be what its name says.
     modes = {loss.mode, *(mode for _, mode in loss.mode_changes)}
     trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())

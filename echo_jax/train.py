@@ -34,6 +34,7 @@ from echo_jax.evaluate import Evaluator
 from echo_jax.metrics import MetricsWriter, read_metrics
 from echo_jax.models.transformer import init_params
 from echo_jax.objective import MODES, TokenWeights, weigh
+from echo_jax.profiler import Profiler
 from echo_jax.progress import Progress
 from echo_jax.rollout import Collector, Interrupted, Job
 from echo_jax.rollout_metrics import rollout_metrics
@@ -68,6 +69,7 @@ class Trainer:
         self.state = self._restore_or_init()
         self.saved_step = self.checkpointer.latest_step()
         self.recorded_step = self.step  # a step is complete once its metrics are written
+        self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
         self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0)
 
     def run(self) -> None:
@@ -81,6 +83,7 @@ class Trainer:
         self.save()
 
     def close(self) -> None:
+        self.profiler.close()
         self.checkpointer.close()
         self.metrics.close()
 
@@ -128,6 +131,7 @@ class Trainer:
         with Progress("ECHO", total=self.config.num_steps, start=self.step - self.warm_steps) as progress:
             while self.step < self.last_step:
                 self._check_stop()
+                self.profiler.before(self.step - self.warm_steps + 1)
                 start = time.perf_counter()
                 trajectories = self._rollouts()
                 metrics = {"rollout/retried": self.collector.retried}
@@ -153,6 +157,7 @@ class Trainer:
                     self._save_rollouts(f"step_{self.step:06d}", trajectories)
                 if _due(self.step - self.warm_steps, self.config.eval.every) or self.step == self.last_step:
                     metrics |= self._evaluate()
+                self.profiler.after(self.step - self.warm_steps)
                 self._finish_step(metrics, progress)
 
     # Parts of a step.
@@ -323,6 +328,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
       one of runtime.USER_ERRORS: what is wrong and what to do, before work is lost.
     """
     runtime = runtime_lib.build(config)
+    if config.system.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
     claim_workdir(config, workdir)
     done = workdir / "DONE"
     if done.exists():

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.batch import to_mesh
+from echo_jax.flops import train_flops, utilisation
 from echo_jax.loss import LossOptions, finish_metrics
 from echo_jax.objective import TokenWeights
 from echo_jax.runtime import Runtime
@@ -95,7 +96,20 @@ class Update:
             "time/train": seconds,
             "train/tokens_per_second": metrics["pack/tokens"] / seconds,
         }
+        metrics |= self._speed(trajectories, seconds)
         return Updated(state, metrics)
+
+    def _speed(self, trajectories: Sequence[Trajectory], seconds: float) -> dict[str, float]:
+        """Returns the analytic FLOP/s on real tokens, and where the devices' peak is known the share of it."""
+        tokens = sum(len(t.ids) - 1 for t in trajectories)
+        done = self.passes * train_flops(self.runtime.model_config, tokens, _pairs(trajectories)) / seconds
+        share = utilisation(done, list(self.runtime.mesh.devices.flat))
+        return {"train/flops_per_second": done} | ({} if share is None else {"train/mfu": share})
+
+
+def _pairs(trajectories: Sequence[Trajectory]) -> float:
+    """Returns how many pairs of a token and one that it attends to there are; the last token of each is not read."""
+    return float(sum(n * (n - 1) / 2 for n in (len(t.ids) for t in trajectories)))
 
 
 def mean_of_passes(passes: list[dict[str, float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from configs import qwen3_8b, tiny
 from echo_jax import compile as compile_lib
 from echo_jax import hlo
 from echo_jax.config import ConfigError
+from echo_jax.flops import train_flops, utilisation
 from echo_jax.sharding import make_mesh
 from echo_jax.training import build_training
 
@@ -53,13 +54,21 @@ def test_the_size_of_a_result_is_its_largest_arrays(result, size):
 
 
 def test_flops_by_hand():
-    """Weights of Qwen3-8B: 8.19e9, of which the embedding's 0.62e9 are looked up and not multiplied."""
+    """Qwen3-8B has 8.19e9 parameters, of which the embedding's 0.62e9 are looked up and not multiplied."""
     training = build_training(qwen3_8b.get_config(), 1280, jax.devices()[:1])
     weights = sum(x.size for x in jax.tree.leaves(training.abstract_params))
     assert weights == 8_190_726_144
-    tokens, attention = 16_384, 36 * 2 * 16_384 * 32 * 128
-    norms = (2 * 36 + 1) * 4096
-    assert compile_lib.flops(training) == 3 * tokens * (2 * (weights - 151_936 * 4096 - norms) + attention)
+    multiplied = weights - 151_936 * 4096 - (2 * 36 + 1) * 4096  # less embedding and norms
+    assert train_flops(training.model_config, 100, 0) == 6 * 100 * multiplied
+    assert train_flops(training.model_config, 0, 10) == 6 * 10 * 36 * 2 * 32 * 128
+
+
+def test_utilisation_is_a_share_of_all_devices_peak_where_that_is_known():
+    class Chip:
+        device_kind = "TPU v5 lite"
+
+    assert utilisation(197e12, [Chip()] * 4) == 0.25
+    assert utilisation(1.0, jax.devices()) is None
 
 
 def test_the_mesh_takes_the_devices_that_are_left():

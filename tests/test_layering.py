@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "echo_jax"
 
 # rank -> modules, dotted below echo_jax; a folder's modules may import each other
 RANKS = [
-    {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli", "hlo"},
+    {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli", "hlo", "profiler"},
     {"batch", "tokenizer", "tools", "kernels"},
     {"trajectory", "render", "models", "calls"},
+    {"flops"},
     {"tasks", "advantages", "policy_loss", "optimizer"},
     {"selection"},
     {"objective"},

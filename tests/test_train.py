@@ -59,7 +59,7 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def comparable(workdir: Path) -> list[dict]:
-    timed = ("time/", "rollout/tokens_per_second", "train/tokens_per_second")
+    timed = ("time/", "rollout/tokens_per_second", "train/tokens_per_second", "train/flops_per_second", "train/mfu")
     return [
         {name: value for name, value in record.items() if not name.startswith(timed)}
         for record in read_metrics(workdir / "metrics.jsonl")
@@ -257,6 +257,21 @@ def retrained(tmp_path, **fields) -> tuple[list[dict], list]:
         )
         assert train.train(config, tmp_path / "w") == 0
     return read_metrics(tmp_path / "w" / "metrics.jsonl"), sampled
+
+
+def test_steps_are_profiled_and_programs_cached_where_the_config_says_so(tmp_path):
+    cache = tmp_path / "cache"
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        records, _ = retrained(
+            tmp_path, **{"system.compilation_cache": str(cache), "system.profile_steps": (2, 2), "loss.kl_weight": 0.0}
+        )
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(records) == 4
+    assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+    assert any(cache.iterdir())
+    assert all(record["train/flops_per_second"] > 0 for record in records)
 
 
 def test_saved_rollouts_can_be_trained_on_off_policy(finished, tmp_path):

@@ -1,0 +1,36 @@
+"""Analytic FLOPs of training, and the peak of a chip: what a model's arithmetic needs, not what a program does.
+
+Two FLOPs a weight and token forward, four backward; what is computed again counts once. Causal attention: every token
+with itself and those before it in its segment.
+"""
+
+import jax
+
+from echo_jax.models.transformer import ModelConfig
+
+# bf16 FLOP/s by `jax.Device.device_kind`; TPUs from cloud.google.com/tpu/docs, GPUs from NVIDIA's data sheets (dense)
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+}
+
+
+def train_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
+    """Returns the FLOPs of forward and backward over `tokens`, with `pairs` of a token and one that it attends to."""
+    projections = model.embed_dim * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    layer = projections + 3 * model.embed_dim * model.ffn_dim
+    weights = model.num_layers * layer + model.vocab_size * model.embed_dim
+    attention = model.num_layers * 2 * model.num_heads * model.head_dim  # scores, and what they weigh
+    return 3.0 * 2.0 * (weights * tokens + attention * pairs)
+
+
+def utilisation(flops_per_second: float, devices: list[jax.Device]) -> float | None:
+    """Returns the share of the devices' peak (MFU); None where the peak is not known."""
+    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    return None if peak is None else flops_per_second / (peak * len(devices))

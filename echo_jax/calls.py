@@ -68,18 +68,24 @@ class Json:
 
     def parse(self, text, tools):
         found = [part for part in self._PARTS.finditer(text) if part["body"] is not None]
-        return [self._attempt(part, tools) for part in found] or [Malformed("no_call", "no tool call")]
+        return [self._checked(part, tools) for part in found] or [Malformed("no_call", "no tool call")]
 
     def write(self, call):
         body = json.dumps({"name": call.tool, "arguments": dict(call.arguments)}, ensure_ascii=False)
         return f"<tool_call>\n{body}\n</tool_call>"
+
+    def _checked(self, part: re.Match, tools: Collection[str]) -> Call | Malformed:
+        try:
+            return self._attempt(part, tools)
+        except RecursionError:
+            return Malformed("invalid_json", "invalid JSON: nested too deeply")
 
     def _attempt(self, part: re.Match, tools: Collection[str]) -> Call | Malformed:
         if not part["close"]:
             return Malformed("unclosed", "a tool call without </tool_call>")
         try:
             call = json.loads(part["body"])
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return Malformed("invalid_json", f"invalid JSON: {error}")
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return Malformed("missing_name", "a tool call is an object with a name")

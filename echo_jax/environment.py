@@ -9,7 +9,7 @@ import dataclasses
 from echo_jax.calls import Call
 from echo_jax.tasks.task import Task
 from echo_jax.tools import TOOLS
-from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
 from echo_jax.tools.tool import World
 
 START_ATTEMPTS = 3  # of a sandbox, before its rollout is given up as a fault of the machine
@@ -38,7 +38,6 @@ class Environment:
         self._world: World | None = None
         self.fault = ""  # what the machine did wrong last
         self.limits_by = ""
-        self._used_up = False  # the agent's own doing: it took all memory, and the sandbox died of it
 
     def open(self) -> bool:
         """Starts the world; returns whether it stands. Faults of the machine are tried again."""
@@ -73,7 +72,6 @@ class Environment:
         result = TOOLS[call.tool].run(self._world, call.arguments)
         if result.status is Status.INFRA:
             self.fault = result.head.decode(errors="replace")
-        self._used_up = result.status is Status.OOM and result.exit_code is None
         return result
 
     def finish(self, answer: str | None) -> float | None:
@@ -88,9 +86,11 @@ class Environment:
             self._world.timeout = self._machine.score_seconds
             self._world.kill_processes()
             reward = self._task.score(answer, self._world)
+        except SandboxUsedUp:
+            return 0.0
         except SandboxError as error:
             self.fault = str(error)
-            return 0.0 if self._used_up else None
+            return None
         finally:
             self.close()
         if not 0.0 <= reward <= 1.0:

@@ -190,7 +190,7 @@ class _Collection:
         self._episodes: dict[int, Episode] = {}
         self._waiting: dict[concurrent.futures.Future, int] = {}  # tool call or score under way -> job
         self._in_lane: dict[int, int] = {}
-        made = {trajectory.rollout: trajectory for trajectory in finished}
+        made = {trajectory.rollout: trajectory for trajectory in finished if trajectory.scored}
         self._done = {i: made[job.rollout] for i, job in enumerate(jobs) if job.rollout in made}
         self._attempts = dict.fromkeys(range(len(jobs)), 0)
         self.retried = 0

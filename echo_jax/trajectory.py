@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -133,9 +134,27 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
     for trajectory in trajectories:
-        if len(trajectory.ids) and not 0 <= trajectory.ids.min() <= trajectory.ids.max() < vocab_size:
-            raise TrajectoryError(f"{path}: {trajectory.task} has a token outside the vocabulary of {vocab_size}")
+        if wrong := _wrong(trajectory, vocab_size):
+            raise TrajectoryError(f"{path}: {trajectory.task}: {wrong}")
     return trajectories
+
+
+def _wrong(t: Trajectory, vocab_size: int) -> str:
+    """Returns what cannot be in a trajectory; "" for nothing."""
+    if any(getattr(t, name).ndim != 1 for name in DTYPES):
+        return "its arrays must have one dimension"
+    for name, values, end in (
+        ("ids", t.ids, vocab_size),
+        ("role", t.role, len(Role)),
+        ("tool", t.tool, len(TOOL_IDS) + 1),
+    ):
+        if len(values) and not 0 <= values.min() <= values.max() < end:
+            return f"{name} must be from 0 to {end - 1}"
+    if isinstance(t.reward, bool) or not isinstance(t.reward, int | float) or not math.isfinite(t.reward):
+        return f"reward {t.reward!r} is no finite number"
+    if not (isinstance(t.shared, int) and 0 <= t.shared <= len(t.ids)):
+        return f"shared {t.shared!r} must be from 0 to {len(t.ids)}"
+    return ""
 
 
 def _header(vocab_size: int) -> dict:

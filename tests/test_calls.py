@@ -66,6 +66,7 @@ def test_only_the_tools_of_the_task_exist():
         ("<tool_call>{'name': 'bash'}</tool_call>", ["invalid_json"]),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", ["invalid_json"]),
         ("<tool_call></tool_call>" + LS, ["invalid_json", "ok"]),
+        ('<tool_call>{"name": "bash", "arguments": ' + "[" * 990 + "]" * 990 + "}</tool_call>", None),
         ("<tool_call>[]</tool_call>", ["missing_name"]),
         (block(arguments={}), ["missing_name"]),
         (block(name=3), ["missing_name"]),
@@ -83,6 +84,9 @@ def test_only_the_tools_of_the_task_exist():
 )
 def test_every_json_attempt_is_found_in_order_and_none_inside_reasoning(text, statuses):
     attempts = JSON.parse(text, ALL)
+    if statuses is None:  # how deep is too deep depends on the stack
+        assert attempts[0].status in ("invalid_json", "invalid_arguments")
+        return
     assert ["ok" if isinstance(a, Call) else a.status for a in attempts] == statuses
     assert all(a.message for a in attempts if isinstance(a, Malformed))
 

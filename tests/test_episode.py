@@ -222,6 +222,23 @@ def test_errors_of_form_on_end_are_capped_and_a_call_that_runs_starts_the_count_
     assert text_by(episode, Role.FEEDBACK).endswith("the turn was cut off")  # the last one is answered too
 
 
+def test_a_call_that_runs_beside_one_that_cannot_is_no_error_of_form():
+    rules = dataclasses.replace(JSON, max_format_errors=1)
+    assert play(turn(LS + "<tool_call>[</tool_call>"), result(b"x"), rules=rules).phase is Phase.GENERATE
+
+
+def test_the_last_turn_is_announced_once_however_many_calls_the_one_before_makes():
+    rules = dataclasses.replace(JSON, max_turns=2, warn_last_turn=True)
+    episode = play(turn(LS + LS), result(b"x"), result(b"y"), rules=rules)
+    assert text_by(episode, Role.WARNING) == "last turn"
+
+
+def test_the_notice_of_a_cut_is_of_the_tool_that_wrote_too_much():
+    episode = play(turn("bash ls"), result(b"a", tail=b"b", dropped=7))
+    of_notice = {t for t, r in zip(episode.tools, episode.roles, strict=True) if r == Role.TRUNCATION}
+    assert of_notice == {TOOL_IDS["bash"]}
+
+
 def test_the_time_of_all_calls_is_a_budget_of_its_own():
     rules = dataclasses.replace(JSON, max_seconds=1.0)
     slow = dataclasses.replace(result(b"x"), seconds=0.75)

@@ -31,7 +31,7 @@ from echo_jax.sharding import make_mesh
 from echo_jax.tasks.task import Script, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import cgroup
-from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.tools.sandbox import Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
 from echo_jax.trajectory import DTYPES
 
 TOKENIZER = Tokenizer()
@@ -388,8 +388,8 @@ def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
 
     class UsedUp(Sandbox):
         def run(self, command, **options):
-            self.close()
-            return CommandResult(Status.OOM, None, b"", b"", 0, 0.1, "/work")
+            self._jail._broken = SandboxUsedUp("injected")
+            return super().run(command, **options)
 
     monkeypatch.setattr(environment, "Sandbox", UsedUp)
     trajectory = collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)[0]
@@ -527,6 +527,24 @@ def test_what_was_finished_when_the_stop_came_is_kept_and_not_made_again(engine,
         assert len(opened) == 11 - len(finished)
         assert all(map(same, collector.rollouts(jobs, engine, finished=expected), expected))
         assert len(opened) == 11 - len(finished)
+
+
+def test_what_the_machine_failed_before_the_stop_is_made_again(collector, engine):
+    jobs = jobs_of(4)
+    expected = collector.rollouts(jobs, engine)
+    failed = [dataclasses.replace(t, scored=False, outcome="infra") for t in expected[:2]]
+    assert all(map(same, collector.rollouts(jobs, engine, finished=[*failed, *expected[2:]]), expected))
+
+
+def test_scripts_of_different_rollouts_draw_different_numbers(collector):
+    class Drawing(ScriptedTask):
+        def demonstrate(self, rng, *, solve):
+            yield f"submit {rng.integers(10**9)}"
+
+    jobs = [Job(Drawing(name="task"), group=0, rollout=i) for i in range(4)]
+    made = [collector.scripted(jobs, [True] * 4, seed) for seed in (0, 0, 1)]
+    assert all(map(same, made[0], made[1]))
+    assert len({t.ids.tobytes() for t in (*made[0], *made[2])}) == 8
 
 
 def leftovers():

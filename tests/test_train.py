@@ -285,6 +285,13 @@ def test_saved_rollouts_can_be_trained_on_off_policy(finished, tmp_path):
         assert record["policy/sampler_gap"] > 1e-3  # another policy wrote them
 
 
+def test_a_file_of_few_groups_is_replayed_again_and_again_as_groups_of_their_own(finished, tmp_path):
+    path = finished / "rollouts" / "step_000034.jsonl.gz"
+    records, _ = retrained(tmp_path, **{"rollout.replay": str(path), "rollout.groups": 6})
+    assert all(record["rollout/submitted"] == 3 * 4 for record in records[2:])  # of two groups of two each
+    assert all(record["policy/tokens"] > 0 for record in records[2:])
+
+
 def test_saved_rollouts_can_be_imitated(finished, tmp_path):
     path = finished / "rollouts" / "demonstrations.jsonl.gz"
     records, _ = retrained(tmp_path, **{"warm_start.trajectories": str(path), "warm_start.min_reward": 1.0})

@@ -142,9 +142,14 @@ def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [99999999999, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [1280, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [-1, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [9, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"tool": [0, ', '"tool": [99, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"reward": 1.0', '"reward": "x"')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"reward": 1.0', '"reward": NaN')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"shared": 0', '"shared": -1')],
         lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [300, ')],
     ],
-    ids=range(19),
+    ids=range(24),
 )
 def test_a_file_of_another_format_is_refused(saved, edit):
     before = saved.read_bytes()

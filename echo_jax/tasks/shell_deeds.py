@@ -1,8 +1,10 @@
 """Templates of shell tasks that ask for a deed: files that are there in the end, or no longer are."""
 
 import dataclasses
-import hashlib
+import io
 import posixpath
+import tarfile
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +12,8 @@ import numpy as np
 from echo_jax.tasks.procedural import Problem, by_level, content, draw, holds, names, pick
 from echo_jax.tasks.shell_files import COLUMNS, csv, filler, some_paths, table, text
 from echo_jax.tools.sandbox import Sandbox
+
+MAX_BYTES = 1 << 20  # of an archive, packed and unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +23,40 @@ class EndState:
     files: Mapping[str, bytes]
     gone: tuple[str, ...] = ()
     condition: str = "true"  # for bash in /work
+    archive: str = ""  # a .tar.gz that holds `packed` and nothing else
+    packed: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     answer: str = ""
 
     def reached(self, answer: str, sandbox: Sandbox) -> bool:
         gone = [f"[ ! -e {path} ] && [ ! -L {path} ]" for path in self.gone]
-        return holds(sandbox, " && ".join([*gone, self.condition])) and all(
-            # The newline at the end may lack: `printf` is as good as `echo`.
-            content(sandbox, path, limit=len(wanted)) in (wanted, wanted.removesuffix(b"\n"))
-            for path, wanted in self.files.items()
+        return (
+            holds(sandbox, " && ".join([*gone, self.condition]))
+            and all(
+                # The newline at the end may lack: `printf` is as good as `echo`.
+                content(sandbox, path, limit=len(wanted)) in (wanted, wanted.removesuffix(b"\n"))
+                for path, wanted in self.files.items()
+            )
+            and (not self.archive or unpacked(content(sandbox, self.archive, MAX_BYTES) or b"") == self.packed)
         )
+
+
+def unpacked(data: bytes) -> dict[str, bytes] | None:
+    """Returns the files in a .tar.gz; None for one that is damaged, or holds anything but plain files and folders.
+
+    Here and not in the sandbox: what an archive of the agent's restores there may lie."""
+    inflate = zlib.decompressobj(wbits=31)  # gzip
+    found = {}
+    try:
+        plain = inflate.decompress(data, MAX_BYTES)
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as tar:
+            for member in tar:
+                if not (member.isdir() or member.isreg()) or member.size > MAX_BYTES:
+                    return None
+                if member.isreg():
+                    found[posixpath.normpath(member.name)] = tar.extractfile(member).read()
+    except (zlib.error, tarfile.TarError, OSError, ValueError):
+        return None
+    return None if inflate.unconsumed_tail else found
 
 
 def rename(rng: np.random.Generator, level: int) -> Problem:
@@ -213,8 +242,6 @@ def archive(rng: np.random.Generator, level: int) -> Problem:
     whole = f"tar -czf {target} {folder}"
     options = by_level(level, "", "", " --remove-files")
     command = f"find {folder} -name '*.txt' | tar -czf {target}{options} -T -"
-    # What tar restores, as `find` and `sha256sum` print it.
-    listing = "".join(f"{hashlib.sha256(files[path]).hexdigest()}  ./{path}\n" for path in packed)
     return Problem(
         prompt=f"{what} into {target}, a tar archive compressed by gzip.",
         files=files,
@@ -223,9 +250,8 @@ def archive(rng: np.random.Generator, level: int) -> Problem:
         goal=EndState(
             {path: own for path, own in files.items() if path not in gone},
             gone=tuple(gone),
-            condition=f"d=$(mktemp -d) && tar -xzf {target} -C $d && cd $d && [ "
-            f'"$(find . -type f | sort | xargs sha256sum | sha256sum)" = '
-            f'"{hashlib.sha256(listing.encode()).hexdigest()}  -" ]',
+            archive=target,
+            packed={path: files[path] for path in packed},
         ),
     )
 

@@ -38,12 +38,18 @@ class Contents:
             return False
         try:
             with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-                connection.deserialize(data)
+                connection.deserialize(_as_rollback(data))
                 _distrust(connection)
                 tables = {name: _table(connection, name, len(table.rows)) for name, table in self.tables.items()}
                 return tables == self.tables and self.indexes.items() <= _indexes(connection).items()
         except (sqlite3.Error, UnicodeError):  # damaged, hostile, or no text where text should be
             return False
+
+
+def _as_rollback(data: bytes) -> bytes:
+    """Returns a database as it is without a write-ahead log, which was emptied when the agent's connection closed and
+    which a database in memory cannot have (bytes 18 and 19, sqlite.org/fileformat.html)."""
+    return data[:18] + b"\1\1" + data[20:] if data[18:20] == b"\2\2" else data
 
 
 def _distrust(connection: sqlite3.Connection) -> None:

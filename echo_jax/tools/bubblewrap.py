@@ -38,6 +38,10 @@ class SandboxBroken(SandboxError):
     """The sandbox is dead or no longer answers; it stays so."""
 
 
+class SandboxUsedUp(SandboxBroken):
+    """It died for want of memory: the agent's own doing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What one sandbox may use; `Sandbox.limits_by` says how strictly memory and processes are held."""
@@ -105,11 +109,11 @@ class Jail:
 
     def __init__(self, plan: Plan, limits: Limits, files: list[bytes]):
         """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's own words."""
-        self._broken: str | None = None
+        self._broken: SandboxBroken | None = None  # why it is dead
         self._group: cgroup.Cgroup | None = None
         self.ran_out_of_memory = False  # in the last exchange
         self.refused_forks = 0  # in the last exchange, for want of processes
-        self._before = (0, 0)  # as `_counts`, before the exchange under way
+        self._seen = (0, 0)  # as `_counts`, at the end of the last exchange
         self._pid: int | None = None  # of the supervisor, as the host sees it
         try:
             if plan.groups is not None:
@@ -186,9 +190,9 @@ class Jail:
         """Sends a request, returns the answer. Raises SandboxError where the supervisor refuses, SandboxBroken where
         it is dead, is silent for `seconds` or sends more than it should; the jail is dead then."""
         if self._broken is not None:
-            raise SandboxBroken(self._broken)
-        self._before = self._counts()
-        self._broken = "an earlier call was interrupted"  # as by a KeyboardInterrupt: the two sides are out of step
+            raise self._broken
+        # As by a KeyboardInterrupt: then the two sides are out of step.
+        self._broken = SandboxBroken("an earlier call was interrupted")
         deadline = time.monotonic() + seconds
         try:
             self._send(supervisor.pack(request), deadline)
@@ -229,11 +233,12 @@ class Jail:
             said = os.read(self._process.stderr.fileno(), 1 << 16).decode("utf-8", "replace").strip()
         except BlockingIOError:
             said = ""
-        # The agent can bring it about that the supervisor is the process that the kernel picks.
+        # The agent can bring it about that the supervisor is the process that the kernel picks, also between two calls.
         self._note_counts()
+        kind = SandboxUsedUp if self.ran_out_of_memory else SandboxBroken
+        self._broken = kind(f"the sandbox is dead: {error}" + (f"; {said}" if said else ""))
         self.close()
-        self._broken = f"the sandbox is dead: {error}" + (f"; {said}" if said else "")
-        raise SandboxBroken(self._broken) from error
+        raise self._broken from error
 
     def _end(self, patience: float) -> None:
         """bwrap outlives the supervisor, and the supervisor's end waits for every process of its namespace."""
@@ -255,9 +260,9 @@ class Jail:
         return (0, 0) if self._group is None else (self._group.oom_kills(), self._group.refused_forks())
 
     def _note_counts(self) -> None:
-        oom_kills, refused_forks = self._counts()
-        self.ran_out_of_memory = oom_kills > self._before[0]
-        self.refused_forks = refused_forks - self._before[1]
+        before, self._seen = self._seen, self._counts()
+        self.ran_out_of_memory = self._seen[0] > before[0]
+        self.refused_forks = self._seen[1] - before[1]
 
     def _remove_group(self) -> None:
         if self._group is not None:
@@ -269,7 +274,7 @@ class Jail:
             self._end(patience=CLOSE_SECONDS)
         self._process.stdout.close()
         self._process.stderr.close()
-        self._broken = self._broken or "the sandbox is closed"
+        self._broken = self._broken or SandboxBroken("the sandbox is closed")
         self._remove_group()
 
 

@@ -3,10 +3,11 @@
 import posixpath
 import time
 
-from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
 from echo_jax.tools.tool import Tool, strings
 
 MAX_BYTES = 1 << 20  # of a file that can be read or edited
+MAX_PATH = 1024
 
 
 class Read(Tool):
@@ -54,7 +55,8 @@ def _answer(world: Sandbox, action) -> CommandResult:
     try:
         output = action()
     except SandboxBroken as error:
-        status, exit_code, output = Status.INFRA, None, str(error).encode("utf-8", "replace")
+        status = Status.OOM if isinstance(error, SandboxUsedUp) else Status.INFRA
+        exit_code, output = None, str(error).encode("utf-8", "replace")
     except (ValueError, SandboxError) as error:
         status, exit_code, output = Status.NONZERO, 1, f"{error}\n".encode("utf-8", "surrogateescape")
     limit = world.limits.output_bytes
@@ -66,8 +68,8 @@ def _answer(world: Sandbox, action) -> CommandResult:
 def _inner(world: Sandbox, path: str) -> str:
     """Returns the path below /work of what the agent means by `path`, seen from its directory."""
     whole = posixpath.normpath(posixpath.join("/work", world.cwd, path))
-    if not whole.startswith("/work/"):
-        raise ValueError(f"{path}: not below /work")
+    if not whole.startswith("/work/") or len(whole) > MAX_PATH:
+        raise ValueError(f"{path[:100]}: not a path of at most {MAX_PATH} letters below /work")
     return whole.removeprefix("/work/")
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from echo_jax.tools import bubblewrap, cgroup
-from echo_jax.tools.bubblewrap import START_SECONDS, Limits, Plan, SandboxBroken, SandboxError
+from echo_jax.tools.bubblewrap import START_SECONDS, Limits, Plan, SandboxBroken, SandboxError, SandboxUsedUp
 
 __all__ = [
     "CommandResult",
@@ -38,6 +38,7 @@ __all__ = [
     "SandboxBroken",
     "SandboxError",
     "SandboxUnavailable",
+    "SandboxUsedUp",
     "Status",
     "probe",
 ]
@@ -144,7 +145,7 @@ class Sandbox:
             )
         except SandboxError as error:
             head = str(error).encode("utf-8", "replace")
-            status = Status.OOM if self._jail.ran_out_of_memory else Status.INFRA
+            status = Status.OOM if isinstance(error, SandboxUsedUp) else Status.INFRA
             return CommandResult(status, None, head, b"", 0, time.monotonic() - start, self.cwd)
         wait_status, stopped, full, dropped, cwd, head, tail = answer
         seconds = time.monotonic() - start

@@ -17,6 +17,8 @@ _REFUSED = {
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
+    "shmget": (29, 194),  # System V: what it holds would outlive all processes, until the sandbox ends
+    "msgget": (68, 186),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -31,6 +33,8 @@ _REFUSED_FOR_PID_1 = {
     "setpriority": (141, 140, 1),
     "ioprio_set": (251, 30, 1),
 }
+# name -> (x86-64, aarch64, the only value of the first argument that is let pass): of a process, not of all of a user
+_ONE_PROCESS = {"setpriority": (141, 140, 0), "ioprio_set": (251, 30, 1)}
 _SOCKET = (41, 198)
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
@@ -61,6 +65,15 @@ def program(machine: str | None = None) -> bytes:
     ]
     for numbers in _REFUSED.values():
         lines += [(_EQUAL, 0, 1, numbers[column]), _refuse(errno.EPERM)]
+    for row in _ONE_PROCESS.values():
+        number, value = row[column], row[2]
+        lines += [
+            (_EQUAL, 0, 4, number),
+            (_LOAD, 0, 0, _ARGUMENTS),
+            (_EQUAL, 1, 0, value),
+            _refuse(errno.EPERM),
+            (_LOAD, 0, 0, _NUMBER),
+        ]
     for row in _REFUSED_FOR_PID_1.values():
         number, argument = row[column], row[2]
         lines += [

@@ -35,6 +35,7 @@ trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; } 2>
 # own next call by it. SystemExit ends the process, as it would anywhere.
 INTERPRETER = b"""
 import ast, linecache, os, sys, traceback
+sys.path.insert(0, "")  # not before: a module of the agent's must not stand in for one of these
 memory, start, ended = map(int, sys.argv[1:])
 sys.argv[1:] = []
 names = {"__name__": "__main__", "__builtins__": __builtins__}
@@ -145,6 +146,15 @@ def open_parent(path, create):
     return folder, name
 
 
+def read_ready(fd, size=CHUNK):
+    """What is there now: b"" at the end of file, None for nothing. That can be after a poll that found something: the
+    agent can open its own end of a pipe for reading, through /proc, and take it away."""
+    try:
+        return posix.read(fd, size)
+    except BlockingIOError:
+        return None
+
+
 def read_up_to(fd, limit):
     """At most `limit` + 1 bytes, so that the caller can tell that there was more."""
     data = bytearray()
@@ -201,23 +211,17 @@ class Interpreter:
 
     def begin(self, code):
         """Raises OSError where it does not listen any more."""
-        try:
-            posix.read(self.ended, CHUNK)  # what it said unasked
-        except BlockingIOError:
-            pass
+        read_ready(self.ended)  # what it said unasked
         posix.ftruncate(self.memory, 0)
         posix.pwrite(self.memory, code, 0)
         posix.write(self.start, b"\0")
 
     def said(self):
         """How the call ended, as a wait status; None: it has not."""
-        try:
-            byte = posix.read(self.ended, 1)
-        except BlockingIOError:
-            return None
+        byte = read_ready(self.ended, 1)
         if byte == b"" and self.pid is not None:
             posix.kill(self.pid, _signal.SIGKILL)  # it has closed the pipe, and could never say
-        return None if byte == b"" else 256 * (byte != b"\0")
+        return 256 * (byte != b"\0") if byte else None
 
 
 class Supervisor:
@@ -255,7 +259,7 @@ class Supervisor:
             try:
                 answer = [b"ok", *answers[operation](*arguments)]
             except (Refused, OSError) as error:
-                answer = [b"error", str(error).encode("utf-8", "backslashreplace")]
+                answer = [b"error", str(error).encode("utf-8", "backslashreplace")[:1000]]
             view = memoryview(pack(answer))
             while view:
                 view = view[posix.write(1, view) :]
@@ -284,12 +288,9 @@ class Supervisor:
             seconds = min(0.05, 3600.0 if seconds is None else seconds)
         ready = {fd for fd, _ in self.poller.poll(None if seconds is None else max(0.0, seconds) * 1000)}
         if self.wake in ready:
-            try:
-                posix.read(self.wake, 4096)
-            except BlockingIOError:
-                pass
+            read_ready(self.wake)
         for fd in ready.intersection(self.background):
-            if not posix.read(fd, CHUNK):
+            if read_ready(fd) == b"":
                 self.drop(fd)
         if watch and self.polled_processes:
             self.enforce_processes()
@@ -334,7 +335,7 @@ class Supervisor:
             self.poller.poll(20)
 
     def enforce_processes(self):
-        if sum(name.isdigit() for name in posix.listdir("/proc")) > self.polled_processes + 1:
+        if threads() > self.polled_processes + 1:
             self.kill_all()
 
     def fork(self):
@@ -414,7 +415,7 @@ class Supervisor:
             for fd in (own.memory, own.start_read, own.ended_write):
                 posix.set_inheritable(fd, True)
             fds = [b"%d" % fd for fd in (own.memory, own.start_read, own.ended_write)]
-            self.become([b"/opt/python/bin/python3", b"-u", b"-c", INTERPRETER, *fds], write_end, fresh=False)
+            self.become([b"/opt/python/bin/python3", b"-u", b"-P", b"-c", INTERPRETER, *fds], write_end, fresh=False)
         for fd in (write_end, own.start_read, own.ended_write):
             posix.close(fd)
         self.background.append(output)
@@ -447,11 +448,11 @@ class Supervisor:
             if 0 in ready:
                 posix._exit(0)
             if output in ready:
-                data = posix.read(output, CHUNK)
-                capture.feed(data)
-                if not data:
+                data = read_ready(output)
+                if data == b"":
                     self.drop(output)
                     is_open = False
+                capture.feed(data or b"")
         if stopped:
             self.kill_all()
         if is_open:
@@ -507,11 +508,10 @@ class Supervisor:
         """What is in the pipe now, up to its capacity; never waits for an end of file that a background process
         withholds. Later bytes are read and forgotten."""
         for _ in range(16):
-            try:
-                data = posix.read(output, CHUNK)
-            except BlockingIOError:
+            data = read_ready(output)
+            if data is None:
                 break
-            if not data:
+            if data == b"":
                 return self.drop(output)
             capture.feed(data)
         self.background.append(output)
@@ -546,6 +546,18 @@ class Supervisor:
             finally:
                 posix.close(folder)
         return []
+
+
+def threads():
+    """Threads of all processes, as the kernel's own limit counts; one that ends meanwhile counts as none."""
+    count = 0
+    for name in posix.listdir("/proc"):
+        if name.isdigit():
+            try:
+                count += len(posix.listdir("/proc/" + name + "/task"))
+            except OSError:
+                pass
+    return count
 
 
 def full_disk():

@@ -4,10 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import re
 import sqlite3
+import tarfile
 import time
 
 import numpy as np
@@ -331,6 +333,48 @@ def test_an_archive_of_links_to_the_files_is_none():
     trick = f"mkdir .x; ln -s /work/{folder} .x/{folder}; tar -czf {target} -C .x {folder}"
     assert reward_after(task, trick) == 0.0
     assert reward_after(task, f"head -c 1000 /dev/zero | gzip > {target}") == 0.0
+    assert reward_after(task, f"head -c 50M /dev/zero | gzip > {target}") == 0.0
+
+
+def test_an_archive_is_what_its_plain_files_say():
+    task = task_of("archive")
+    goal = task.problem.goal
+
+    def pack(change):
+        def deed(box):
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+                for path, content in goal.packed.items():
+                    member = tarfile.TarInfo(f"./{path}")
+                    member.size = len(content)
+                    change(member)
+                    tar.addfile(member, io.BytesIO(content))
+            box.write_files({goal.archive: packed.getvalue()})
+
+        return deed
+
+    assert reward_after(task, pack(lambda member: None)) == 1.0
+    for name, value in (("type", tarfile.SYMTYPE), ("type", tarfile.LNKTYPE), ("type", tarfile.FIFOTYPE), ("size", 0)):
+        assert reward_after(task, pack(lambda member, name=name, value=value: setattr(member, name, value))) == 0.0
+
+
+def test_a_database_with_a_write_ahead_log_is_as_good():
+    task = task_of("update")
+    wal = lambda box: TOOLS["sqlite"].run(box, {"sql": "PRAGMA journal_mode=WAL"})  # noqa: E731
+    assert reward_after(task, wal) == 0.0
+    assert reward_after(task, wal, solved=True) == 1.0
+
+
+def test_a_hard_link_is_no_symbolic_one():
+    task = next(t for t in (make("shell", 1, "train", i) for i in range(500)) if t.template == "links")
+    assert reward_after(task, solved=True) == 1.0
+    assert reward_after(task, task.problem.solution[-1].removeprefix("bash ").replace("ln -s", "ln")) == 0.0
+
+
+@pytest.mark.parametrize("template", ["sort", "permissions", "encode", "update"])
+def test_a_sandbox_that_died_is_not_the_agents_failure(template):
+    with pytest.raises(SandboxError, match="died|closed"):
+        reward_after(task_of(template), lambda box: setattr(box, "kill_processes", box.close))
 
 
 def test_removing_too_much_earns_nothing():

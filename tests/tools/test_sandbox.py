@@ -1,6 +1,7 @@
 """Laws of the sandbox, each against a real one: every call is bounded in time and memory, and the next call works."""
 
 import concurrent.futures
+import dataclasses
 import os
 import signal
 import socket
@@ -444,6 +445,78 @@ def test_a_forged_end_harms_its_own_call_only(fresh):
     assert fresh.run_python("1").head == RESTARTED + b"1\n"
 
 
+THIEF = """
+import os, time
+own = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
+if os.fork() == 0:
+    while True:
+        try:
+            os.read(own, 65536)
+        except BlockingIOError:
+            pass
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    os.write(1, b"x")
+"""
+
+
+@pytest.mark.parametrize("tool", ["run_python", "run"])
+def test_an_agent_that_takes_its_own_output_back_loses_it_and_nothing_more(fresh, tool):
+    fresh.write_files({"thief.py": THIEF.format(seconds=0.5).encode()})
+    commands = {"run_python": THIEF.format(seconds=0.5), "run": "python3 thief.py"}
+    result = getattr(fresh, tool)(commands[tool], timeout=3)
+    assert result.status in (Status.OK, Status.TIMEOUT), result
+    time.sleep(0.3)  # the thief is still at work
+    assert fresh.run_python("1").status is Status.OK
+    assert fresh.run("true").status is Status.OK
+    fresh.kill_processes()
+    assert fresh.run("echo next").head == b"next\n"
+
+
+def test_lack_of_memory_that_ends_the_sandbox_is_told_from_a_fault_of_the_machine():
+    """The agent holds memory that no process maps, and is no likelier a victim than the supervisor."""
+    hoard = """
+        import os
+        open("/proc/self/oom_score_adj", "w").write("0")
+        held = [os.memfd_create("x") for _ in range(4)]
+        while True:
+            for fd in held:
+                os.write(fd, bytes(1 << 20))
+    """
+    with Sandbox(limits=SMALL) as box:
+        if not box.limits_by.startswith("cgroup"):
+            return
+        box.write_files({"hoard.py": textwrap.dedent(hoard).encode()})
+        for _ in range(3):
+            assert box.run("python3 hoard.py > /dev/null 2>&1 &").status in (Status.OK, Status.OOM)
+            time.sleep(0.5)
+            assert box.run("true").status in (Status.OK, Status.OOM)
+            try:
+                box.kill_processes()
+            except sandbox.SandboxUsedUp:
+                assert box.run("true").status is Status.OOM
+                assert box.run_python("1").status is Status.OOM
+                break
+
+
+def test_a_supervisor_that_the_kernel_ends_for_memory_is_the_agents_doing(monkeypatch):
+    with Sandbox(limits=SMALL) as box:
+        counts = box._jail._counts()
+        monkeypatch.setattr(box._jail, "_counts", lambda: (counts[0] + 1, counts[1]))  # between two calls
+        os.kill(box._jail._pid, signal.SIGKILL)
+        with pytest.raises(sandbox.SandboxUsedUp):
+            box.kill_processes()
+        assert box.run("true").status is Status.OOM
+        with pytest.raises(sandbox.SandboxUsedUp):
+            box.read_file("x", limit=1)
+
+
+def test_the_agents_modules_do_not_stand_in_for_the_interpreters_own(fresh):
+    fresh.write_files({"token.py": b"raise SystemExit", "ast.py": b"raise SystemExit", "mine.py": b"x = 5"})
+    assert fresh.run_python("import mine; mine.x").head == b"5\n"
+    assert b"ZeroDivisionError" in fresh.run_python("1 / 0").head
+
+
 def test_children_of_the_interpreter_hold_nothing_up(fresh):
     assert fresh.run_python("import os, time\nif not os.fork():\n    time.sleep(60)\n1").head == b"1\n"
     assert fresh.run_python("import subprocess; subprocess.Popen(['sleep', '60']); 2").head == b"2\n"
@@ -542,6 +615,9 @@ def test_the_supervisor_is_out_of_reach(box):
         assert refused(lambda: resource.prlimit(1, resource.RLIMIT_CPU, (1, 1)))
         assert refused(lambda: os.sched_setaffinity(1, {0}))
         assert refused(lambda: os.setpriority(os.PRIO_PROCESS, 1, 19))
+        assert refused(lambda: os.setpriority(os.PRIO_USER, 0, 19))
+        assert refused(lambda: os.setpriority(os.PRIO_PGRP, 0, 19))
+        os.setpriority(os.PRIO_PROCESS, 0, 5)  # itself: as nice does
         for path in ("fd/0", "fd/1", "mem", "environ", "root", "oom_score_adj"):
             assert refused(lambda: open("/proc/1/" + path)), path
             assert refused(lambda: open("/proc/1/task/1/" + path)), path
@@ -565,8 +641,8 @@ def test_what_namespaces_leave_open_is_refused(box):
                 raise AssertionError(family)
         socket.socket(socket.AF_INET); socket.socket(socket.AF_INET6); socket.socket(socket.AF_UNIX)
         import platform
-        keyctl, io_uring = {"x86_64": (250, 425), "aarch64": (219, 425)}[platform.machine()]
-        for number in (keyctl, io_uring):
+        numbers = {"x86_64": (250, 425, 29, 68), "aarch64": (219, 425, 194, 186)}[platform.machine()]
+        for number in numbers:  # keyctl, io_uring_setup, shmget, msgget
             assert libc.syscall(number, 0, 0, 0, 0, 0) == -1
             assert ctypes.get_errno() == errno.EPERM
         print("refused")
@@ -656,6 +732,51 @@ def test_directory_and_exported_variables_live_between_calls(fresh):
     assert fresh.run("pwd").head == b"/work/a b\n"
     fresh.run("cd /tmp; kill $$")
     assert fresh.run("pwd").head == b"/tmp\n"
+
+
+def test_a_directory_that_the_agent_makes_up_is_not_believed(fresh):
+    for made_up in ("nonsense", "", "../x"):
+        fresh.run(f"printf '%s\\n' '{made_up}' > /run/shell/cwd; kill -9 $$")
+        assert fresh.run("pwd").head == b"/work\n"
+
+
+def test_a_full_disk_of_the_shells_own_state_is_named_too(fresh):
+    result = fresh.run("head -c 2M /dev/zero > /run/shell/x")
+    assert (result.status, result.limit) == (Status.LIMIT, "disk")
+    assert fresh.run("rm /run/shell/x; cd /tmp").status is Status.OK
+
+
+def test_python_starts_where_the_shell_stands(fresh):
+    fresh.run("mkdir d; cd d")
+    assert fresh.run_python("import os; os.getcwd()").head == b"'/work/d'\n"
+
+
+def test_many_pipes_left_open_leave_the_interpreter_its_own():
+    count = supervisor.MAX_BACKGROUND_PIPES + 8
+    with Sandbox(limits=dataclasses.replace(SMALL, processes=2 * count)) as box:
+        box.run_python("x = 7")
+        for _ in range(count):
+            assert box.run("sleep 60 &").status is Status.OK
+        assert box.run_python("x").head == b"7\n"
+
+
+def test_where_no_process_is_left_a_call_makes_room_and_says_so(fresh):
+    fill = """
+        import os, time
+        while True:
+            try:
+                child = os.fork()
+            except BlockingIOError:
+                child = 0
+            if child == 0:
+                time.sleep(60)
+    """
+    fresh.write_files({"fill.py": textwrap.dedent(fill).encode()})
+    fresh.run("python3 fill.py > /dev/null 2>&1 &")
+    time.sleep(0.7)
+    result = fresh.run("echo here")
+    assert result.head.endswith(b"here\n")
+    assert fresh.limits_by.endswith("polled") or b"no process was left for this command" in result.head
 
 
 def test_a_directory_that_is_gone_leads_back_to_work(fresh):
@@ -802,6 +923,22 @@ def test_a_program_that_isolates_nothing_is_not_accepted(tmp_path):
     pretender.chmod(0o755)
     with pytest.raises(SandboxUnavailable):
         sandbox.probe(candidates=[pretender])
+
+
+def test_threads_count_where_processes_are_polled(monkeypatch):
+    found = sandbox._accepted("auto")
+    monkeypatch.setattr(sandbox, "_accepted", lambda backend: bubblewrap.Plan(found.bwrap, None))
+    many = """
+        import threading, time
+        threading.stack_size(1 << 16)
+        for _ in range(200):
+            threading.Thread(target=time.sleep, args=(20,)).start()
+        time.sleep(20)
+    """
+    with Sandbox(limits=SMALL) as box:
+        box.write_files({"many.py": textwrap.dedent(many).encode()})
+        assert box.run("python3 many.py", timeout=4).seconds < 3.5
+        assert output(box, "echo next") == "next\n"
 
 
 @pytest.mark.parametrize("plan", ["groups", "rlimits"])

@@ -95,7 +95,9 @@ def test_paths_are_seen_from_the_shells_directory(box):
     call(box, "bash", command="cd /work")
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "/work", "", ".", "/", "a\0b", "/workshop", "\ud800"])
+@pytest.mark.parametrize(
+    "path", ["../x", "/etc/passwd", "/work", "", ".", "/", "a\0b", "/workshop", "\ud800", "é" * 9000, "a" * 70_000]
+)
 def test_a_path_elsewhere_is_an_answer_and_not_a_crash(box, path):
     for tool, rest in (("read", {}), ("write", {"content": ""}), ("edit", {"old": "a", "new": "b"})):
         status, text = call(box, tool, path=path, **rest)

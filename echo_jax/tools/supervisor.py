@@ -476,6 +476,10 @@ class Supervisor:
             null = posix.open("/dev/null", posix.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 posix.dup2(source, target)
+            # No protocol descriptor is left in this copy, and /proc/self of a process that is not dumpable is root's.
+            set_dumpable(1)
+            score = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
+            posix.write(score, b"1000")  # short of memory, the kernel ends this, not the trainer, not the supervisor
             for which, value in self.rlimits:
                 hard = value
                 if which == resource.RLIMIT_CPU:
@@ -485,10 +489,6 @@ class Supervisor:
                 if ceiling != resource.RLIM_INFINITY:
                     value, hard = min(value, ceiling), min(hard, ceiling)
                 resource.setrlimit(which, (value, hard))
-            # No protocol descriptor is left in this copy, and /proc/self of a process that is not dumpable is root's.
-            set_dumpable(1)
-            score = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
-            posix.write(score, b"1000")  # short of memory, the kernel ends this, not the trainer, not the supervisor
             posix.chdir(WORK)
             environment = dict(ENVIRONMENT)
             if not fresh:

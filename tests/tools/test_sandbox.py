@@ -150,6 +150,14 @@ def test_200_megabytes_without_a_newline_are_counted_exactly(box):
     assert result.dropped_bytes == 200_000_000 - SMALL.output_bytes
 
 
+def test_a_gigabyte_without_a_newline_is_bounded(box):
+    before = resident_bytes()
+    result = box.run("head -c 1G /dev/zero | tr '\\0' x", timeout=60)
+    assert result.status is Status.OUTPUT_LIMIT
+    assert len(result.head + result.tail) == SMALL.output_bytes
+    assert resident_bytes() - before < 32 << 20
+
+
 def test_random_bytes_survive(box):
     result = box.run("head -c 4000 /dev/urandom | tee f; sha256sum f > g")
     assert len(result.head + result.tail) == 4000
@@ -532,6 +540,8 @@ def test_there_is_no_network(box):
         port = server.getsockname()[1]
         assert "refused" in output(box, f"exec 3<>/dev/tcp/127.0.0.1/{port}; echo $?")
     assert box.run("exec 3<>/dev/tcp/1.1.1.1/53", timeout=3).exit_code == 1
+    resolve = "python3 -c \"import socket; socket.getaddrinfo('example.com', 80)\""
+    assert b"gaierror" in box.run(resolve, timeout=5).head
     assert output(box, "tail -n +3 /proc/net/dev | cut -d: -f1").split() == ["lo"]
 
 
@@ -697,6 +707,24 @@ def test_only_a_regular_file_of_bounded_size_is_read(box, setup, path):
     assert box.run(setup).status is Status.OK
     with pytest.raises(SandboxError):
         box.read_file(path, limit=1000)
+
+
+def test_a_link_that_is_swapped_in_meanwhile_is_not_followed(box):
+    swap = """
+        import os
+        while True:
+            os.rename("d", "real"); os.symlink("/etc", "d")
+            os.unlink("d"); os.rename("real", "d")
+    """
+    box.write_files({"swap.py": textwrap.dedent(swap).encode(), "d/passwd": b"mine"})
+    box.run("python3 swap.py > /dev/null 2>&1 &")
+    seen = set()
+    for _ in range(2000):
+        try:
+            seen.add(box.read_file("d/passwd", limit=10_000))
+        except SandboxError:
+            seen.add(None)
+    assert seen == {b"mine", None}
 
 
 def test_a_file_at_the_limit_is_read_whole(box):

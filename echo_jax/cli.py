@@ -39,7 +39,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             sys.exit(f"error: there is no config file {path}")
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "sweep")]
         place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
         cause = error

@@ -3,7 +3,15 @@
 import posixpath
 import time
 
-from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
+from echo_jax.tools.sandbox import (
+    CommandResult,
+    Sandbox,
+    SandboxBroken,
+    SandboxError,
+    SandboxUsedUp,
+    Status,
+    to_bytes,
+)
 from echo_jax.tools.tool import Tool, strings
 
 MAX_BYTES = 1 << 20  # of a file that can be read or edited
@@ -24,7 +32,7 @@ class Write(Tool):
 
     def run(self, world: Sandbox, arguments) -> CommandResult:
         def write() -> bytes:
-            content = _bytes(arguments["content"])
+            content = to_bytes(arguments["content"])
             world.write_files({_inner(world, arguments["path"]): content})
             return b"%d bytes written\n" % len(content)
 
@@ -37,12 +45,12 @@ class Edit(Tool):
 
     def run(self, world: Sandbox, arguments) -> CommandResult:
         def edit() -> bytes:
-            path, old = _inner(world, arguments["path"]), _bytes(arguments["old"])
+            path, old = _inner(world, arguments["path"]), to_bytes(arguments["old"])
             content = world.read_file(path, limit=MAX_BYTES)
             count = content.count(old) if old else 0
             if count != 1:
                 raise ValueError(f"{arguments['path']}: the old text occurs {count} times, not once")
-            world.write_files({path: content.replace(old, _bytes(arguments["new"]))})
+            world.write_files({path: content.replace(old, to_bytes(arguments["new"]))})
             return b"1 place edited\n"
 
         return _answer(world, edit)
@@ -71,11 +79,3 @@ def _inner(world: Sandbox, path: str) -> str:
     if not whole.startswith("/work/") or len(whole) > MAX_PATH:
         raise ValueError(f"{path[:100]}: not a path of at most {MAX_PATH} letters below /work")
     return whole.removeprefix("/work/")
-
-
-def _bytes(text: str) -> bytes:
-    """Bytes that came as surrogates go back to what they were; a lone surrogate (JSON may hold one) keeps its code."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")

@@ -41,6 +41,7 @@ __all__ = [
     "SandboxUsedUp",
     "Status",
     "probe",
+    "to_bytes",
 ]
 
 BACKENDS = ("auto", "bubblewrap")
@@ -119,13 +120,13 @@ class Sandbox:
 
         `fresh`: start in /work with the first environment, and leave directory and environment as they were.
         """
-        return self._call("bash", [b"run", _encode(command)], timeout, b"1" if fresh else b"0")
+        return self._call("bash", [b"run", to_bytes(command)], timeout, b"1" if fresh else b"0")
 
     def run_python(self, code: str | bytes, *, timeout: float | None = None) -> CommandResult:
         """Runs code in the agent's interpreter, which lives on between calls, and prints the value of a last
         expression; always returns a result. An exception is exit code 1; the interpreter ends by `exit` and at a
         time-out, and the next call has a new one and says so."""
-        return self._call("python", [b"python", _encode(code)], timeout)
+        return self._call("python", [b"python", to_bytes(code)], timeout)
 
     def _call(self, name: str, request: list[bytes], timeout: float | None, *rest: bytes) -> CommandResult:
         timeout = self.timeout if timeout is None else timeout
@@ -273,7 +274,7 @@ def _inner(path: str) -> bytes:
     return os.fsencode(path)
 
 
-def _encode(command: str | bytes) -> bytes:
+def to_bytes(command: str | bytes) -> bytes:
     """Bytes that came as surrogates go back to what they were; a lone surrogate (JSON may hold one) keeps its code."""
     if isinstance(command, bytes):
         return command

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from echo_jax import batch as batch_lib
 from echo_jax import hlo
 from echo_jax.cli import run_program
-from echo_jax.config import ConfigError
+from echo_jax.config import ConfigError, load_config_file
 from echo_jax.flops import train_flops
 from echo_jax.runtime import validate
 from echo_jax.sharding import sharding_of
@@ -131,13 +131,8 @@ def by_kind(text: str) -> dict[str, dict[str, int]]:
 
 def load_config(path: str) -> ml_collections.ConfigDict:
     """Returns the config of a file, or of `file:argument`."""
-    name, _, argument = path.partition(":")
-    if not Path(name).is_file():
-        raise ConfigError(f"there is no config file {name}")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
+    name, *argument = path.split(":", 1)
+    return load_config_file(Path(name)).get_config(*argument)
 
 
 def table(results: list[dict]) -> Iterator[str]:

@@ -3,11 +3,13 @@
 In: overrides from a config file or the command line. Out: one locked `ConfigDict`, and the record of it in a workdir.
 """
 
+import importlib.util
 import json
 import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import ml_collections
 from ml_collections import config_dict
@@ -166,6 +168,20 @@ def default_config() -> ml_collections.ConfigDict:
     c.system.compilation_cache = ""  # folder that keeps compiled programs from run to run; empty: none
     c.system.profile_steps = ()  # (first, last) RL steps, from 1, that the profiler records into workdir/profile
     return c.lock()
+
+
+def load_config_file(path: Path) -> ModuleType:
+    """Returns the module of a config file, of which `get_config` makes the config.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # What `validate` checks field by field.

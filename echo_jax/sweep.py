@@ -12,7 +12,6 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import importlib.util
 import os
 import re
 import shlex
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TextIO
 
 import ml_collections
@@ -32,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_jax.cli import run_program
+from echo_jax.config import ConfigError, load_config_file
 from echo_jax.metrics import MetricsError, read_metrics
 
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
@@ -114,7 +113,10 @@ def run_sweep(
 def plan(config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str]) -> list[Run]:
     """All runs of the sweep, checked: each field exists and takes its value, and no two runs have one name."""
     path, *arg = config.split(":", 1)
-    module = _load_module(Path(path))
+    try:
+        module = load_config_file(Path(path))
+    except ConfigError as error:
+        raise SweepError(str(error)) from error
     if not hasattr(module, "sweep"):
         raise SweepError(f"{path} has no sweep(); to run it as it is: python -m echo_jax.train --config={config} …")
     runs: dict[str, Run] = {}
@@ -146,15 +148,6 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_config", path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise SweepError(f"there is no config file {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _argument(value: Any) -> str:

@@ -36,7 +36,7 @@ PARAM_AXES = {
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,  # its input only
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its matmuls with weights gave
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,  # all: nothing is computed again
 }
 
 
@@ -154,8 +154,8 @@ class Transformer(nnx.Module):
         def layer(x, block):
             return block(x, positions, attend)[0]
 
-        if self.config.remat != "none":
-            layer = nnx.remat(layer, policy=REMAT[self.config.remat])
+        if (policy := REMAT[self.config.remat]) is not None:
+            layer = nnx.remat(layer, policy=policy)
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return self._finish(run(self._embed(tokens), self.layers))
 

@@ -5,11 +5,13 @@ The agent knows where it stands and where the goal is, and sees the doors of its
 """
 
 import dataclasses
+import functools
 import time
 
 import numpy as np
 
 from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tools.sandbox import CommandResult, Status
 
 Cell = tuple[int, int]  # column, row; the first row is the northmost
@@ -33,16 +35,16 @@ class MazeWorld:
         started = time.monotonic()
         if direction not in STEPS:
             return self._answer(f"go {', '.join(STEPS)}", started, well=False)
-        following = neighbour(self.cell, direction)
-        if (self.cell, following) not in self._doors:
+        doors = exits(self._doors, self.cell)
+        if direction not in doors:
             return self._answer(f"wall; {self.seen()}", started, well=False)
-        self.cell = following
+        self.cell = doors[direction]
         return self._answer(self.seen(), started, well=True)
 
     def seen(self) -> str:
         """Returns what the agent sees: `at 2 3; doors north east; goal 5 0`."""
-        doors = [direction for direction in STEPS if (self.cell, neighbour(self.cell, direction)) in self._doors]
-        return f"at {self.cell[0]} {self.cell[1]}; doors {' '.join(doors)}; goal {self.goal[0]} {self.goal[1]}"
+        doors = " ".join(exits(self._doors, self.cell))
+        return f"at {self.cell[0]} {self.cell[1]}; doors {doors}; goal {self.goal[0]} {self.goal[1]}"
 
     def _answer(self, text: str, started: float, *, well: bool) -> CommandResult:
         return CommandResult(
@@ -74,12 +76,16 @@ class MazeTask(Task):
     def world(self) -> MazeWorld:
         return MazeWorld(self.doors, self.start, self.goal)
 
+    def ways(self) -> dict[Cell, tuple[str, ...]]:
+        """Returns the directions of a shortest way to each cell."""
+        return shortest_ways(functools.partial(exits, self.doors), self.start)
+
     def score(self, answer: str | None, world: MazeWorld) -> float:
         return float(answer is not None and world.cell == self.goal)
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
         if solve:
-            for direction in shortest_ways(self.doors, self.start)[self.goal]:
+            for direction in self.ways()[self.goal]:
                 yield f"go {direction}"
         else:  # wander towards the goal and into walls, give up somewhere
             x, y = self.goal[0] - self.start[0], self.goal[1] - self.start[1]
@@ -103,7 +109,7 @@ class MazeFamily:
         cells = [(x, y) for x in range(self.width) for y in range(self.height)]
         doors = _dig(cells, rng)
         start = cells[int(rng.integers(len(cells)))]
-        ways = shortest_ways(doors, start)
+        ways = shortest_ways(functools.partial(exits, doors), start)
         longest = max(map(len, ways.values()))
         far = [cell for cell, way in ways.items() if 2 * len(way) >= longest]
         goal = far[int(rng.integers(len(far)))]
@@ -118,6 +124,12 @@ class MazeFamily:
 
 def neighbour(cell: Cell, direction: str) -> Cell:
     return cell[0] + STEPS[direction][0], cell[1] + STEPS[direction][1]
+
+
+def exits(doors: frozenset[tuple[Cell, Cell]], cell: Cell) -> dict[str, Cell]:
+    """Returns {direction: the cell behind it} of the doors of a cell."""
+    beside = {direction: neighbour(cell, direction) for direction in STEPS}
+    return {direction: behind for direction, behind in beside.items() if (cell, behind) in doors}
 
 
 def _dig(cells: list[Cell], rng: np.random.Generator) -> frozenset[tuple[Cell, Cell]]:
@@ -137,16 +149,3 @@ def _dig(cells: list[Cell], rng: np.random.Generator) -> frozenset[tuple[Cell, C
         visited.add(following)
         path.append(following)
     return frozenset(doors | {(there, here) for here, there in doors})
-
-
-def shortest_ways(doors: frozenset[tuple[Cell, Cell]], start: Cell) -> dict[Cell, tuple[str, ...]]:
-    """Returns the directions of a shortest way to each cell."""
-    ways: dict[Cell, tuple[str, ...]] = {start: ()}
-    queue = [start]
-    for cell in queue:
-        for direction in STEPS:
-            following = neighbour(cell, direction)
-            if (cell, following) in doors and following not in ways:
-                ways[following] = (*ways[cell], direction)
-                queue.append(following)
-    return ways

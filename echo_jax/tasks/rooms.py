@@ -11,6 +11,7 @@ import shlex
 import numpy as np
 
 from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tasks.words import WORDS
 from echo_jax.tools.sandbox import Sandbox, SandboxError, Status
 
@@ -82,7 +83,7 @@ class RoomsFamily:
         return RoomsTask(
             name=f"rooms/{split}/{index}",
             prompt=f"room {self._signs[start]} to room {self._signs[goal]}",
-            path=_shortest_path(self._doors, start, goal),
+            path=shortest_ways(self._doors.__getitem__, start)[goal],
             goal=self._dirs[goal],
             goal_sign=self._signs[goal],
             files=self._files,
@@ -108,14 +109,3 @@ def _doors(width: int, height: int, rng: np.random.Generator) -> list[dict[str, 
             old, new = component[b], component[a]
             component = [new if c == old else c for c in component]
     return doors
-
-
-def _shortest_path(doors: list[dict[str, int]], start: int, goal: int) -> tuple[str, ...]:
-    paths: dict[int, tuple[str, ...]] = {start: ()}
-    queue = [start]
-    for room in queue:
-        for name, behind in doors[room].items():
-            if behind not in paths:
-                paths[behind] = (*paths[room], name)
-                queue.append(behind)
-    return paths[goal]

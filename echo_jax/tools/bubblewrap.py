@@ -190,7 +190,7 @@ class Jail:
         """Sends a request, returns the answer. Raises SandboxError where the supervisor refuses, SandboxBroken where
         it is dead, is silent for `seconds` or sends more than it should; the jail is dead then."""
         if self._broken is not None:
-            raise self._broken
+            raise self._broken.with_traceback(None)  # else it would gather those of all calls that meet it
         # As by a KeyboardInterrupt: then the two sides are out of step.
         self._broken = SandboxBroken("an earlier call was interrupted")
         deadline = time.monotonic() + seconds

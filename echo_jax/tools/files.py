@@ -12,6 +12,7 @@ from echo_jax.tools.sandbox import (
     Status,
     to_bytes,
 )
+from echo_jax.tools.supervisor import Capture
 from echo_jax.tools.tool import Tool, strings
 
 MAX_BYTES = 1 << 20  # of a file that can be read or edited
@@ -67,9 +68,9 @@ def _answer(world: Sandbox, action) -> CommandResult:
         exit_code, output = None, str(error).encode("utf-8", "replace")
     except (ValueError, SandboxError) as error:
         status, exit_code, output = Status.NONZERO, 1, f"{error}\n".encode("utf-8", "surrogateescape")
-    limit = world.limits.output_bytes
-    dropped = max(0, len(output) - limit)
-    head, tail = (output[: limit // 2], output[-(limit - limit // 2) :]) if dropped else (output, b"")
+    capture = Capture(world.limits.output_bytes)
+    capture.feed(output)
+    head, tail, dropped = capture.finish()
     return CommandResult(status, exit_code, head, tail, dropped, time.monotonic() - start, world.cwd)
 
 

@@ -33,8 +33,8 @@ _REFUSED_FOR_PID_1 = {
     "setpriority": (141, 140, 1),
     "ioprio_set": (251, 30, 1),
 }
-# name -> (x86-64, aarch64, the only value of the first argument that is let pass): of a process, not of all of a user
-_ONE_PROCESS = {"setpriority": (141, 140, 0), "ioprio_set": (251, 30, 1)}
+# name -> the only value of the first argument that is let pass: of a process, not of all of a user
+_ONE_PROCESS = {"setpriority": 0, "ioprio_set": 1}
 _SOCKET = (41, 198)
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
@@ -65,10 +65,9 @@ def program(machine: str | None = None) -> bytes:
     ]
     for numbers in _REFUSED.values():
         lines += [(_EQUAL, 0, 1, numbers[column]), _refuse(errno.EPERM)]
-    for row in _ONE_PROCESS.values():
-        number, value = row[column], row[2]
+    for name, value in _ONE_PROCESS.items():
         lines += [
-            (_EQUAL, 0, 4, number),
+            (_EQUAL, 0, 4, _REFUSED_FOR_PID_1[name][column]),
             (_LOAD, 0, 0, _ARGUMENTS),
             (_EQUAL, 1, 0, value),
             _refuse(errno.EPERM),

@@ -33,6 +33,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from echo_jax.flops import PEAK_FLOPS
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
 from echo_jax.sharding import MESH_AXES
 
@@ -41,8 +42,12 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each row; the faste
 TABLES = flags.DEFINE_list("tables", ["cpu", "tpu", "gpu"], "which tables to make")
 TORCH = flags.DEFINE_string("torch", sys.executable, "a Python with torch, liger-kernel and cut-cross-entropy")
 TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
-# bf16 FLOP/s and HBM bytes/s of a chip, from Google's system architecture pages (cloud.google.com/tpu/docs)
-CHIPS = {"v5e": (197e12, 819e9), "v5p": (459e12, 2765e9), "v6e": (918e12, 1640e9)}
+# Peak FLOP/s and HBM bytes/s of a chip, the latter from Google's system architecture pages (cloud.google.com/tpu/docs)
+CHIPS = {
+    "v5e": (PEAK_FLOPS["TPU v5 lite"], 819e9),
+    "v5p": (PEAK_FLOPS["TPU v5p"], 2765e9),
+    "v6e": (PEAK_FLOPS["TPU v6 lite"], 1640e9),
+}
 SHARES = (1.0, 0.6, 0.3)
 CHUNK = 512  # tokens of a chunk in the chunked rows
 

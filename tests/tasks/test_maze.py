@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from echo_jax.calls import GRAMMARS
-from echo_jax.tasks.maze import STEPS, MazeFamily, neighbour, shortest_ways
+from echo_jax.tasks.maze import STEPS, MazeFamily, neighbour
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import Status
 
@@ -32,7 +32,7 @@ def follow(task, *, solve, seed=0):
 def test_the_script_walks_a_shortest_way_in_every_maze(width, height):
     family = MazeFamily(width=width, height=height)
     for task in (family.make(split, i) for split in ("train", "heldout") for i in range(40)):
-        way = shortest_ways(task.doors, task.start)[task.goal]
+        way = task.ways()[task.goal]
         assert follow(task, solve=True) == (1.0, len(way))
         assert 0 < len(way) < width * height
 
@@ -41,7 +41,7 @@ def test_the_script_walks_a_shortest_way_in_every_maze(width, height):
 def test_every_cell_can_be_reached_and_every_door_leads_back(width, height):
     for i in range(20):
         task = MazeFamily(width=width, height=height).make("train", i)
-        ways = shortest_ways(task.doors, task.start)
+        ways = task.ways()
         assert ways.keys() == {(x, y) for x in range(width) for y in range(height)}
         assert all((there, here) in task.doors for here, there in task.doors)
         assert len(task.doors) // 2 >= width * height - 1
@@ -84,7 +84,7 @@ def test_what_is_no_direction_is_an_error_that_names_them(direction):
 def test_only_standing_on_the_goal_earns_anything():
     for i in range(20):
         task = MazeFamily(width=6, height=6).make("train", i)
-        *way, last = shortest_ways(task.doors, task.start)[task.goal]
+        *way, last = task.ways()[task.goal]
         world = task.world()
         assert task.score("", world) == task.score(f"{task.goal}", world) == 0.0
         for direction in way:
@@ -100,7 +100,7 @@ def test_only_standing_on_the_goal_earns_anything():
 def test_episodes_share_no_world():
     task = MazeFamily(width=6, height=6).make("train", 0)
     one, other = task.world(), task.world()
-    one.go(shortest_ways(task.doors, task.start)[task.goal][0])
+    one.go(task.ways()[task.goal][0])
     assert one.cell != other.cell == task.start
 
 

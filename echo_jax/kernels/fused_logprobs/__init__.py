@@ -93,15 +93,16 @@ def fused_logprobs(
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)
     inputs = Inputs(hidden, head, targets.astype(jnp.int32), active, temperature)
     if implementation == "reference":
-        scores = LogProbs(*reference(*inputs, vocab_axis=vocab_axis, logit_softcap=logit_softcap, entropy=entropy))
-        return scores._replace(logprob=jnp.where(outside, jnp.nan, scores.logprob))
-    options = Options(vocab_block, token_block, entropy, logit_softcap, vocab_axis, axes)
-    if mesh is not None:
-        sharded.check(inputs, options, mesh)
-    pallas = implementation == "pallas_tpu"
-    if pallas and (mesh is not None or vocab_axis):
-        raise ValueError("implementation 'pallas_tpu' takes a head [V, D] on one device; use 'xla'")
-    scores = LogProbs(*_fused(*inputs, options, mesh, pallas)[:4])
+        values = reference(*inputs, vocab_axis=vocab_axis, logit_softcap=logit_softcap, entropy=entropy)
+    else:
+        options = Options(vocab_block, token_block, entropy, logit_softcap, vocab_axis, axes)
+        if mesh is not None:
+            sharded.check(inputs, options, mesh)
+        pallas = implementation == "pallas_tpu"
+        if pallas and (mesh is not None or vocab_axis):
+            raise ValueError("implementation 'pallas_tpu' takes a head [V, D] on one device; use 'xla'")
+        values = _fused(*inputs, options, mesh, pallas)[:4]
+    scores = LogProbs(*values)
     return scores._replace(logprob=jnp.where(outside, jnp.nan, scores.logprob))
 
 

@@ -1,0 +1,19 @@
+"""Shortest ways on a map, for the tasks that are walks."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+Place = TypeVar("Place", bound=Hashable)
+
+
+def shortest_ways(exits: Callable[[Place], Mapping[str, Place]], start: Place) -> dict[Place, tuple[str, ...]]:
+    """Returns the names of the exits on a shortest way to each place that can be reached; among equally short ones
+    those of the earlier exits. `exits`: place -> {name: place behind it}."""
+    ways: dict[Place, tuple[str, ...]] = {start: ()}
+    queue = [start]
+    for place in queue:
+        for name, behind in exits(place).items():
+            if behind not in ways:
+                ways[behind] = (*ways[place], name)
+                queue.append(behind)
+    return ways

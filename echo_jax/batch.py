@@ -1,10 +1,11 @@
 """What the device gets: packed rows, every field describing the token *predicted* at its place.
 
-In: numpy fields from packing.py. Out: the same struct on the mesh.
+In: numpy fields from packing.py. Out: the same struct on the mesh, of the rows that each process brought.
 """
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,8 +37,20 @@ class Batch:
 
 
 def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
-    """Returns the batch with its rows spread over the data axes of the mesh."""
-    return jax.device_put(batch, sharding_of(mesh, ("micro", "batch", "time")))
+    """Returns the batch with its rows spread over the data axes of the mesh.
+
+    With several processes each gives its own rows, as many as the others, and the result holds those of all.
+    """
+    sharding = sharding_of(mesh, ("micro", "batch", "time"))
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def micro_batches_in_use(batch: Batch) -> jax.Array:
+    """Returns int32: how many micro-batches hold anything, on the process that has most."""
+    used = jnp.any(batch.segment_ids > 0, axis=(1, 2))
+    return jnp.max(jnp.where(used, 1 + jnp.arange(len(used), dtype=jnp.int32), 0))
 
 
 def empty(micro_batches: int, rows: int, length: int) -> Batch:

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import flags
 from jax.experimental import topologies
@@ -73,13 +72,13 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
         shape = dict(training.mesh.shape)
         raise ConfigError(f"a mesh of {shape} has {training.mesh.size} chips, {topology} has {len(devices)}")
     rows = sharding_of(training.mesh, ("micro", "batch", "time"))
-    shape = (training.capacity(training.rollouts_per_step), training.rows, config.pack.length)
+    shape = (training.capacity(training.rollouts_at_once), training.rows, config.pack.length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows), batch_lib.empty(1, 1, 1))
     optimizer, state = training.make_optimizer(config.optimizer.learning_rate), training.abstract_state()
     step = make_train_step(training.graphdef, state, optimizer, training.mesh, training.loss_options())
     start = time.perf_counter()
     try:
-        compiled = step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+        compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -166,6 +166,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.system = ml_collections.ConfigDict()
     c.system.compilation_cache = ""  # folder that keeps compiled programs from run to run; empty: none
+    # Of runs with several processes.
+    c.system.silence_seconds = 30.0  # without a sign of life, then a process is taken for dead
+    c.system.barrier_seconds = 3600.0  # that a process may come later than the others, though alive
     c.system.profile_steps = ()  # (first, last) RL steps, from 1, that the profiler records into workdir/profile
     return c.lock()
 
@@ -216,6 +219,8 @@ _NOT_NEGATIVE = (
 _POSITIVE = (
     "rollout.temperature",
     "rollout.max_seconds",
+    "system.silence_seconds",
+    "system.barrier_seconds",
     "sandbox.timeout_seconds",
     "sandbox.setup_seconds",
     "sandbox.score_seconds",
@@ -300,9 +305,13 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     os.replace(scratch, path)
 
 
+# Where and how it is computed, not what: a run may go on with other values, equal up to rounding.
+_PLACEMENT = ("mesh.", "system.", "pack.rows", "rollout.tool_threads", "model.remat", "model.attention", "checkpoint.")
+
+
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Raises `ConfigError`, listing the fields, if a workdir holds no run or a run of another config: going on would
-    mix two experiments."""
+    mix two experiments. Fields of placement may differ, so that a run can move to other machines."""
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
@@ -311,16 +320,15 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
         theirs = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
-    if ours == theirs:
-        return
     missing = "(no such field)"
     differing = [
         f"  {name}: there {theirs.get(name, missing)!r}, here {ours.get(name, missing)!r}"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name, missing) != theirs.get(name, missing)
+        if ours.get(name, missing) != theirs.get(name, missing) and not name.startswith(_PLACEMENT)
     ]
-    raise ConfigError(
-        f"workdir {workdir} holds a run of another config:\n"
-        + "\n".join(differing)
-        + "\nUse the same config to resume it, or another --workdir for a new run."
-    )
+    if differing:
+        raise ConfigError(
+            f"workdir {workdir} holds a run of another config:\n"
+            + "\n".join(differing)
+            + "\nUse the same config to resume it, or another --workdir for a new run."
+        )

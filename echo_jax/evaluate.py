@@ -25,7 +25,7 @@ from echo_jax.cli import run_program
 from echo_jax.config import check_workdir
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.rollout import Collector, Job
-from echo_jax.rollout_metrics import rollout_metrics
+from echo_jax.rollout_metrics import Summary, rollout_metrics, summaries
 from echo_jax.runtime import Runtime
 from echo_jax.trajectory import Trajectory
 from echo_jax.world_model import Scorer, compare
@@ -55,16 +55,18 @@ class Evaluator:
         samples: int = 1,
         on_finish: Callable[[int], None] = lambda done: None,
     ) -> dict[str, float]:
-        """Returns the `eval/` metrics of `samples` rollouts on each of `episodes` held-out tasks."""
+        """Returns the `eval/` metrics of `samples` rollouts on each of `episodes` held-out tasks, which the processes
+        share."""
+        runtime, peers = self._runtime, self._runtime.peers
         self._engine.set_params(params, version)
         jobs = [
-            Job(self._runtime.heldout_tasks[task], group=task, rollout=FIRST_EVAL_ROLLOUT + task * samples + sample)
-            for task in range(episodes)
+            Job(runtime.heldout_tasks[task], group=task, rollout=FIRST_EVAL_ROLLOUT + task * samples + sample)
+            for task in range(peers.index, episodes, peers.count)
             for sample in range(samples)
         ]
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
-        header = self._runtime.renderer.observation_header
-        metrics = rollout_metrics(trajectories, "eval", header) | pass_at_k(trajectories, samples)
+        rollouts = summaries(trajectories, runtime.renderer.observation_header, peers)
+        metrics = rollout_metrics(rollouts, "eval") | pass_at_k(rollouts, samples)
         metrics["eval/observation_ce"] = self.observation_ce(params)
         return metrics
 
@@ -76,23 +78,23 @@ class Evaluator:
 
     def _load_transcripts(self) -> list[Trajectory]:
         """Half right, half flawed demonstrations on held-out tasks: the same for every run of a config's tasks."""
+        runtime, peers = self._runtime, self._runtime.peers
         path = self._workdir / "rollouts" / "heldout_transcripts.jsonl.gz"
-        if path.exists():
-            return trajectory_lib.load(path, vocab_size=self._runtime.vocab_size)
-        count = self._runtime.config.eval.transcripts
-        jobs = [Job(self._runtime.heldout_tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in range(count)]
-        transcripts = self._collector.scripted(jobs, [i % 2 == 0 for i in range(count)], TRANSCRIPT_SEED)
-        trajectory_lib.save(path, transcripts, vocab_size=self._runtime.vocab_size)
-        return transcripts
+        if not peers.first(path.exists):
+            own = range(peers.index, runtime.config.eval.transcripts, peers.count)
+            jobs = [Job(runtime.heldout_tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in own]
+            made = self._collector.scripted(jobs, [i % 2 == 0 for i in own], TRANSCRIPT_SEED)
+            trajectory_lib.save_shares(path, made, vocab_size=runtime.vocab_size, peers=peers)
+        return trajectory_lib.load(path, vocab_size=runtime.vocab_size)
 
 
-def pass_at_k(trajectories: Sequence[Trajectory], samples: int) -> dict[str, float]:
+def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
     """Returns pass@1 and pass@`samples` with the standard error over tasks, by the unbiased estimator
     1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1); rollouts that were not scored are left out."""
     tasks: dict[int, list[bool]] = {}
-    for trajectory in trajectories:
-        if trajectory.scored:
-            tasks.setdefault(trajectory.group, []).append(trajectory.reward >= 1.0)
+    for rollout in rollouts:
+        if rollout.scored:
+            tasks.setdefault(rollout.group, []).append(rollout.reward >= 1.0)
     metrics = {}
     for k in sorted({1, samples}):
         rates = [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
@@ -105,8 +107,15 @@ def pass_at_k(trajectories: Sequence[Trajectory], samples: int) -> dict[str, flo
 
 
 def main(args: flags.FlagValues) -> None:
-    config, workdir = args.config, Path(args.workdir)
-    runtime = runtime_lib.build(config)
+    with runtime_lib.start_peers(args.config) as peers:
+        result = evaluate(args, runtime_lib.build(args.config, peers))
+        if peers.is_first:
+            print(json.dumps(result))
+
+
+def evaluate(args: flags.FlagValues, runtime: Runtime) -> dict:
+    """Returns what the program prints."""
+    config, workdir = runtime.config, Path(args.workdir)
     check_workdir(config, workdir)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         state, saved = checkpointer.restore(runtime.abstract_state())
@@ -121,7 +130,7 @@ def main(args: flags.FlagValues) -> None:
             evaluator = Evaluator(runtime, collector, runtime.make_engine(), workdir)
             metrics = evaluator(state.params, saved["step"], episodes=episodes, samples=args.samples)
         result |= {"episodes": episodes, "samples": args.samples} | metrics
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

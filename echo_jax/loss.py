@@ -28,6 +28,7 @@ MEANS = {
     "policy/mismatch_kl": "policy/tokens",
     "policy/reference_kl": "policy/reference_tokens",
     "loss/active_fraction": "pack/tokens",
+    "pack/efficiency": "pack/slots",
 }
 MEANS |= {f"observation/{what}{split}": f"observation/tokens{split}" for split in SPLITS for what in ("ce", "accuracy")}
 MAXIMA = ("policy/sampler_gap_max",)
@@ -138,6 +139,7 @@ def echo_loss(
     total = policy_term + kl_term + observation_term
 
     action = ((batch.role == Role.ACTION) & scored).astype(jnp.float32)
+    real = batch.segment_ids > 0
     sums = {
         "policy/loss": policy_term,
         "loss/kl": kl_term,
@@ -147,7 +149,10 @@ def echo_loss(
         "policy/entropy": jnp.sum(action * scores.entropy),
         "policy/tokens": jnp.sum(action),
         "loss/active_fraction": jnp.sum(batch.active),
-        "pack/tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+        "pack/tokens": jnp.sum(real, dtype=jnp.float32),
+        "pack/efficiency": jnp.sum(real, dtype=jnp.float32),
+        "pack/slots": jnp.sum(real.any(axis=-1), dtype=jnp.float32) * real.shape[-1],  # of rows that hold anything
+        "pack/pairs": jnp.sum(jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32),  # a token and one it reads
     }
     for split, (role, tool) in SPLITS.items():
         chosen = (batch.role == role) & scored

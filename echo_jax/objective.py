@@ -18,7 +18,7 @@ import numpy as np
 
 from echo_jax.advantages import groups_of
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
-from echo_jax.selection import Selection, parsed_well, select
+from echo_jax.selection import Pool, Selection, parsed_well, select
 from echo_jax.trajectory import ENDED_BY_BUDGET, Trajectory
 
 # mode -> the terms that it trains
@@ -115,9 +115,12 @@ def mode_at(step: int, mode: str, changes: Sequence[tuple[int, str]]) -> str:
 
 
 def weigh(
-    trajectories: Sequence[Trajectory], advantages: np.ndarray | Sequence[float], objective: Objective
+    trajectories: Sequence[Trajectory],
+    advantages: np.ndarray | Sequence[float],
+    objective: Objective,
+    pool: Pool = lambda own: own,
 ) -> list[TokenWeights]:
-    """Stamps the weights of one update.
+    """Stamps the weights of one update, or of one process's share of it: whole groups, and `pool` to ask the others.
 
     The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
     Tokens that an earlier branch of the same rollout has too weigh nothing, and the branches of a rollout share one
@@ -125,7 +128,7 @@ def weigh(
     """
     terms = MODES[objective.mode]
     in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories])
-    selected = select(trajectories, objective.selection, in_observation)
+    selected = select(trajectories, objective.selection, in_observation, pool)
     lambdas = _lambdas(trajectories, objective) * ("observation" in terms)
     in_policy = _in_policy_term(trajectories, objective) & ("policy" in terms)
 

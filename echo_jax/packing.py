@@ -20,7 +20,6 @@ class Packed:
 
     batch: Batch  # [M, B, T], M the fixed capacity
     micro_batches: int  # those that hold anything; the step loops over these alone
-    efficiency: float  # predicted tokens / slots of the rows in use
 
 
 def capacity(trajectories: int, max_tokens: int, *, rows: int, length: int) -> int:
@@ -83,8 +82,7 @@ def pack(
             at = (*divmod(row, rows), slice(start, start + sizes[i]))
             _place(batch, at, segment, trajectories[i], weights[i])
             start += sizes[i]
-    used = -(-len(layout) // rows)
-    return Packed(batch, used, sum(sizes) / max(len(layout) * length, 1))
+    return Packed(batch, micro_batches=-(-len(layout) // rows))
 
 
 def _place(batch: Batch, at: tuple, segment: int, trajectory: Trajectory, weights: TokenWeights) -> None:

@@ -16,6 +16,7 @@ from echo_jax.calls import GRAMMARS, Call
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.environment import Environment, Machine
 from echo_jax.episode import Episode, Phase, Rules
+from echo_jax.peers import Peers
 from echo_jax.render import Renderer
 from echo_jax.tasks.task import Task
 from echo_jax.tools.sandbox import CommandResult, Status
@@ -48,8 +49,12 @@ class Job:
 class Collector:
     """Makes trajectories, from a policy or from scripts. A context manager: leaving it ends all threads."""
 
-    def __init__(self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int):
+    def __init__(
+        self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int, peers: Peers | None = None
+    ):
+        """`peers`: if one of the processes is stopped, the collections of all of them raise `Interrupted`."""
         self.stop = threading.Event()  # set it from anywhere: the collection under way raises Interrupted soon
+        self._peers = peers or Peers()
         self.retried = 0  # rollouts of the last collection that were made again
         self._renderer = renderer
         self._rules = rules
@@ -76,12 +81,16 @@ class Collector:
         interrupted call with the same jobs and policy already made.
         """
         collection = _Collection(self, jobs, engine, finished)
-        try:
-            return collection.run(on_finish)
-        finally:
-            engine.cancel()
-            collection.close()
-            self.retried = collection.retried
+
+        def collect() -> list[Trajectory]:
+            try:
+                return collection.run(on_finish)
+            finally:
+                engine.cancel()
+                collection.close()
+                self.retried = collection.retried
+
+        return self._together(collect)
 
     def scripted(
         self,
@@ -97,16 +106,34 @@ class Collector:
             and used for the whole run, so it must be complete.
         """
         futures = [self._pool.submit(self._script, job, right, seed) for job, right in zip(jobs, solve, strict=True)]
+
+        def collect() -> list[Trajectory]:
+            try:
+                trajectories = []
+                for done, future in enumerate(futures, start=1):
+                    trajectories.append(future.result())
+                    on_finish(done)
+                return trajectories
+            finally:
+                for future in futures:
+                    future.cancel()
+                concurrent.futures.wait(futures)
+
+        return self._together(collect)
+
+    def check_stop(self) -> None:
+        """Raises `Interrupted` if this process, or another of the run, was asked to stop."""
+        if any(self._peers.gather(self.stop.is_set(), "a step")):
+            raise Interrupted
+
+    def _together(self, collect: Callable[[], list[Trajectory]]) -> list[Trajectory]:
         try:
-            trajectories = []
-            for done, future in enumerate(futures, start=1):
-                trajectories.append(future.result())
-                on_finish(done)
-            return trajectories
-        finally:
-            for future in futures:
-                future.cancel()
-            concurrent.futures.wait(futures)
+            trajectories, interrupted = collect(), False
+        except Interrupted as own:
+            trajectories, interrupted = list(own.finished), True
+        if any(self._peers.gather(interrupted, "rollouts")):
+            raise Interrupted(trajectories)
+        return trajectories
 
     def _start(self, job: Job) -> tuple[Episode, Environment]:
         episode = episode_lib.start(self._renderer, self._rules, job.task.prompt, job.task.tools)

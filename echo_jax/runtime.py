@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from echo_jax import config as config_lib
+from echo_jax import peers as peers_lib
 from echo_jax.advantages import ADVANTAGES, groups_of
 from echo_jax.calls import GRAMMARS
 from echo_jax.checkpoint import CheckpointError
@@ -29,6 +30,7 @@ from echo_jax.objective import (
     POLICY_NORMALIZERS,
     SCHEDULES,
 )
+from echo_jax.peers import PeerError, Peers
 from echo_jax.policy_loss import CLIPPED, KL_ESTIMATORS, POLICY_LOSSES
 from echo_jax.render import Renderer
 from echo_jax.roles import ENVIRONMENT_CLASSES
@@ -51,6 +53,7 @@ USER_ERRORS = (
     MetricsError,
     TrajectoryError,
     RolloutError,
+    PeerError,
     ScoreError,
     SelectionError,
     OSError,
@@ -84,22 +87,25 @@ class Runtime(Training):
     heldout_tasks: grain.MapDataset
     imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
+    peers: Peers
 
     def make_engine(self) -> DenseEngine:
         rollout = self.config.rollout
         return DenseEngine(
             self.graphdef,
             self.model_config,
-            lanes=self.rollouts_per_step,
+            lanes=self.rollouts_at_once,
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
             stop_id=self.renderer.stop_id,
             seed=self.config.seed,
+            mesh=self.mesh,
         )
 
     def make_collector(self) -> Collector:
         rollout = self.config.rollout
-        return Collector(self.renderer, episode_rules(self.config), sandboxes(self.config), rollout.tool_threads)
+        rules, machine = episode_rules(self.config), sandboxes(self.config)
+        return Collector(self.renderer, rules, machine, rollout.tool_threads, self.peers)
 
 
 def episode_rules(config: ml_collections.ConfigDict) -> Rules:
@@ -248,15 +254,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"config.loss.observation_filter: {error}") from error
 
 
-def build(config: ml_collections.ConfigDict) -> Runtime:
+def start_peers(config: ml_collections.ConfigDict, user_errors: tuple[type[Exception], ...] = USER_ERRORS) -> Peers:
+    """Joins the other processes of this run; comes before any use of JAX's devices."""
+    limits = {name: config.system[name] for name in ("silence_seconds", "barrier_seconds")}
+    return peers_lib.start(**limits, user_errors=user_errors)
+
+
+def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runtime:
     """Builds the parts. Everything that can be wrong with a config or a host is found here.
 
     Raises:
+      PeerError: the processes have not got the same config or the same JAX.
       ConfigError: a field's value cannot work.
       TokenizerError: the tokenizer's model cannot be used.
       SandboxUnavailable: no sandbox works on this host.
     """
+    peers = peers or Peers()
     validate(config)
+    given = {f"config.{name}": str(value) for name, value in config_lib.flat(config).items()}
+    peers.same(given | {"jax": jax.__version__}, "start all of them with the same code and command")
     tokenizer = Tokenizer(config.tokenizer.path)
     mixture = dict(config.task.mixture)
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
@@ -278,4 +294,5 @@ def build(config: ml_collections.ConfigDict) -> Runtime:
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         imitated=_imitated(config, tokenizer.vocab_size),
         replay=_replay(config, tokenizer.vocab_size),
+        peers=peers,
     )

@@ -35,8 +35,16 @@ class Selection:
     dedupe: bool = False  # an observation repeated within a group is trained once
 
 
-def select(trajectories: Sequence[Trajectory], selection: Selection, kept: np.ndarray) -> list[np.ndarray]:
+# The numbers of one process -> those of all processes of the run, in one list.
+Pool = Callable[[list[float]], list[float]]
+
+
+def select(
+    trajectories: Sequence[Trajectory], selection: Selection, kept: np.ndarray, pool: Pool = lambda own: own
+) -> list[np.ndarray]:
     """Returns f32 [T] >= 0 for each trajectory; zeros for those not `kept` (bool [R]), which decide nothing for others.
+
+    `pool`: where the trajectories are one process's share of an update. Groups are never split.
 
     Raises:
       SelectionError: a rule needs what was not recorded, or the user's filter returns something else than a mask.
@@ -46,7 +54,7 @@ def select(trajectories: Sequence[Trajectory], selection: Selection, kept: np.nd
         for t, weight in zip(trajectories, weights, strict=True):
             weight *= _filtered(t, weight > 0, selection.keep)
     if selection.top_entropy < 1.0:
-        _keep_after_uncertain_turns(trajectories, weights, kept, selection.top_entropy)
+        _keep_after_uncertain_turns(trajectories, weights, kept, selection.top_entropy, pool)
     if selection.dedupe:
         _train_repetitions_once(trajectories, weights)
     return weights
@@ -107,7 +115,7 @@ def _filtered(trajectory: Trajectory, mask: np.ndarray, keep: ObservationFilter)
     return kept
 
 
-def _keep_after_uncertain_turns(trajectories, weights, kept, share: float) -> None:
+def _keep_after_uncertain_turns(trajectories, weights, kept, share: float, pool: Pool) -> None:
     """Keeps observations after the actions of highest mean entropy, `share` of all turns and what equals the last of
     them (PaW, arXiv 2606.02388)."""
     turns = [turn_of(t) for t in trajectories]
@@ -123,9 +131,10 @@ def _keep_after_uncertain_turns(trajectories, weights, kept, share: float) -> No
             )
         for k in range(1, turn[-1] + 1):
             entropies[i, k] = float(t.entropy[action & (turn == k)].mean())
-    if not entropies:
+    everywhere = sorted(pool(list(entropies.values())), reverse=True)
+    if not everywhere:
         return
-    threshold = sorted(entropies.values(), reverse=True)[math.ceil(share * len(entropies)) - 1]
+    threshold = everywhere[math.ceil(share * len(everywhere)) - 1]
     for (i, k), entropy in entropies.items():
         if entropy < threshold:
             weights[i][turns[i] == k] = 0.0

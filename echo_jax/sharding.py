@@ -23,7 +23,9 @@ MESH_AXIS_OF = {
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-    """Returns a mesh over `data × fsdp × tensor` of the given devices (default: all of this process's).
+    """Returns a mesh over `data × fsdp × tensor` of the given devices (default: all there are).
+
+    The devices of a process lie side by side, so its rows of a batch do too, and `tensor` stays within it if it can.
 
     Raises:
       ValueError: there are fewer devices than the product.
@@ -34,8 +36,27 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
         raise ValueError(
             f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {need} devices, there are {len(devices)}"
         )
-    grid = np.asarray(devices[:need]).reshape(data, fsdp, tensor)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = sorted(devices, key=lambda device: device.process_index)[:need]
+    return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def processes_of(mesh: Mesh) -> int:
+    """Returns how many processes the mesh spans.
+
+    Raises:
+      ValueError: two of them would have to bring the same rows of a batch, or one brings more rows than another.
+    """
+    owners = mesh.devices.reshape(-1, mesh.shape["tensor"])  # [data shards, tensor]
+    index = np.vectorize(lambda device: device.process_index)(owners)
+    processes, shards = np.unique(index[:, 0], return_counts=True)
+    if (index != index[:, :1]).any():
+        chips = mesh.size // len(np.unique(index))
+        raise ValueError(
+            f"mesh.tensor = {mesh.shape['tensor']} would span processes of {chips} devices each; it must divide them"
+        )
+    if len(set(shards.tolist())) > 1:
+        raise ValueError(f"the mesh takes {shards.tolist()} data shards of its processes; it must take as many of each")
+    return len(processes)
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:

@@ -4,7 +4,12 @@
 
 Run again on the same workdir, it resumes. The workdir holds config.json, provenance.jsonl (commit, diff and versions,
 one line a start), metrics.jsonl (one object a step), tensorboard/, rollouts/, checkpoints/ and, with a KL, reference/;
-and DONE when the run is complete. Ctrl-C saves a checkpoint and stops.
+and DONE when the run is complete. Ctrl-C and SIGTERM save a checkpoint and stop.
+
+Several processes (see peers.py) train one run, in a workdir that all of them see. Each samples its share of a step's
+groups with an engine of its own, then all update together; process 0 writes what is written once. Exit statuses: 0
+complete, 75 stopped by SIGTERM or because a process was lost (the same command again goes on), 69 the workdir is
+another's, 130 stopped by Ctrl-C, 1 an error to mend.
 """
 
 import contextlib
@@ -12,6 +17,7 @@ import dataclasses
 import fcntl
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +28,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
 from echo_jax import provenance
 from echo_jax import runtime as runtime_lib
@@ -29,15 +36,16 @@ from echo_jax import trajectory as trajectory_lib
 from echo_jax.advantages import groups_of
 from echo_jax.checkpoint import Checkpointer, check_free_space
 from echo_jax.cli import run_program
-from echo_jax.config import claim_workdir
+from echo_jax.config import check_workdir, claim_workdir
 from echo_jax.evaluate import Evaluator
 from echo_jax.metrics import MetricsWriter, read_metrics
 from echo_jax.models.transformer import init_params
 from echo_jax.objective import MODES, TokenWeights, weigh
+from echo_jax.peers import AGAIN, Peers
 from echo_jax.profiler import Profiler
 from echo_jax.progress import Progress
 from echo_jax.rollout import Collector, Interrupted, Job
-from echo_jax.rollout_metrics import rollout_metrics
+from echo_jax.rollout_metrics import rollout_metrics, summaries
 from echo_jax.runtime import Runtime
 from echo_jax.train_step import TrainState, init_state
 from echo_jax.trajectory import Trajectory
@@ -48,8 +56,15 @@ DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
 DEMONSTRATION_ORDER_SEED = 11
 
 
+TAKEN = 69  # exit status (EX_UNAVAILABLE): the run is another's
+
+
 class TrainError(RuntimeError):
     """The run cannot go on; what was saved before is intact."""
+
+
+class Taken(TrainError):
+    """Another process trains in the workdir, or another owner does from time to time."""
 
 
 class Trainer:
@@ -58,6 +73,7 @@ class Trainer:
     def __init__(self, runtime: Runtime, collector: Collector, workdir: Path):
         self.runtime = runtime
         self.config = runtime.config
+        self.peers = runtime.peers
         self.workdir = workdir
         self.collector = collector
         self.engine = runtime.make_engine()
@@ -70,14 +86,19 @@ class Trainer:
         self.saved_step = self.checkpointer.latest_step()
         self.recorded_step = self.step  # a step is complete once its metrics are written
         self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
-        self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0)
+        self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0) if self._writes else None
+        self.console = Console(quiet=not self._writes)
+
+    @property
+    def _writes(self) -> bool:
+        return self.peers.is_first
 
     def run(self) -> None:
         """Goes from wherever the workdir stands to the end of the run."""
         if self.step < self.warm_steps:
             self._warm_start()
         elif self.step == 0:
-            self.metrics.write(0, self._evaluate())
+            self._record(self._evaluate())
         if self.step < self.last_step:
             self._reinforce()
         self.save()
@@ -85,7 +106,8 @@ class Trainer:
     def close(self) -> None:
         self.profiler.close()
         self.checkpointer.close()
-        self.metrics.close()
+        if self.metrics:
+            self.metrics.close()
 
     # Phases.
 
@@ -98,15 +120,17 @@ class Trainer:
         stream = grain.MapDataset.source(demonstrations)
         stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
         update = Update(runtime, runtime.imitation_options(), warm.learning_rate)
-        with Progress("warm start", total=self.warm_steps, start=self.step) as progress:
+        at_most = runtime.share(warm.batch)
+        with Progress("warm start", total=self.warm_steps, start=self.step, console=self.console) as progress:
             while self.step < self.warm_steps:
-                self._check_stop()
+                self.collector.check_stop()
                 start = time.perf_counter()
                 first = self.step * warm.batch
+                own = self._share(range(first, first + warm.batch))
                 # A demonstration that comes twice in a batch is two sequences, not branches of one rollout.
-                chosen = [dataclasses.replace(stream[i], rollout=i) for i in range(first, first + warm.batch)]
+                chosen = [dataclasses.replace(stream[i], rollout=i) for i in own]
                 weights = weigh(chosen, np.zeros(len(chosen)), objective)
-                metrics = self._updated(update, chosen, weights, at_most=warm.batch)
+                metrics = self._updated(update, chosen, weights, at_most=at_most)
                 metrics["time/step"] = time.perf_counter() - start
                 if self.step == self.warm_steps:
                     progress.log("evaluating the warm start on held-out tasks")
@@ -128,31 +152,33 @@ class Trainer:
         if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
             fresh = runtime.make_optimizer(optimizer.learning_rate)
             self.state = init_state(self.state.params, fresh, runtime.mesh, self.step)
-        with Progress("ECHO", total=self.config.num_steps, start=self.step - self.warm_steps) as progress:
+        done = self.step - self.warm_steps
+        with Progress("ECHO", total=self.config.num_steps, start=done, console=self.console) as progress:
             while self.step < self.last_step:
-                self._check_stop()
+                self.collector.check_stop()
                 self.profiler.before(self.step - self.warm_steps + 1)
                 start = time.perf_counter()
                 trajectories = self._rollouts()
-                metrics = {"rollout/retried": self.collector.retried}
+                everyone = summaries(trajectories, runtime.renderer.observation_header, self.peers)
                 rollout_seconds = time.perf_counter() - start
-                metrics |= rollout_metrics(trajectories, "rollout", runtime.renderer.observation_header)
+                metrics = rollout_metrics(everyone, "rollout")
+                metrics["rollout/retried"] = sum(self.peers.gather(self.collector.retried))
                 objective = runtime.objective(self.step - self.warm_steps)
-                weights = weigh(trajectories, runtime.advantages(trajectories), objective)
-                metrics["rollout/filtered"] = nothing_trained(trajectories, weights)
+                weights = weigh(trajectories, runtime.advantages(trajectories), objective, self.peers.join)
+                metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
                 metrics["rollout/accepted"] -= metrics["rollout/filtered"]
                 metrics |= self._updated(
                     update,
                     trajectories,
                     weights,
-                    at_most=runtime.rollouts_per_step,
+                    at_most=runtime.rollouts_at_once,
                     compare_gradients=_due(self.step - self.warm_steps, loss.gradient_metrics_every),
                 )
                 observed = "observation" in MODES[objective.mode]
                 metrics["loss/observation_weight"] = objective.observation_weight if observed else 0.0
                 metrics["time/rollout"] = rollout_seconds
                 metrics["time/step"] = time.perf_counter() - start
-                metrics["rollout/tokens_per_second"] = sum(len(t.ids) for t in trajectories) / rollout_seconds
+                metrics["rollout/tokens_per_second"] = sum(r.tokens for r in everyone) / rollout_seconds
                 if _due(self.step, rollout.save_every) or self.step == self.last_step:
                     self._save_rollouts(f"step_{self.step:06d}", trajectories)
                 if _due(self.step - self.warm_steps, self.config.eval.every) or self.step == self.last_step:
@@ -161,6 +187,10 @@ class Trainer:
                 self._finish_step(metrics, progress)
 
     # Parts of a step.
+
+    def _share(self, everything: range) -> range:
+        """Returns what of it this process does."""
+        return everything[self.peers.index :: self.peers.count]
 
     def _updated(self, update: Update, trajectories: list[Trajectory], weights, **options) -> dict[str, float]:
         """Advances state and step by an update; returns its metrics."""
@@ -187,32 +217,32 @@ class Trainer:
         rollout = self.config.rollout
         first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
         first_rollout = self.step * self.runtime.rollouts_per_step
-        tasks = [self.runtime.train_tasks[first_task + group] for group in range(rollout.groups)]
+        tasks = {group: self.runtime.train_tasks[first_task + group] for group in self._share(range(rollout.groups))}
         jobs = [
-            Job(tasks[i // rollout.group_size], group=i // rollout.group_size, rollout=first_rollout + i)
-            for i in range(self.runtime.rollouts_per_step)
+            Job(task, group=group, rollout=first_rollout + group * rollout.group_size + i)
+            for group, task in tasks.items()
+            for i in range(rollout.group_size)
         ]
         self.engine.set_params(self.state.params, self.step)
         name = f"interrupted_{self.step:06d}"  # what was made of this step's rollouts when the run was stopped
         path = self._rollouts_file(name)
-        finished = trajectory_lib.load(path, vocab_size=self.runtime.vocab_size) if path.exists() else []
+        kept = self.peers.first(path.exists)
+        finished = trajectory_lib.load(path, vocab_size=self.runtime.vocab_size) if kept else []
         try:
             trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
         except Interrupted as interrupted:
-            if interrupted.finished:
+            if any(self.peers.gather(len(interrupted.finished))):
                 self._save_rollouts(name, interrupted.finished)
             raise
-        path.unlink(missing_ok=True)
+        self.peers.first(lambda: path.unlink(missing_ok=True))
         return trajectories
 
     def _replayed(self) -> list[Trajectory]:
         """Returns the groups of saved rollouts that this step trains on, in turn."""
         groups = list(groups_of(self.runtime.replay).values())
         first = (self.step - self.warm_steps) * self.config.rollout.groups
-        chosen = [groups[(first + k) % len(groups)] for k in range(self.config.rollout.groups)]
-        return [
-            dataclasses.replace(self.runtime.replay[i], group=k) for k, members in enumerate(chosen) for i in members
-        ]
+        chosen = {k: groups[(first + k) % len(groups)] for k in self._share(range(self.config.rollout.groups))}
+        return [dataclasses.replace(self.runtime.replay[i], group=k) for k, members in chosen.items() for i in members]
 
     def _demonstrations(self) -> list[Trajectory]:
         """Returns what the warm start imitates: rollouts that were saved, or scripted ones, made once a run."""
@@ -220,23 +250,27 @@ class Trainer:
         if self.runtime.imitated:
             return self.runtime.imitated
         path = self._rollouts_file("demonstrations")
-        if path.exists():
-            return trajectory_lib.load(path, vocab_size=self.runtime.vocab_size)
-        seed = _fold(self.config.seed, DEMONSTRATION_SEED)
-        solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
-        jobs = [Job(self.runtime.train_tasks[i], group=i, rollout=i) for i in range(warm.demonstrations)]
-        with Progress("demonstrations", total=len(jobs)) as progress:
-            made = self.collector.scripted(jobs, solve.tolist(), seed, progress.update)
-        self._save_rollouts("demonstrations", made)
-        return made
+        if not self.peers.first(path.exists):
+            seed = _fold(self.config.seed, DEMONSTRATION_SEED)
+            solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
+            own = self._share(range(warm.demonstrations))
+            jobs = [Job(self.runtime.train_tasks[i], group=i, rollout=i) for i in own]
+            with Progress("demonstrations", total=len(jobs), console=self.console) as progress:
+                made = self.collector.scripted(jobs, solve[own].tolist(), seed, progress.update)
+            self._save_rollouts("demonstrations", made)
+        return trajectory_lib.load(path, vocab_size=self.runtime.vocab_size)
 
     def _evaluate(self) -> dict[str, float]:
         start = time.perf_counter()
         metrics = self.evaluator(self.state.params, self.step, episodes=self.config.eval.episodes)
         return metrics | {"time/evaluate": time.perf_counter() - start}
 
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self.metrics:
+            self.metrics.write(self.step, metrics)
+
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> None:
-        self.metrics.write(self.step, metrics)
+        self._record(metrics)
         self.recorded_step = self.step
         progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
         if _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step):
@@ -249,14 +283,17 @@ class Trainer:
             self.saved_step = self.step
 
     def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
-        trajectory_lib.save(self._rollouts_file(name), trajectories, vocab_size=self.runtime.vocab_size)
+        path = self._rollouts_file(name)
+        trajectory_lib.save_shares(path, trajectories, vocab_size=self.runtime.vocab_size, peers=self.peers)
 
     def _rollouts_file(self, name: str) -> Path:
         return self.workdir / "rollouts" / f"{name}.jsonl.gz"
 
     def _restore_or_init(self) -> TrainState:
         abstract = self.runtime.abstract_state()
-        if self.checkpointer.latest_step() is not None:
+        newest = self.checkpointer.latest_step()
+        self.peers.same({f"the newest checkpoint of {self.workdir}": newest}, "all must see one and the same workdir")
+        if newest is not None:
             state, saved = self.checkpointer.restore(abstract)
             self.step = saved["step"]
             return state
@@ -264,10 +301,6 @@ class Trainer:
         check_free_space(self.workdir, size, self.config.checkpoint.keep)
         _, params = init_params(self.runtime.model_config, self.config.seed, self.runtime.mesh)
         return init_state(params, self.runtime.make_optimizer(0.0), self.runtime.mesh)
-
-    def _check_stop(self) -> None:
-        if self.collector.stop.is_set():
-            raise Interrupted
 
 
 def nothing_trained(trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights]) -> int:
@@ -290,29 +323,44 @@ def _fold(seed: int, purpose: int) -> int:
 
 @contextlib.contextmanager
 def only_process_in(workdir: Path) -> Iterator[None]:
-    """Holds the workdir's lock; raises `TrainError` if another process has it. A killed process leaves none."""
+    """Holds the workdir's lock; raises `Taken` if another run has it. A killed process leaves none."""
     with (workdir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise TrainError(f"another process is training in {workdir}; stop it, or use another --workdir") from error
+            raise Taken(f"another process is training in {workdir}; stop it, or use another --workdir") from error
         yield
 
 
+def claim_for(owner: str, workdir: Path) -> None:
+    """Makes the workdir the owner's; raises `Taken` if it is another's. Of two that try at once one gets it."""
+    path = workdir / "owner"
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        file.write(owner)
+    if (found := path.read_text()) != owner:
+        raise Taken(f"{workdir} belongs to the owner {found!r}, not to {owner!r}; if that one is gone, delete {path}")
+
+
 @contextlib.contextmanager
-def stop_on_signal(collector: Collector) -> Iterator[list[int]]:
-    """Turns the first SIGINT or SIGTERM into `collector.stop`; a second one ends the process as usual.
+def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
+    """Turns the first SIGINT or SIGTERM, of this process or another of the run, into `collector.stop`; a second one
+    ends the process as usual.
 
     Yields a list that then holds the signal's number.
     """
     received: list[int] = []
 
-    def handle(number, _):
+    def stop(number):
         received.append(number)
         collector.stop.set()
+
+    def handle(number, _):
+        stop(number)
+        peers.stop(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.write(1, b"\nstopping: saving a checkpoint (once more to stop at once)\n")  # print is not reentrant
 
+    peers.on_stop(stop)
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
@@ -321,40 +369,65 @@ def stop_on_signal(collector: Collector) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
-    """Runs or resumes a run; returns the exit status: 0 complete, 128 + n stopped by signal n.
+def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", peers: Peers | None = None) -> int:
+    """Runs or resumes a run; returns the exit status, see above.
 
     Raises:
       one of runtime.USER_ERRORS: what is wrong and what to do, before work is lost.
     """
-    runtime = runtime_lib.build(config)
+    runtime = runtime_lib.build(config, peers)
+    peers = runtime.peers
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
-    claim_workdir(config, workdir)
     done = workdir / "DONE"
-    if done.exists():
-        print(summary(workdir))
-        return 0
-    with (
-        only_process_in(workdir),
-        runtime.make_collector() as collector,
-        stop_on_signal(collector) as received,
-    ):
+    with contextlib.ExitStack() as held:
+
+        def claim() -> str:
+            claim_workdir(config, workdir)
+            if done.exists():
+                return "done"
+            try:
+                held.enter_context(only_process_in(workdir))
+                if owner:
+                    claim_for(owner, workdir)
+            except Taken as taken:
+                print(f"error: {taken}", file=sys.stderr)
+                return "taken"
+            return "ours"
+
+        whose = peers.first(claim)
+        if whose == "taken":
+            return TAKEN
+        check_workdir(config, workdir)
+        if whose == "ours":
+            if status := _run(runtime, workdir):
+                return status
+            peers.first(lambda: done.write_text(f"{config.warm_start.num_steps + config.num_steps} steps\n"))
+        if peers.is_first:
+            print(summary(workdir))
+    return 0
+
+
+def _run(runtime: Runtime, workdir: Path) -> int:
+    """Trains to the end, or until it is stopped; returns the exit status."""
+    peers = runtime.peers
+    say = print if peers.is_first else lambda text: None
+    with runtime.make_collector() as collector, stop_on_signal(collector, peers) as received:
         trainer = Trainer(runtime, collector, workdir)
         with contextlib.closing(trainer):
-            provenance.record(workdir)
+            if peers.is_first:
+                provenance.record(workdir)
             if trainer.step:
-                print(f"resuming {workdir} from step {trainer.step} of {trainer.last_step}")
+                say(f"resuming {workdir} from step {trainer.step} of {trainer.last_step}")
             try:
                 trainer.run()
             except Interrupted:
                 if trainer.recorded_step == trainer.step:  # else its metrics are not written: it is made again
                     trainer.save()
                 stopped = f"stopped; run the same command again to resume from step {trainer.saved_step or 0}"
-                print(f"{stopped} of {trainer.last_step}")
-                return 128 + received[0]
-    done.write_text(f"{trainer.last_step} steps\n")
-    print(summary(workdir))
+                say(f"{stopped} of {trainer.last_step}")
+                signals = peers.gather(received[0] if received else 0, "stop")
+                return 128 + signal.SIGINT if signal.SIGINT in signals else AGAIN
     return 0
 
 
@@ -371,7 +444,8 @@ def summary(workdir: Path) -> str:
 
 
 def main(args: flags.FlagValues) -> int:
-    return train(args.config, Path(args.workdir))
+    with runtime_lib.start_peers(args.config, (*runtime_lib.USER_ERRORS, TrainError)) as peers:
+        return train(args.config, Path(args.workdir), owner=args.owner, peers=peers)
 
 
 if __name__ == "__main__":
@@ -379,4 +453,5 @@ if __name__ == "__main__":
         "config", None, "Config file; override any field with --config.section.field=value."
     )
     flags.DEFINE_string("workdir", None, "Folder of the run; an unfinished run in it is resumed.")
+    flags.DEFINE_string("owner", "", "Take the run only if no other owner has: for several that share one sweep.")
     run_program(main, (*runtime_lib.USER_ERRORS, TrainError))

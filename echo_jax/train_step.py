@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from echo_jax.batch import Batch
+from echo_jax.batch import Batch, micro_batches_in_use
 from echo_jax.loss import HeadOptions, LossOptions, add_sums, denominators, echo_loss, score
 from echo_jax.models.transformer import bind
 from echo_jax.policy_loss import Clip
@@ -31,7 +31,8 @@ def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, step
     """Returns a state with a fresh optimizer, its moments laid out like the parameters."""
     shardings = opt_state_shardings(params, optimizer, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(step=jax.device_put(jnp.int32(step), replicated(mesh)), params=params, opt_state=opt_state)
+    start = jax.jit(lambda: jnp.int32(step), out_shardings=replicated(mesh))()
+    return TrainState(step=start, params=params, opt_state=opt_state)
 
 
 def opt_state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh):
@@ -69,12 +70,10 @@ def _forward(graphdef, params, micro: Batch, mesh: Mesh | None) -> tuple[jax.Arr
     return model(micro.tokens, micro.positions, micro.segment_ids, mesh), model.head()
 
 
-def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mesh: Mesh, options: LossOptions):
-    """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches.
+def loss_and_grads(graphdef, params, batch: Batch, mesh: Mesh, options: LossOptions):
+    """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches, batch [M, B, T].
 
-    Args:
-      batch: fields [M, B, T].
-      micro_batches: int32 scalar <= M: how many hold anything; the loop's trip count is dynamic, its shapes are not.
+    The trip count of the loop is how many of them hold anything on any process; its shapes are fixed.
     """
     inverse_denominators = denominators(batch)
 
@@ -90,17 +89,17 @@ def loss_and_grads(graphdef, params, batch: Batch, micro_batches: jax.Array, mes
 
     shapes = jax.eval_shape(micro_loss, params, jax.tree.map(lambda x: x[0], batch))[1]
     zeros = ({name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.fori_loop(0, micro_batches, accumulate, zeros)
+    return jax.lax.fori_loop(0, micro_batches_in_use(batch), accumulate, zeros)
 
 
 def make_train_step(
     graphdef, abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, options: LossOptions
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted update; it donates the state and lays the next one out like `abstract`, so it compiles
     once."""
 
-    def train_step(state: TrainState, batch: Batch, micro_batches: jax.Array):
-        sums, grads = loss_and_grads(graphdef, state.params, batch, micro_batches, mesh, options)
+    def train_step(state: TrainState, batch: Batch):
+        sums, grads = loss_and_grads(graphdef, state.params, batch, mesh, options)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         sums["train/gradient_norm"] = optax.tree.norm(grads)
@@ -112,19 +111,16 @@ def make_train_step(
 
 
 def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted comparison of the two terms' gradients, (params, batch, micro_batches) -> norms and cosine:
-    two more backward passes, for a look now and then."""
+    """Returns the jitted comparison of the two terms' gradients, (params, batch) -> norms and cosine: two more backward
+    passes, for a look now and then."""
 
-    def term_gradients(params, batch: Batch, micro_batches: jax.Array):
+    def term_gradients(params, batch: Batch):
         nothing = jnp.zeros_like(batch.policy_weight)
         parts = {
             "policy": batch.replace(observation_weight=nothing),
             "observation": batch.replace(policy_weight=nothing, kl_weight=nothing),
         }
-        grads = {
-            name: loss_and_grads(graphdef, params, part, micro_batches, mesh, options)[1]
-            for name, part in parts.items()
-        }
+        grads = {name: loss_and_grads(graphdef, params, part, mesh, options)[1] for name, part in parts.items()}
         norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}
         product = norms["policy"] * norms["observation"]
         dot = optax.tree.vdot(grads["policy"], grads["observation"])
@@ -134,23 +130,23 @@ def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[
     return jax.jit(term_gradients, out_shardings=replicated(mesh))
 
 
-def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch, jax.Array], jax.Array]:
-    """Returns the jitted (params, batch, micro_batches) -> f32 [M, B, T], the targets' log-probs at their temperatures,
-    0 in micro-batches that are not in use."""
+def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch], jax.Array]:
+    """Returns the jitted (params, batch) -> f32 [M, B, T], the targets' log-probs at their temperatures, 0 in
+    micro-batches that are not in use."""
 
-    def logprobs(params, batch: Batch, micro_batches: jax.Array):
+    def logprobs(params, batch: Batch):
         def fill(i, values):
             micro = micro_batch(batch, i, mesh)
             hidden, head_weights = _forward(graphdef, params, micro, head.mesh)
             own = score(hidden, head_weights, micro, head).logprob
             return jax.lax.dynamic_update_index_in_dim(values, own, i, 0)
 
-        return jax.lax.fori_loop(0, micro_batches, fill, jnp.zeros_like(batch.old_logprob))
+        return jax.lax.fori_loop(0, micro_batches_in_use(batch), fill, jnp.zeros_like(batch.old_logprob))
 
     return jax.jit(logprobs, out_shardings=sharding_of(mesh, ("micro", "batch", "time")))
 
 
-def make_score(graphdef, head: HeadOptions) -> Callable[[dict, Batch], dict[str, jax.Array]]:
+def make_score(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch], dict[str, jax.Array]]:
     """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients."""
     options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=head)
 
@@ -159,4 +155,4 @@ def make_score(graphdef, head: HeadOptions) -> Callable[[dict, Batch], dict[str,
         one = jnp.float32(1.0)
         return echo_loss(hidden, head_weights, micro, (one, one), options)[1]
 
-    return jax.jit(metric_sums)
+    return jax.jit(metric_sums, out_shardings=replicated(mesh))

@@ -21,7 +21,7 @@ from echo_jax.objective import Objective, mode_at, scheduled_weight
 from echo_jax.optimizer import make_optimizer
 from echo_jax.policy_loss import POLICY_LOSSES, Clip
 from echo_jax.selection import Selection, load_filter
-from echo_jax.sharding import make_mesh
+from echo_jax.sharding import make_mesh, processes_of
 from echo_jax.train_step import TrainState, abstract_state
 
 
@@ -44,14 +44,28 @@ class Training:
         return self.config.rollout.groups * self.config.rollout.group_size
 
     @property
+    def rollouts_at_once(self) -> int:
+        """The most that one process makes for a step: whole groups."""
+        return self.share(self.config.rollout.groups) * self.config.rollout.group_size
+
+    @property
     def rows(self) -> int:
         """Rows of a micro-batch, over all devices."""
         return self.config.pack.rows or self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    @property
+    def processes(self) -> int:
+        """Those that the mesh spans: each samples, packs and brings its share of an update."""
+        return processes_of(self.mesh)
+
+    def share(self, count: int) -> int:
+        """Returns the most that one process gets of `count` things dealt out in turn."""
+        return -(-count // self.processes)
+
     def capacity(self, at_most: int) -> int:
-        """Returns the micro-batches that hold any `at_most` trajectories of this run."""
-        pack = self.config.pack
-        return packing.capacity(at_most, self.config.rollout.max_tokens, rows=self.rows, length=pack.length)
+        """Returns the micro-batches that hold any `at_most` trajectories of one process."""
+        rows, pack = self.rows // self.processes, self.config.pack
+        return packing.capacity(at_most, self.config.rollout.max_tokens, rows=rows, length=pack.length)
 
     def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         o = self.config.optimizer
@@ -138,9 +152,10 @@ class Training:
         )
 
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
-        """Packs into the one shape that holds any `at_most` trajectories of this run."""
+        """Packs one process's trajectories into the one shape that holds any `at_most` of them."""
         length, capacity = self.config.pack.length, self.capacity(at_most)
-        return packing.pack(trajectories, weights, length=length, rows=self.rows, micro_batches=capacity)
+        rows = self.rows // self.processes
+        return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
 
 
 def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Training:
@@ -162,7 +177,27 @@ def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: 
     model_config = ModelConfig(**{**config.model, "vocab_size": own})
     _check_divides(config, own, mesh)
     graphdef, params = abstract_params(model_config, mesh)
-    return Training(config, mesh, model_config, graphdef, params)
+    training = Training(config, mesh, model_config, graphdef, params)
+    _check_processes(training, devices)
+    return training
+
+
+def _check_processes(training: Training, devices: Sequence[jax.Device]) -> None:
+    """Raises `ConfigError` if the processes cannot each bring their share of an update."""
+    config, mesh = training.config, training.mesh
+    there = len({device.process_index for device in devices})
+    try:
+        processes = training.processes
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if processes < there:
+        raise ConfigError(
+            f"the mesh {dict(mesh.shape)} takes {mesh.size} of {len(devices)} devices, those of {processes} of {there} "
+            "processes; each must have a part in it: set mesh.fsdp = 0 for what is left"
+        )
+    for name, value in (("rollout.groups", config.rollout.groups), ("warm_start.batch", config.warm_start.batch)):
+        if value < processes:
+            raise ConfigError(f"config.{name} = {value} is less than the {processes} processes: each needs one")
 
 
 def _check_divides(config: ml_collections.ConfigDict, vocab_size: int, mesh: Mesh) -> None:

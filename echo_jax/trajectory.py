@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from echo_jax.peers import Peers
 from echo_jax.roles import Role
 from echo_jax.tools import TOOL_IDS
 
@@ -111,6 +112,23 @@ def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> 
             f"{path} could not be written: {error.strerror or error}. Free some space or mend the cause, "
             "then run the same command again: it resumes from the last checkpoint"
         ) from error
+
+
+def save_shares(path: Path, own: Sequence[Trajectory], *, vocab_size: int, peers: Peers) -> None:
+    """Saves the trajectories of all processes in one file, by rollout: each writes its own beside it, process 0 joins
+    them. The folder is one that all see."""
+    if peers.count == 1:
+        save(path, own, vocab_size=vocab_size)
+        return
+    parts = [path.with_name(f".{i}-{path.name}") for i in range(peers.count)]
+    save(parts[peers.index], own, vocab_size=vocab_size)
+    peers.gather(None, f"{path.name} written by all")
+    if peers.is_first:
+        everyone = [t for part in parts for t in load(part, vocab_size=vocab_size)]
+        save(path, sorted(everyone, key=lambda t: t.rollout), vocab_size=vocab_size)
+        for part in parts:
+            part.unlink()
+    peers.gather(None, f"{path.name} joined")
 
 
 def load(path: Path, *, vocab_size: int) -> list[Trajectory]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.batch import to_mesh
@@ -68,20 +67,23 @@ class Update:
     ) -> Updated:
         """Trains on trajectories, of which there are never more than `at_most`; `state` is donated.
 
+        With several processes each gives its own trajectories, with weights of the whole update, and all get its
+        metrics.
+
         Raises:
           UpdateError: loss or gradient norm is not finite.
         """
         start = time.perf_counter()
         packed = self.runtime.pack(trajectories, weights, at_most=at_most)
-        batch, used = to_mesh(packed.batch, self.runtime.mesh), jnp.int32(packed.micro_batches)
+        batch = to_mesh(packed.batch, self.runtime.mesh)
         if self.recompute:
-            batch = batch.replace(old_logprob=self._logprobs(state.params, batch, used))
+            batch = batch.replace(old_logprob=self._logprobs(state.params, batch))
         if self.reference is not None:
-            batch = batch.replace(reference_logprob=self._logprobs(self.reference, batch, used))
-        norms = jax.device_get(self._term_gradients(state.params, batch, used)) if compare_gradients else {}
+            batch = batch.replace(reference_logprob=self._logprobs(self.reference, batch))
+        norms = jax.device_get(self._term_gradients(state.params, batch)) if compare_gradients else {}
         sums = []
         for _ in range(self.passes):
-            state, own = self._train_step(state, batch, used)
+            state, own = self._train_step(state, batch)
             sums.append(own)
         metrics = mean_of_passes([finish_metrics(own) for own in jax.device_get(sums)])
         loss, norm = metrics["loss/total"], metrics["train/gradient_norm"]
@@ -91,25 +93,15 @@ class Update:
         if norms and norms["policy/gradient_norm"] > 0:
             metrics["loss/gradient_ratio"] = float(norms["observation/gradient_norm"] / norms["policy/gradient_norm"])
         seconds = time.perf_counter() - start
-        metrics |= {
-            "pack/efficiency": packed.efficiency,
-            "time/train": seconds,
-            "train/tokens_per_second": metrics["pack/tokens"] / seconds,
-        }
-        metrics |= self._speed(trajectories, seconds)
+        metrics |= {"time/train": seconds, "train/tokens_per_second": metrics["pack/tokens"] / seconds}
+        metrics |= self._speed(metrics["pack/tokens"], metrics["pack/pairs"], seconds)
         return Updated(state, metrics)
 
-    def _speed(self, trajectories: Sequence[Trajectory], seconds: float) -> dict[str, float]:
+    def _speed(self, tokens: float, pairs: float, seconds: float) -> dict[str, float]:
         """Returns the analytic FLOP/s on real tokens, and where the devices' peak is known the share of it."""
-        tokens = sum(len(t.ids) - 1 for t in trajectories)
-        done = self.passes * train_flops(self.runtime.model_config, tokens, _pairs(trajectories)) / seconds
+        done = self.passes * train_flops(self.runtime.model_config, tokens, pairs) / seconds
         share = utilisation(done, list(self.runtime.mesh.devices.flat))
         return {"train/flops_per_second": done} | ({} if share is None else {"train/mfu": share})
-
-
-def _pairs(trajectories: Sequence[Trajectory]) -> float:
-    """Returns how many pairs of a token and one that it attends to there are; the last token of each is not read."""
-    return float(sum(n * (n - 1) / 2 for n in (len(t.ids) for t in trajectories)))
 
 
 def mean_of_passes(passes: list[dict[str, float]]) -> dict[str, float]:

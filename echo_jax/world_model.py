@@ -31,11 +31,12 @@ class Scorer:
         self.longest = runtime.config.pack.length + 1  # tokens of a trajectory that can be scored
         self._runtime = runtime
         every_class = dataclasses.replace(runtime.head_options(), score_all=True)
-        self._score = make_score(runtime.graphdef, every_class)
+        self._score = make_score(runtime.graphdef, runtime.mesh, every_class)
 
     def __call__(self, params, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Returns {"ce": nats a token, "accuracy", "tokens"} of the bodies; with a suffix, of other classes
-        (`ce_truncation`) and of the bodies that one tool wrote (`ce_tool_bash`).
+        (`ce_truncation`) and of the bodies that one tool wrote (`ce_tool_bash`). All processes of a run give the same
+        trajectories, and each scores its share.
 
         Raises:
           TrajectoryError: none has a token that a tool wrote, or one is longer than a packed row.
@@ -52,17 +53,19 @@ class Scorer:
         return {name: value for name, value in found.items() if name.startswith(("ce", "accuracy", "tokens"))}
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]):
-        rows, length = self._runtime.rows, self._runtime.config.pack.length
+        runtime, peers = self._runtime, self._runtime.peers
+        rows, length = runtime.rows // peers.count, runtime.config.pack.length
         longest = max(len(t.ids) for t in trajectories)
         if longest > self.longest:
             raise TrajectoryError(
                 f"a trajectory has {longest} tokens; a row of config.pack.length = {length} takes {self.longest}"
             )
-        weights = weigh(trajectories, np.zeros(len(trajectories)), Objective(observation_weight=1.0, temperature=1.0))
-        most = packing.capacity(len(trajectories), longest, rows=rows, length=length)
-        packed = packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=most)
-        for i in range(packed.micro_batches):
-            micro = to_mesh(jax.tree.map(lambda x, i=i: x[i : i + 1], packed.batch), self._runtime.mesh)
+        own = trajectories[peers.index :: peers.count]
+        weights = weigh(own, np.zeros(len(own)), Objective(observation_weight=1.0, temperature=1.0))
+        most = packing.capacity(runtime.share(len(trajectories)), longest, rows=rows, length=length)
+        packed = packing.pack(own, weights, length=length, rows=rows, micro_batches=most)
+        for i in range(max(peers.gather(packed.micro_batches, "packed trajectories"))):
+            micro = to_mesh(jax.tree.map(lambda x, i=i: x[i : i + 1], packed.batch), runtime.mesh)
             yield jax.tree.map(lambda x: x[0], micro)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.batch import to_mesh
@@ -143,7 +142,7 @@ def gradient(
         batch = batch.replace(reference_logprob=packed(reference).batch.sampler_logprob)
     if mesh.size > 1:
         options = dataclasses.replace(options, head=dataclasses.replace(options.head, mesh=mesh))
-    sums, grads = _jitted(config, mesh, options)(params, to_mesh(batch, mesh), jnp.int32(sampled.micro_batches))
+    sums, grads = _jitted(config, mesh, options)(params, to_mesh(batch, mesh))
     return jax.device_get(sums), jax.device_get(grads), jax.device_get(params)
 
 
@@ -157,7 +156,7 @@ def initial(config, mesh):
 def _jitted(config, mesh, options):
     """One function a configuration, so that tests share its compilations."""
     graphdef, _ = abstract_params(config, mesh)
-    return jax.jit(lambda params, batch, n: loss_and_grads(graphdef, params, batch, n, mesh, options))
+    return jax.jit(lambda params, batch: loss_and_grads(graphdef, params, batch, mesh, options))
 
 
 def relative_difference(a, b) -> float:

@@ -9,7 +9,20 @@ PACKAGE = Path(__file__).parents[1] / "echo_jax"
 
 # rank -> modules, dotted below echo_jax; a folder's modules may import each other
 RANKS = [
-    {"", "roles", "config", "metrics", "progress", "provenance", "checkpoint", "sharding", "cli", "hlo", "profiler"},
+    {
+        "",
+        "roles",
+        "config",
+        "metrics",
+        "progress",
+        "provenance",
+        "checkpoint",
+        "sharding",
+        "cli",
+        "hlo",
+        "profiler",
+        "peers",
+    },
     {"batch", "tokenizer", "tools", "kernels"},
     {"trajectory", "render", "models", "calls"},
     {"flops"},

@@ -23,10 +23,11 @@ from echo_jax.environment import START_ATTEMPTS, Environment, Machine
 from echo_jax.episode import Rules
 from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.models.transformer import abstract_params, bind
+from echo_jax.peers import Peers
 from echo_jax.render import Renderer
 from echo_jax.roles import Role
 from echo_jax.rollout import ATTEMPTS, Collector, Interrupted, Job, RolloutError
-from echo_jax.rollout_metrics import imagined_observations, rollout_metrics
+from echo_jax.rollout_metrics import rollout_metrics, summaries
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.task import Script, Task
 from echo_jax.tokenizer import Tokenizer
@@ -595,8 +596,12 @@ def trajectory(*, tokens=10, **fields):
     return make_trajectory(np.zeros(tokens), **fields)
 
 
+def metrics_of(trajectories, prefix="rollout", header=HEADER):
+    return rollout_metrics(summaries(trajectories, header, Peers()), prefix)
+
+
 def test_metrics_by_hand():
-    metrics = rollout_metrics(
+    metrics = metrics_of(
         [
             trajectory(group=0, reward=1.0, turns=2, calls={"ok": 1, "submit": 1}),
             trajectory(group=0, reward=0.0, turns=3, tokens=20, calls={"ok": 2, "oom": 1}),
@@ -604,7 +609,6 @@ def test_metrics_by_hand():
             trajectory(group=1, reward=0.9, turns=1, scored=False, calls={"infra": 1}),
         ],
         "x",
-        HEADER,
     )
     calls = {"ok": 3, "submit": 2, "oom": 1, "infra": 1}
     for status in (*Status, *MALFORMED, "submit"):
@@ -620,27 +624,28 @@ def test_metrics_by_hand():
 def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
     monkeypatch.setattr(environment, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)
-    metrics = rollout_metrics(trajectories, "rollout", HEADER)
+    metrics = metrics_of(trajectories)
     assert metrics["rollout/calls_infra"] > 0
     counted = sum(value for name, value in metrics.items() if name.startswith("rollout/calls_"))
     assert counted == sum(sum(t.calls.values()) for t in trajectories) == sum(t.turns for t in trajectories)
 
 
 def test_rollouts_of_which_none_was_scored_have_no_rates():
-    metrics = rollout_metrics([trajectory(scored=False), trajectory(scored=False)], "rollout", HEADER)
+    metrics = metrics_of([trajectory(scored=False), trajectory(scored=False)])
     assert (metrics["rollout/submitted"], metrics["rollout/rejected"]) == (2, 2)
     assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_one_rollout_a_task_says_nothing_about_mixed_groups():
-    assert "rollout/mixed_groups" not in rollout_metrics([trajectory(group=0), trajectory(group=1)], "rollout", HEADER)
+    assert "rollout/mixed_groups" not in metrics_of([trajectory(group=0), trajectory(group=1)])
 
 
 def test_imagined_observations_are_headers_that_the_policy_wrote():
     a, o = Role.ACTION, Role.OBSERVATION
     t = make_trajectory([7, 8, 7, 8, 7, 7, 8, 9], [o, o, a, a, a, a, o, a])
-    assert imagined_observations([t], (7,)) == 3 / 5
-    assert imagined_observations([t], (7, 8)) == 2 / 5  # the pair that ends in an observation does not count
-    assert imagined_observations([t], (1,) * 9) == 0.0
-    assert imagined_observations([], (7,)) == 0.0
+    assert metrics_of([t], header=(7,))["rollout/imagined_observations"] == 3 / 5
+    assert (
+        metrics_of([t], header=(7, 8))["rollout/imagined_observations"] == 2 / 5
+    )  # the pair that ends in an observation does not count
+    assert metrics_of([t], header=(1,) * 9)["rollout/imagined_observations"] == 0.0

@@ -337,7 +337,7 @@ sys.exit(train.train(tiny.get_config(), Path(sys.argv[1])))
     broken = subprocess.run(
         [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert broken.returncode == 128 + signal.SIGTERM, broken.stderr
+    assert broken.returncode == 75, broken.stderr
     kept = workdir / "rollouts" / "interrupted_000030.jsonl.gz"
     vocab_size = runtime.build(tiny.get_config()).vocab_size
     assert len(trajectory_lib.load(kept, vocab_size=vocab_size)) >= 2
@@ -458,7 +458,7 @@ def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
     config_lib.claim_workdir(tiny.get_config(), workdir)
     with train.only_process_in(workdir):
         status, output = finish(start(workdir))
-    assert status == 1
+    assert status == train.TAKEN
     assert f"another process is training in {workdir}" in output
     assert "Traceback" not in output
     assert not (workdir / "metrics.jsonl").exists()
@@ -484,7 +484,7 @@ sys.exit(train.train(tiny.get_config(), Path(sys.argv[1])))
     broken = subprocess.run(
         [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert broken.returncode == 128 + signal.SIGTERM, broken.stderr
+    assert broken.returncode == 75, broken.stderr
     assert "resume from step 20" in broken.stdout
     assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == 29
     status, output = finish(start(workdir))

@@ -86,7 +86,7 @@ def test_packing_and_micro_batches_change_nothing(observation_normalizer, policy
     for layout in layouts:
         sums, grads, _ = gradient(CHOSEN, ADVANTAGES, objective=objective, **layout)
         assert relative_difference(grads, one_a_row[1]) < CLOSE
-        for name in sums:
+        for name in sums.keys() - {"pack/slots"}:
             np.testing.assert_allclose(sums[name], one_a_row[0][name], rtol=CLOSE, atol=1e-6, err_msg=name)
 
 
@@ -202,7 +202,7 @@ def three_updates(batches):
     for chosen, advantages in batches:
         weights = weigh(chosen, advantages, ECHO)
         packed = pack(chosen, weights, length=40, rows=2, micro_batches=4)
-        state, sums = step(state, to_mesh(packed.batch, MESH), jnp.int32(packed.micro_batches))
+        state, sums = step(state, to_mesh(packed.batch, MESH))
         losses.append(float(sums["loss/total"]))
     return step, state, losses
 

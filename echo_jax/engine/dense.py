@@ -4,18 +4,63 @@ In: the new ids of some sessions. Out: sampled ids and their log-probs. The host
 cache. One program does everything: each step feeds one token to every running lane, a known one (prompt, observation)
 or the one just sampled, so each token is computed once in its life and by the same program, whatever else runs beside
 it. That makes results independent of when tools answer. One thread owns an engine.
+
+Each process has an engine on its own devices, so that no process waits for another's tools: the model's matrices are
+spread over as many of them as divide its heads, the lanes over the rest.
 """
 
+import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from echo_jax.models.transformer import ModelConfig, bind, init_cache
-from echo_jax.sharding import replicated
+from echo_jax.models.transformer import ModelConfig, abstract_params, bind, init_cache, used_dtype
+from echo_jax.sharding import make_mesh, replicated, sharding_of
 from echo_jax.trajectory import Sampled
+
+CACHE_AXES = ("layers", "batch", "time", "kv_heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Brings parameters from the mesh of the training to that of the engine: one jitted cast and reshard."""
+
+    local: Mesh  # this process's devices, `data` over lanes and `tensor`
+    everywhere: Mesh  # those of all processes, each laid out like `local`
+    shardings: dict  # of the parameters, on `everywhere`
+    dtypes: dict  # what the model would cast each to at its use
+
+    @classmethod
+    def on(cls, mesh: Mesh, graphdef, config: ModelConfig) -> "Placement":
+        devices = list(mesh.devices.flat)  # each process's side by side
+        own = [d for d in devices if d.process_index == jax.process_index()]
+        sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
+        tensor = math.gcd(len(own), *sizes)
+        local = make_mesh(len(own) // tensor, 1, tensor, own)
+        everywhere = make_mesh(len(devices) // tensor, 1, tensor, devices)
+        abstract = abstract_params(config, everywhere)[1]
+        return cls(
+            local,
+            everywhere,
+            shardings=jax.tree.map(lambda x: x.sharding, abstract),
+            dtypes=jax.tree_util.tree_map_with_path(lambda path, x: used_dtype(path, x.dtype, config), abstract),
+        )
+
+    def __call__(self, params):
+        def cast(params):
+            return jax.tree.map(lambda x, dtype: x.astype(dtype), params, self.dtypes)
+
+        return jax.tree.map(self._own, jax.jit(cast, out_shardings=self.shardings)(params))
+
+    def _own(self, x: jax.Array) -> jax.Array:
+        shards = [shard.data for shard in x.addressable_shards]
+        sharding = NamedSharding(self.local, x.sharding.spec)
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
 
 @flax.struct.dataclass
@@ -45,11 +90,23 @@ class DenseEngine:
         stop_id: int,
         seed: int,
         steps_per_call: int = 8,
+        mesh: Mesh | None = None,
     ):
-        self.lanes = lanes
+        """
+        Args:
+          lanes: sessions at once, rounded up to what the devices share evenly.
+          mesh: of the training; the engine uses those of its devices that are this process's.
+        """
+        self._placement = Placement.on(mesh or make_mesh(1, 1, 1, jax.local_devices()), graphdef, model_config)
+        shards = self._placement.local.shape["data"]
+        self.lanes = lanes = -(-lanes // shards) * shards
         self.max_tokens = max_tokens
         self._stop_id = stop_id
-        self._cache = init_cache(model_config, lanes, max_tokens)
+        everywhere = replicated(self._placement.local)
+        spread = sharding_of(self._placement.local, CACHE_AXES)
+        self._cache = jax.jit(init_cache, static_argnums=(0, 1, 2), out_shardings=spread)(
+            model_config, lanes, max_tokens
+        )
         self._key = jax.random.key(seed)
         zeros = functools.partial(np.zeros, dtype=np.int32)
         self._host = Lanes(
@@ -63,21 +120,18 @@ class DenseEngine:
         )
         self._turn_start = zeros(lanes)
         self._params, self._version = None, 0
-        self._program = functools.partial(
+        program = functools.partial(
             _run_lanes, graphdef=graphdef, temperature=temperature, stop_id=stop_id, max_steps=steps_per_call
         )
+        # Placed like what comes out of the program, the cache goes in always alike: one program serves all calls.
+        self.compiled = jax.jit(program, donate_argnums=2, out_shardings=(everywhere, spread))
 
     def set_params(self, params, version: int) -> None:
         """Uses new weights from here on. Sessions that are open would mix two policies, so there must be none."""
         if self._host.known.any():
             lanes = np.flatnonzero(self._host.known).tolist()
             raise RuntimeError(f"weights may only change while no session is open; there are some in the lanes {lanes}")
-        if self._params is None:
-            # Placed like what comes out of the program, the cache goes in always alike: one program serves all calls.
-            everywhere = replicated(jax.tree.leaves(params)[0].sharding.mesh)
-            self._cache = jax.device_put(self._cache, everywhere)
-            self.compiled = jax.jit(self._program, donate_argnums=2, out_shardings=everywhere)
-        self._params, self._version = params, version
+        self._params, self._version = self._placement(params), version
 
     def open(self, lane: int, rollout: int) -> None:
         """Starts an empty session in a lane, forgetting what was there."""

@@ -220,6 +220,11 @@ def abstract_params(config: ModelConfig, mesh: Mesh):
     return graphdef, jax.tree_util.tree_map_with_path(leaf, pure)
 
 
+def used_dtype(path, dtype, config: ModelConfig):
+    """Returns what the model casts a parameter to where it uses it: the compute dtype, but for the norms' scales."""
+    return dtype if PARAM_AXES[path[-1].key] == ("norm",) else jnp.dtype(config.compute_dtype)
+
+
 def bind(graphdef, params) -> Transformer:
     """Returns the model over these parameters; for use inside a jitted function."""
     return nnx.merge(graphdef, params)

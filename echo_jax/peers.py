@@ -1,0 +1,277 @@
+"""The processes of one run: how they find each other, agree, and notice that one of them is gone.
+
+In: the environment that a launcher set. Out: a `Peers`. What they exchange here is small and goes through JAX's
+coordination service, which process 0 hosts; arrays go through the devices. A process that dies would leave the others
+waiting in a collective for ever, so each has a thread that gives and watches for signs of life, and ends its own
+process when another's stay away. When process 0 itself dies, JAX ends the others at once, with a message of its own.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+
+AGAIN = 75  # exit status (EX_TEMPFAIL): the same command, given again, goes on
+_FOLDER = "echo_jax"  # of our keys
+_GRACE_SECONDS = 10.0  # that a process 0 which fails stays, for the others to read why
+
+
+class PeerError(RuntimeError):
+    """The processes of a run cannot work together; the message names the one that is missing or other."""
+
+
+class Peers:
+    """This process among those of its run; all of them make the same calls of `gather` and `first`, in the same order.
+
+    A context manager: leaving it by an exception tells the others why, and ends this process at once, since JAX would
+    wait for processes that no longer come. Alone, a process is left as if there were no manager.
+    """
+
+    def __init__(
+        self,
+        *,
+        silence_seconds: float = 30.0,
+        barrier_seconds: float = 3600.0,
+        user_errors: tuple[type[Exception], ...] = (),
+        client: Any = None,
+        index: int = 0,
+        count: int = 1,
+    ):
+        """
+        Args:
+          silence_seconds: without a sign of life for so long, a process is taken for dead.
+          barrier_seconds: that a process may be late for a `gather`, though alive.
+          user_errors: printed as one line, in place of a traceback, when they end this process.
+          client: of JAX's coordination service; None for one process.
+        """
+        self.index, self.count = index, count
+        self._silence, self._barrier, self._user_errors = silence_seconds, barrier_seconds, user_errors
+        self._client = client
+        self._hosts: list[str] = [socket.gethostname()] * count
+        self._gathered = 0
+        self._on_stop: Callable[[int], None] = lambda signal_number: None
+        self._stop = 0  # the signal by which a process was asked to stop
+        self._left = threading.Event()
+        if count > 1:
+            self._say("host", socket.gethostname())
+            self._hosts = self.gather(socket.gethostname(), "start")
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what a run writes once."""
+        return self.index == 0
+
+    def gather(self, value: Any, what: str = "result") -> list[Any]:
+        """Returns every process's value, by index, once all have given it. `value`: what `json` can write.
+
+        Raises:
+          PeerError: one that is alive did not come within `barrier_seconds`; `what` and its host are named.
+        """
+        if self.count == 1:
+            return [value]
+        self._gathered += 1
+        folder = f"{_FOLDER}_gather/{self._gathered}"
+        self._client.key_value_set(f"{folder}/{self.index}", json.dumps(value))
+        values = [value if i == self.index else self._await(f"{folder}/{i}", i, what) for i in range(self.count)]
+        # Who gives its n-th value has read all of the n-1-th: those before are read by everyone.
+        if self._gathered > 2:
+            self._client.key_value_delete(f"{_FOLDER}_gather/{self._gathered - 2}/{self.index}")
+        return values
+
+    def join(self, values: Sequence[Any], what: str = "results") -> list[Any]:
+        """Returns the values of all processes in one list."""
+        return [value for own in self.gather(list(values), what) for value in own]
+
+    def first(self, make: Callable[[], Any], what: str = "process 0") -> Any:
+        """Returns what `make` returns on process 0, the only one that calls it."""
+        return self.gather(make() if self.is_first else None, what)[0]
+
+    def same(self, values: Mapping[str, Any], remedy: str) -> None:
+        """Raises `PeerError`, naming process and key, if a process has other values than process 0."""
+        everyone = self.gather(dict(values), "comparison")
+        for index, other in enumerate(everyone):
+            for name in sorted(everyone[0].keys() | other.keys()):
+                if everyone[0].get(name) != other.get(name):
+                    raise PeerError(
+                        f"{self._name(index)} has {name} = {other.get(name)!r}, process 0 on {self._hosts[0]} has "
+                        f"{everyone[0].get(name)!r}: {remedy}"
+                    )
+
+    def stop(self, signal_number: int) -> None:
+        """Asks all processes to stop; can be called from a signal handler."""
+        self._stop = self._stop or signal_number
+
+    def on_stop(self, callback: Callable[[int], None]) -> None:
+        """`callback` is called in another thread, with the signal, when another process was asked to stop."""
+        self._on_stop = callback
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, _) -> None:
+        if self.count == 1:
+            return
+        if error is None:
+            self.gather(None, "end")
+            self._left.set()
+            jax.distributed.shutdown()
+            return
+        if self._of_a_collective(error):  # most likely another is gone: the watch finds out which, and ends us
+            time.sleep(self._silence + 2 * self._period)
+        if isinstance(error, self._user_errors) and isinstance(error, Exception):
+            reason = str(error)
+            print(f"error: {reason}", file=sys.stderr)
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            traceback.print_exception(error)
+        self._fail(reason, 130 if isinstance(error, KeyboardInterrupt) else 1)
+
+    # Signs of life.
+
+    @property
+    def _period(self) -> float:
+        return min(self._silence / 10, 3.0)
+
+    def _watch(self) -> None:
+        heard = dict.fromkeys(range(self.count), (None, time.monotonic()))
+        said_stop = told_stop = False
+        beat = 0
+        while not self._left.wait(self._period):
+            beat += 1
+            try:
+                self._say("alive", str(beat))
+                if self._stop and not said_stop:
+                    self._say("stop", str(self._stop))
+                    said_stop = True
+                said = dict(self._client.key_value_dir_get(_FOLDER))
+            except (RuntimeError, ValueError) as error:
+                self._end(f"{self._name(0)} does not answer: {str(error).splitlines()[0]}")
+            now = time.monotonic()
+            for index in (i for i in range(self.count) if i != self.index):
+                if (reason := said.get(f"{_FOLDER}/failed/{index}")) is not None:
+                    self._end(f"{self._name(index)} failed: {reason}")
+                if (stop := said.get(f"{_FOLDER}/stop/{index}")) and not (told_stop or said_stop):
+                    told_stop = True
+                    self._on_stop(int(stop))
+                sign = said.get(f"{_FOLDER}/alive/{index}")
+                if sign != heard[index][0]:
+                    heard[index] = (sign, now)
+                elif now - heard[index][1] > self._silence and f"{_FOLDER}/left/{index}" not in said:
+                    self._end(f"{self._name(index)} gave no sign of life for {self._silence:.0f} s")
+
+    def _say(self, what: str, text: str) -> None:
+        self._client.key_value_set(f"{_FOLDER}/{what}/{self.index}", text, allow_overwrite=True)
+
+    def _await(self, key: str, index: int, what: str) -> Any:
+        deadline = time.monotonic() + self._barrier
+        while True:
+            seconds = max(0.01, min(5.0, deadline - time.monotonic()))
+            try:
+                return json.loads(self._client.blocking_key_value_get(key, int(1000 * seconds)))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if time.monotonic() >= deadline:
+                raise PeerError(
+                    f"{self._name(index)} did not come to {what!r} within system.barrier_seconds = {self._barrier:.0f}"
+                )
+
+    def _name(self, index: int) -> str:
+        return f"process {index} of {self.count} on {self._hosts[index]}"
+
+    @staticmethod
+    def _of_a_collective(error: BaseException) -> bool:
+        while error is not None:
+            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+                return True
+            error = error.__cause__ or error.__context__
+        return False
+
+    def _end(self, why: str) -> None:
+        """Ends this process, whatever its other threads wait for: nothing else gets them out of a collective."""
+        print(
+            f"error: {why}; {self._name(self.index)} stops too. The checkpoints before are complete: the same command "
+            "again resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._exit(AGAIN, others=self.count - 2)
+
+    def _fail(self, reason: str, status: int) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone already
+            self._say("failed", reason)
+        self._exit(status, others=self.count - 1)
+
+    def _exit(self, status: int, others: int) -> None:
+        """Ends this process; process 0, which the others ask, once so many `others` left or had the time to."""
+        with contextlib.suppress(RuntimeError, ValueError):
+            self._say("left", "")
+            deadline = time.monotonic() + _GRACE_SECONDS * self.is_first
+            while time.monotonic() < deadline and len(self._client.key_value_dir_get(f"{_FOLDER}/left")) <= others:
+                time.sleep(0.1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(*, silence_seconds: float, barrier_seconds: float, user_errors: tuple[type[Exception], ...] = ()) -> Peers:
+    """Joins the other processes of this run, if the environment says that there are any. Comes before any use of JAX's
+    devices.
+
+    One of: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; a SLURM step of several tasks;
+    `ECHO_JAX_CLUSTER=auto`, for what `jax.distributed.initialize` finds by itself (a TPU pod's metadata).
+
+    Raises:
+      PeerError: the environment is incomplete, or the others did not come.
+    """
+    limits = {"silence_seconds": silence_seconds, "barrier_seconds": barrier_seconds}
+    arguments = _arguments(os.environ)
+    if arguments is None:
+        return Peers(**limits, user_errors=user_errors)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which ours handles
+    try:
+        # JAX's own limit on silence is longer than ours: it ends processes without saying which was lost.
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=int(max(1, min(barrier_seconds, 300))),
+            heartbeat_timeout_seconds=int(2 * silence_seconds) + 30,
+            shutdown_timeout_seconds=60,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise PeerError(f"the processes of this run did not find each other with {arguments}: {error}") from error
+    from jax._src import distributed  # the only way to the client; orbax takes it too
+
+    state = distributed.global_state
+    return Peers(
+        **limits, user_errors=user_errors, client=state.client, index=state.process_id, count=state.num_processes
+    )
+
+
+def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the arguments of `jax.distributed.initialize`; None for a process that is alone."""
+    if address := environment.get("JAX_COORDINATOR_ADDRESS"):
+        numbers = {}
+        for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+            if not environment.get(name, "").isdecimal():
+                raise PeerError(f"JAX_COORDINATOR_ADDRESS = {address}, but {name} = {environment.get(name, '')!r}")
+            numbers[name] = int(environment[name])
+        count, index = numbers["JAX_NUM_PROCESSES"], numbers["JAX_PROCESS_ID"]
+        if index >= count:
+            raise PeerError(f"JAX_PROCESS_ID = {index}: it must be less than JAX_NUM_PROCESSES = {count}")
+        explicit = {"coordinator_address": address, "num_processes": count, "process_id": index}
+        return explicit | {"cluster_detection_method": "deactivate"}
+    in_a_step = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"}
+    if in_a_step <= environment.keys() and environment["SLURM_NTASKS"] != "1":
+        return {"cluster_detection_method": "slurm"}
+    if method := environment.get("ECHO_JAX_CLUSTER"):
+        return {} if method == "auto" else {"cluster_detection_method": method}
+    return None

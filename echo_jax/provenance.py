@@ -15,20 +15,27 @@ ROOT = Path(__file__).resolve().parents[1]  # of the repository, where the packa
 
 
 def record(workdir: Path, root: Path = ROOT) -> None:
-    """Appends one line. Outside a git checkout `git_sha` and `git_diff` are null."""
+    """Appends one line. Where there is neither a git checkout nor what launch.sh notes of the one that it ships,
+    `git_sha` and `git_diff` are null."""
     in_checkout = _git(root, "rev-parse", "--show-toplevel") == f"{root}\n"
-    sha = _git(root, "rev-parse", "HEAD") if in_checkout else None
+    sha, diff = (_git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")) if in_checkout else _shipped(root)
     line = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.orig_argv,
         "git_sha": sha and sha.strip(),
-        "git_diff": sha and _git(root, "diff", "HEAD"),
+        "git_diff": diff,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name)},
     }
     with (workdir / "provenance.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def _shipped(root: Path) -> tuple[str | None, str | None]:
+    """Commit, and the changes that were there beside it; they were not shipped."""
+    noted = [root / ".shipped" / name for name in ("commit", "diff")]
+    return tuple(path.read_text(errors="replace") if path.exists() else None for path in noted)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -148,6 +148,18 @@ def test_a_workdir_takes_only_its_own_config(tmp_path):
         claim_workdir(config, tmp_path / "w")
 
 
+def test_a_run_may_move_to_other_machines(tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path / "w")
+    config.mesh.update(data=4, fsdp=0)
+    config.pack.rows, config.system.silence_seconds, config.model.remat = 4, 5.0, "none"
+    claim_workdir(config, tmp_path / "w")
+    config.pack.length = 512
+    with pytest.raises(ConfigError, match="pack.length") as error:
+        claim_workdir(config, tmp_path / "w")
+    assert "mesh" not in str(error.value)
+
+
 def test_a_damaged_config_record_is_an_error_that_says_so(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(ConfigError, match=r"config\.json"):

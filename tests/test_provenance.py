@@ -40,3 +40,11 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path):
     provenance.record(tmp_path, tmp_path / "site-packages")
     assert lines(tmp_path)[0]["git_sha"] is None
     assert lines(tmp_path)[0]["git_diff"] is None
+
+
+def test_a_shipped_tree_knows_the_commit_that_it_is(tmp_path):
+    (tmp_path / ".shipped").mkdir()
+    (tmp_path / ".shipped" / "commit").write_text("abc\n")
+    (tmp_path / ".shipped" / "diff").write_text("+not shipped\n")
+    provenance.record(tmp_path, tmp_path)
+    assert (lines(tmp_path)[0]["git_sha"], lines(tmp_path)[0]["git_diff"]) == ("abc", "+not shipped\n")

@@ -22,19 +22,19 @@ SMALL_VOCABULARY = dataclasses.replace(TINY, vocab_size=8)
 
 
 @functools.cache
-def weights(config):
-    """Returns (graph definition, random parameters), with nothing to compile."""
-    graphdef, abstract = abstract_params(config, make_mesh(1, 1, 1))
+def weights(config, shape=(1, 1, 1)):
+    """Returns (graph definition, random parameters on a mesh), with nothing to compile."""
+    graphdef, abstract = abstract_params(config, make_mesh(*shape))
     rng = np.random.default_rng(0)
     draw = lambda x: jax.device_put(rng.normal(0.0, 0.25, x.shape).astype(x.dtype), x.sharding)  # noqa: E731
     return graphdef, jax.tree.map(draw, abstract)
 
 
-def new_engine(config=TINY, *, lanes=LANES, temperature=0.8, seed=0, steps_per_call=8):
-    graphdef, params = weights(config)
+def new_engine(config=TINY, *, lanes=LANES, temperature=0.8, seed=0, steps_per_call=8, shape=(1, 1, 1)):
+    graphdef, params = weights(config, shape)
     engine = DenseEngine(
         graphdef, config, lanes=lanes, max_tokens=SLOTS, temperature=temperature, stop_id=STOP, seed=seed,
-        steps_per_call=steps_per_call,
+        steps_per_call=steps_per_call, mesh=make_mesh(*shape),
     )  # fmt: skip
     engine.set_params(params, 0)
     return engine
@@ -349,3 +349,26 @@ def test_one_program_serves_all_uses(engine):
         engine.generate(0, (1,) * 20, 20)
         engine.step()
     assert engine.compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (8, 1, 1)])
+def test_eight_devices_sample_what_one_does_wherever_the_trainer_keeps_the_weights(engine, shape):
+    """Two of them divide the heads, so four share the lanes, of which there are then a multiple of four."""
+    spread = new_engine(shape=shape, lanes=LANES - 1)
+    assert spread.lanes % 4 == 0
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(spread._params)} == {8}
+    assert spread._params["layers"]["gate"].sharding.shard_shape((2, 16, 32)) == (2, 16, 16)
+    asks = {lane: (lane, (1, 2, 3 + lane), 20) for lane in range(LANES - 1)}
+    for lane, turn in one_turn(engine, asks).items():
+        own = one_turn(spread, asks)[lane]
+        assert own.ids == turn.ids
+        np.testing.assert_allclose(own.logprobs, turn.logprobs, atol=1e-5)
+        spread.cancel()
+
+
+def test_weights_come_in_the_dtype_that_the_model_uses_them_in():
+    """So an engine holds bf16 matrices, and its numbers are those of f32 ones cast at their use."""
+    half = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(new_engine(half)._params)}
+    assert dtypes == {"bfloat16", "float32"}
+    assert new_engine(half)._params["final_norm"].dtype == "float32"

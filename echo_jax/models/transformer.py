@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from echo_jax.kernels.attention import cached_attention, packed_attention
+from echo_jax.kernels.embedding import embed
 from echo_jax.sharding import sharding_of
 
 # Logical axes of each parameter by name; parameters of the stacked layers have "layers" in front.
@@ -144,7 +145,7 @@ class Transformer(nnx.Module):
     def __call__(self, tokens, positions, segment_ids, mesh: Mesh | None = None):
         """tokens, positions, segment_ids int32 [B, T] -> hidden [B, T, D] in the compute dtype.
 
-        `mesh`: where they lie, for a kernel of attention that must be told; None: on one device.
+        `mesh`: where they lie, for the kernels that must be told; None: on one device.
         """
 
         def attend(q, k, v):
@@ -157,7 +158,7 @@ class Transformer(nnx.Module):
         if (policy := REMAT[self.config.remat]) is not None:
             layer = nnx.remat(layer, policy=policy)
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        return self._finish(run(self._embed(tokens), self.layers))
+        return self._finish(run(self._embed(tokens, mesh), self.layers))
 
     def decode(self, tokens, positions, cache: KVCache):
         """Feeds one token a lane. tokens, positions int32 [B] -> hidden [B, D], and the cache with this token in it.
@@ -184,8 +185,8 @@ class Transformer(nnx.Module):
         """The LM head [V, D], in the parameters' dtype: the embedding itself when tied."""
         return (self.embedding if self.config.tie_embeddings else self.lm_head)[...]
 
-    def _embed(self, tokens):
-        return self.embedding[...][tokens].astype(self.config.compute_dtype)
+    def _embed(self, tokens, mesh: Mesh | None = None):
+        return embed(self.embedding[...], tokens, self.config.compute_dtype, mesh)
 
     def _finish(self, x):
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)

@@ -71,14 +71,9 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
     if training.mesh.size != len(devices):
         shape = dict(training.mesh.shape)
         raise ConfigError(f"a mesh of {shape} has {training.mesh.size} chips, {topology} has {len(devices)}")
-    rows = sharding_of(training.mesh, ("micro", "batch", "time"))
-    shape = (training.capacity(training.rollouts_at_once), training.rows, config.pack.length)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows), batch_lib.empty(1, 1, 1))
-    optimizer, state = training.make_optimizer(config.optimizer.learning_rate), training.abstract_state()
-    step = make_train_step(training.graphdef, state, optimizer, training.mesh, training.loss_options())
     start = time.perf_counter()
     try:
-        compiled = step.lower(state, batch).compile()
+        compiled = lower_train_step(training).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -94,6 +89,17 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
         "fits": peak <= HBM_BYTES[topology.partition(":")[0]],
         "collectives": by_kind(compiled.as_text()),
     }
+
+
+def lower_train_step(training: Training) -> jax.stages.Lowered:
+    """Returns the update of an RL step, lowered for the devices of its mesh."""
+    config = training.config
+    rows = sharding_of(training.mesh, ("micro", "batch", "time"))
+    shape = (training.capacity(training.rollouts_at_once), training.rows, config.pack.length)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows), batch_lib.empty(1, 1, 1))
+    optimizer, state = training.make_optimizer(config.optimizer.learning_rate), training.abstract_state()
+    step = make_train_step(training.graphdef, state, optimizer, training.mesh, training.loss_options())
+    return step.lower(state, batch)
 
 
 def _described(training: Training, topology: str, seconds: float) -> dict:

@@ -21,6 +21,7 @@ import jax
 
 AGAIN = 75  # exit status (EX_TEMPFAIL): the same command, given again, goes on
 _FOLDER = "echo_jax"  # of our keys
+_START_SECONDS = 300.0  # that all processes have to come
 _GRACE_SECONDS = 10.0  # that a process 0 which fails stays, for the others to read why
 
 
@@ -238,22 +239,44 @@ def start(*, silence_seconds: float, barrier_seconds: float, user_errors: tuple[
     if arguments is None:
         return Peers(**limits, user_errors=user_errors)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which ours handles
+    patience = min(barrier_seconds, _START_SECONDS)
+    late = threading.Timer(patience, _give_up, (arguments, patience))
+    late.daemon = True
+    late.start()
     try:
-        # JAX's own limit on silence is longer than ours: it ends processes without saying which was lost.
+        # JAX's own limits are longer than ours: beyond one it aborts the process, without saying which was lost.
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=int(max(1, min(barrier_seconds, 300))),
+            initialization_timeout=int(2 * patience) + 60,
             heartbeat_timeout_seconds=int(2 * silence_seconds) + 30,
             shutdown_timeout_seconds=60,
         )
     except (RuntimeError, ValueError) as error:
-        raise PeerError(f"the processes of this run did not find each other with {arguments}: {error}") from error
+        raise PeerError(f"the processes of this run cannot find each other with {arguments}: {error}") from error
+    finally:
+        late.cancel()
     from jax._src import distributed  # the only way to the client; orbax takes it too
 
     state = distributed.global_state
     return Peers(
         **limits, user_errors=user_errors, client=state.client, index=state.process_id, count=state.num_processes
     )
+
+
+def _give_up(arguments: dict[str, Any], patience: float) -> None:
+    """Ends a process whose others did not come: JAX would wait, and nobody can be asked who is missing before all are
+    there."""
+    known = {
+        n: os.environ[n] for n in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID") if n in os.environ
+    }
+    print(
+        f"error: after {patience:.0f} s this process on {socket.gethostname()} still waits for others of its run "
+        f"({', '.join(f'{name} {value}' for name, value in (arguments | known).items())}): the log of the one that is "
+        "missing ends before the first step, or does not exist",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(AGAIN)
 
 
 def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:

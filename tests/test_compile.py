@@ -97,6 +97,11 @@ def test_what_cannot_be_spread_names_both_numbers(fields, named):
         build_training(config, 1280, jax.devices())
 
 
+def array_sizes(text):
+    """Returns the elements of the largest array of each instruction."""
+    return [hlo.largest_array(line.split("=")[1].split("(")[0])[1] for line in text.splitlines() if " = " in line]
+
+
 def run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "echo_jax.compile", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -117,6 +122,25 @@ def test_what_cannot_be_compiled_is_one_line(arguments, named):
     assert result.returncode == 1
     assert named in result.stderr or "TPU compiler is missing" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (4, 2, 1)])
+def test_the_small_step_makes_no_logits_and_gathers_no_head_in_a_loop_and_no_stack_of_layers(shape):
+    """As the TPU's partitioner does for a large one, below."""
+    config = tiny.get_config()
+    config.model.update(num_layers=16, num_heads=4, num_kv_heads=2, embed_dim=32, ffn_dim=128)
+    config.mesh.update(data=shape[0], fsdp=shape[1], tensor=shape[2])
+    config.pack.rows, config.loss.kl_weight = 8, 0.0
+    config.loss.token_block, config.loss.vocab_block = 16, 256
+    training = build_training(config, 1280, jax.devices())
+    text = compile_lib.lower_train_step(training).compile().as_text()
+    found = hlo.collectives(text)
+    head, layer = 1280 * 32, 32 * 128
+    assert any(c.depth for c in found)
+    assert all(c.elements <= 2 * layer < head for c in found if c.depth)  # of one layer; no head
+    assert all(c.elements < 16 * layer for c in found if c.kind == "all-gather")
+    rows = 8 // (shape[0] * shape[1])
+    assert max(array_sizes(text)) < rows * 64 * 1280
 
 
 @pytest.mark.tpu
@@ -157,5 +181,4 @@ def test_no_logits_no_head_in_a_loop_and_no_whole_stack_of_layers_is_gathered():
     assert max(c.elements for c in found) < 4 * layer
     head = model.vocab_size * model.embed_dim
     assert all(c.elements < head // 8 for c in found if c.depth)
-    arrays = (hlo.largest_array(line.split("=")[1].split("(")[0])[1] for line in text.splitlines() if " = " in line)
-    assert max(arrays) < 2048 * model.vocab_size
+    assert max(array_sizes(text)) < 2048 * model.vocab_size

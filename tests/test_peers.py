@@ -239,6 +239,16 @@ with start(silence_seconds=30.0, barrier_seconds=2.0, user_errors=(PeerError,)) 
     assert late in outputs[1]  # which is told why
 
 
+def test_a_process_whose_others_never_start_gives_up(monkeypatch):
+    for name, value in (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}).items():
+        monkeypatch.setenv(name, value)
+    script = PROLOGUE + "start(silence_seconds=30.0, barrier_seconds=2.0)"
+    statuses, outputs = finish(start(["-c", script], count=1), 30)
+    assert statuses == [AGAIN], outputs
+    assert "error: after 2 s this process" in outputs[0]
+    assert "num_processes 2, process_id 1" in outputs[0]
+
+
 def test_an_error_of_one_process_reaches_the_others():
     statuses, outputs = two_that_run("""
 with start(silence_seconds=30.0, barrier_seconds=30.0, user_errors=(OSError,)) as peers:

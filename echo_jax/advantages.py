@@ -38,16 +38,26 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def advantages_of(trajectories: Sequence[Trajectory], estimator: str = "group") -> np.ndarray:
+# A list of one process (of what `json` can write) -> those of all processes of the run, joined.
+Pool = Callable[[list], list]
+
+
+def alone(own: list) -> list:
+    """The `Pool` of a process that has all rollouts of an update."""
+    return own
+
+
+def advantages_of(trajectories: Sequence[Trajectory], estimator: str = "group", pool: Pool = alone) -> np.ndarray:
     """Returns f32 [R], one of `ADVANTAGES` over each group.
 
     A rollout that was not scored gets 0 and is left out of its group's statistics. Branches of one rollout have one
     reward between them, and count once. Where a baseline is subtracted, equal rewards and a lone survivor get
-    exactly 0.
+    exactly 0. `pool`: where the trajectories are one process's share of an update.
     """
     advantages = np.zeros(len(trajectories))
-    for members in groups_of(trajectories).values():
-        rewards = {trajectories[i].rollout: trajectories[i].reward for i in members if trajectories[i].scored}
+    by_group = rewards_by_group(trajectories, pool)
+    for group, members in groups_of(trajectories).items():
+        rewards = by_group[group]
         if not rewards or (estimator != "reward" and np.ptp(list(rewards.values())) == 0):
             continue
         own = ADVANTAGES[estimator](np.asarray(list(rewards.values()), np.float64))
@@ -56,6 +66,17 @@ def advantages_of(trajectories: Sequence[Trajectory], estimator: str = "group") 
             if trajectories[i].scored:
                 advantages[i] = by_rollout[trajectories[i].rollout]
     return advantages.astype(np.float32)
+
+
+def rewards_by_group(trajectories: Sequence[Trajectory], pool: Pool = alone) -> dict[int, dict[int, float]]:
+    """Returns {group: {rollout: reward}} of the scored rollouts of all processes, empty for a group without any."""
+    rewards: dict[int, dict[int, float]] = {}
+    everyone = pool([[t.rollout, t.group, t.reward if t.scored else None] for t in trajectories])
+    for rollout, group, reward in sorted(everyone, key=lambda entry: entry[0]):
+        own = rewards.setdefault(group, {})
+        if reward is not None:
+            own[rollout] = reward
+    return rewards
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> dict[int, list[int]]:

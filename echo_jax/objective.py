@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from echo_jax.advantages import groups_of
+from echo_jax.advantages import Pool, alone, groups_of, rewards_by_group
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
-from echo_jax.selection import Pool, Selection, parsed_well, select
+from echo_jax.selection import Selection, parsed_well, select
 from echo_jax.trajectory import ENDED_BY_BUDGET, Trajectory
 
+Rewards = dict[int, dict[int, float]]  # of the scored rollouts of a group
 # mode -> the terms that it trains
 MODES = {
     "grpo": ("policy",),
@@ -118,9 +119,9 @@ def weigh(
     trajectories: Sequence[Trajectory],
     advantages: np.ndarray | Sequence[float],
     objective: Objective,
-    pool: Pool = lambda own: own,
+    pool: Pool = alone,
 ) -> list[TokenWeights]:
-    """Stamps the weights of one update, or of one process's share of it: whole groups, and `pool` to ask the others.
+    """Stamps the weights of one update, or of one process's share of it: whole rollouts, and `pool` to ask the others.
 
     The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
     Tokens that an earlier branch of the same rollout has too weigh nothing, and the branches of a rollout share one
@@ -129,8 +130,9 @@ def weigh(
     terms = MODES[objective.mode]
     in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories])
     selected = select(trajectories, objective.selection, in_observation, pool)
-    lambdas = _lambdas(trajectories, objective) * ("observation" in terms)
-    in_policy = _in_policy_term(trajectories, objective) & ("policy" in terms)
+    rewards = rewards_by_group(trajectories, pool)
+    lambdas = _lambdas(trajectories, rewards, objective) * ("observation" in terms)
+    in_policy = _in_policy_term(trajectories, rewards, objective) & ("policy" in terms)
 
     weights: list[TokenWeights | None] = [None] * len(trajectories)
     for branches in _branches(trajectories):
@@ -177,26 +179,26 @@ def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return [sorted(members, key=lambda i: trajectories[i].shared) for members in rollouts.values()]
 
 
-def _lambdas(trajectories: Sequence[Trajectory], objective: Objective) -> np.ndarray:
+def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
     """Returns lambda for each trajectory. The reward-adaptive form of PaW (arXiv 2606.02388) is taken as 1 minus the
     group's mean reward (held to [0, 1]): the worse a task goes, the more is learned from what was seen."""
     lambdas = np.full(len(trajectories), objective.observation_weight)
     if objective.reward_adaptive:
-        for members in groups_of(trajectories).values():
-            rewards = {trajectories[i].rollout: trajectories[i].reward for i in members if trajectories[i].scored}
-            lambdas[members] *= 1.0 - np.clip(np.mean(list(rewards.values())) if rewards else 0.0, 0.0, 1.0)
+        for group, members in groups_of(trajectories).items():
+            own = list(rewards[group].values())
+            lambdas[members] *= 1.0 - np.clip(np.mean(own) if own else 0.0, 0.0, 1.0)
     return lambdas
 
 
-def _in_policy_term(trajectories: Sequence[Trajectory], objective: Objective) -> np.ndarray:
+def _in_policy_term(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
     """Returns bool [R]. Overlong filtering and the filter of zero-variance groups are DAPO's (arXiv 2503.14476, section
     3.4 and eq. 11), here without dropping the rollouts: their observations are still trained."""
     kept = np.ones(len(trajectories), bool)
     if objective.mask_overlong:
         kept &= [t.outcome not in ENDED_BY_BUDGET for t in trajectories]
     if objective.filter_zero_variance:
-        for members in groups_of(trajectories).values():
-            kept[members] &= len({trajectories[i].reward for i in members if trajectories[i].scored}) > 1
+        for group, members in groups_of(trajectories).items():
+            kept[members] &= len(set(rewards[group].values())) > 1
     return kept
 
 

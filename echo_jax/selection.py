@@ -4,13 +4,14 @@ In: all trajectories of an update. Out: for each a weight per token. Every rule 
 """
 
 import dataclasses
+import hashlib
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from echo_jax.advantages import groups_of
+from echo_jax.advantages import Pool, alone
 from echo_jax.calls import MALFORMED
 from echo_jax.roles import ENVIRONMENT_CLASSES, Role
 from echo_jax.tools import TOOL_IDS
@@ -35,16 +36,12 @@ class Selection:
     dedupe: bool = False  # an observation repeated within a group is trained once
 
 
-# The numbers of one process -> those of all processes of the run, in one list.
-Pool = Callable[[list[float]], list[float]]
-
-
 def select(
-    trajectories: Sequence[Trajectory], selection: Selection, kept: np.ndarray, pool: Pool = lambda own: own
+    trajectories: Sequence[Trajectory], selection: Selection, kept: np.ndarray, pool: Pool = alone
 ) -> list[np.ndarray]:
     """Returns f32 [T] >= 0 for each trajectory; zeros for those not `kept` (bool [R]), which decide nothing for others.
 
-    `pool`: where the trajectories are one process's share of an update. Groups are never split.
+    `pool`: where the trajectories are one process's share of an update.
 
     Raises:
       SelectionError: a rule needs what was not recorded, or the user's filter returns something else than a mask.
@@ -56,7 +53,7 @@ def select(
     if selection.top_entropy < 1.0:
         _keep_after_uncertain_turns(trajectories, weights, kept, selection.top_entropy, pool)
     if selection.dedupe:
-        _train_repetitions_once(trajectories, weights)
+        _train_repetitions_once(trajectories, weights, pool)
     return weights
 
 
@@ -140,15 +137,20 @@ def _keep_after_uncertain_turns(trajectories, weights, kept, share: float, pool:
             weights[i][turns[i] == k] = 0.0
 
 
-def _train_repetitions_once(trajectories, weights) -> None:
-    for members in groups_of(trajectories).values():
-        seen = set()
-        for i in members:
-            t, turn = trajectories[i], turn_of(trajectories[i])
-            for k in range(turn[-1] + 1):
-                own = (turn == k) & (weights[i] > 0)
-                own[: t.shared] = False  # trained in another branch, where it is seen
-                observation = (t.ids[own].tobytes(), t.tool[own].tobytes())
-                if observation in seen:
-                    weights[i][own] = 0.0
-                seen.add(observation)
+def _train_repetitions_once(trajectories, weights, pool: Pool) -> None:
+    """Of the same observation in a group, the first is trained: in the order of rollouts, then of turns."""
+    found = []  # [group, rollout, branch and turn, digest] and where it is
+    for i, t in enumerate(trajectories):
+        turn = turn_of(t)
+        for k in range(turn[-1] + 1):
+            own = (turn == k) & (weights[i] > 0)
+            own[: t.shared] = False  # trained in another branch, where it is seen
+            if own.any():
+                digest = hashlib.sha256(t.ids[own].tobytes() + t.tool[own].tobytes()).hexdigest()
+                found.append(([t.group, t.rollout, t.shared, k, digest], (i, own)))
+    first: dict[tuple, list] = {}
+    for entry in sorted(pool([entry for entry, _ in found])):
+        first.setdefault((entry[0], entry[-1]), entry)
+    for entry, (i, own) in found:
+        if first.pop((entry[0], entry[-1]), None) != entry:
+            weights[i][own] = 0.0

@@ -7,7 +7,7 @@ one line a start), metrics.jsonl (one object a step), tensorboard/, rollouts/, c
 and DONE when the run is complete. Ctrl-C and SIGTERM save a checkpoint and stop.
 
 Several processes (see peers.py) train one run, in a workdir that all of them see. Each samples its share of a step's
-groups with an engine of its own, then all update together; process 0 writes what is written once. Exit statuses: 0
+rollouts with an engine of its own, then all update together; process 0 writes what is written once. Exit statuses: 0
 complete, 75 stopped by SIGTERM or because a process was lost (the same command again goes on), 69 the workdir is
 another's, 130 stopped by Ctrl-C, 1 an error to mend.
 """
@@ -163,8 +163,8 @@ class Trainer:
                 rollout_seconds = time.perf_counter() - start
                 metrics = rollout_metrics(everyone, "rollout")
                 metrics["rollout/retried"] = sum(self.peers.gather(self.collector.retried))
-                objective = runtime.objective(self.step - self.warm_steps)
-                weights = weigh(trajectories, runtime.advantages(trajectories), objective, self.peers.join)
+                objective, pool = runtime.objective(self.step - self.warm_steps), self.peers.join
+                weights = weigh(trajectories, runtime.advantages(trajectories, pool), objective, pool)
                 metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
                 metrics["rollout/accepted"] -= metrics["rollout/filtered"]
                 metrics |= self._updated(
@@ -217,12 +217,9 @@ class Trainer:
         rollout = self.config.rollout
         first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
         first_rollout = self.step * self.runtime.rollouts_per_step
-        tasks = {group: self.runtime.train_tasks[first_task + group] for group in self._share(range(rollout.groups))}
-        jobs = [
-            Job(task, group=group, rollout=first_rollout + group * rollout.group_size + i)
-            for group, task in tasks.items()
-            for i in range(rollout.group_size)
-        ]
+        group_of = {i: i // rollout.group_size for i in self._share(range(self.runtime.rollouts_per_step))}
+        tasks = {group: self.runtime.train_tasks[first_task + group] for group in set(group_of.values())}
+        jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
         self.engine.set_params(self.state.params, self.step)
         name = f"interrupted_{self.step:06d}"  # what was made of this step's rollouts when the run was stopped
         path = self._rollouts_file(name)
@@ -241,8 +238,14 @@ class Trainer:
         """Returns the groups of saved rollouts that this step trains on, in turn."""
         groups = list(groups_of(self.runtime.replay).values())
         first = (self.step - self.warm_steps) * self.config.rollout.groups
-        chosen = {k: groups[(first + k) % len(groups)] for k in self._share(range(self.config.rollout.groups))}
-        return [dataclasses.replace(self.runtime.replay[i], group=k) for k, members in chosen.items() for i in members]
+        chosen = [
+            dataclasses.replace(self.runtime.replay[i], group=k)
+            for k in range(self.config.rollout.groups)
+            for i in groups[(first + k) % len(groups)]
+        ]
+        rollouts = list(dict.fromkeys((t.group, t.rollout) for t in chosen))  # with all their branches
+        own = set(rollouts[self.peers.index :: self.peers.count])
+        return [t for t in chosen if (t.group, t.rollout) in own]
 
     def _demonstrations(self) -> list[Trajectory]:
         """Returns what the warm start imitates: rollouts that were saved, or scripted ones, made once a run."""

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from echo_jax import packing
-from echo_jax.advantages import advantages_of
+from echo_jax.advantages import Pool, advantages_of, alone
 from echo_jax.config import ConfigError
 from echo_jax.loss import HeadOptions, LossOptions
 from echo_jax.models.transformer import ModelConfig, abstract_params
@@ -45,8 +45,8 @@ class Training:
 
     @property
     def rollouts_at_once(self) -> int:
-        """The most that one process makes for a step: whole groups."""
-        return self.share(self.config.rollout.groups) * self.config.rollout.group_size
+        """The most that one process makes for a step."""
+        return self.share(self.rollouts_per_step)
 
     @property
     def rows(self) -> int:
@@ -121,10 +121,10 @@ class Training:
             kl_weight=loss.kl_weight,
         )
 
-    def advantages(self, trajectories) -> np.ndarray:
+    def advantages(self, trajectories, pool: Pool = alone) -> np.ndarray:
         loss = self.config.loss
         estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
-        return advantages_of(trajectories, estimator)
+        return advantages_of(trajectories, estimator, pool)
 
     def head_options(self) -> HeadOptions:
         loss = self.config.loss
@@ -184,7 +184,7 @@ def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: 
 
 def _check_processes(training: Training, devices: Sequence[jax.Device]) -> None:
     """Raises `ConfigError` if the processes cannot each bring their share of an update."""
-    config, mesh = training.config, training.mesh
+    mesh = training.mesh
     there = len({device.process_index for device in devices})
     try:
         processes = training.processes
@@ -195,9 +195,6 @@ def _check_processes(training: Training, devices: Sequence[jax.Device]) -> None:
             f"the mesh {dict(mesh.shape)} takes {mesh.size} of {len(devices)} devices, those of {processes} of {there} "
             "processes; each must have a part in it: set mesh.fsdp = 0 for what is left"
         )
-    for name, value in (("rollout.groups", config.rollout.groups), ("warm_start.batch", config.warm_start.batch)):
-        if value < processes:
-            raise ConfigError(f"config.{name} = {value} is less than the {processes} processes: each needs one")
 
 
 def _check_divides(config: ml_collections.ConfigDict, vocab_size: int, mesh: Mesh) -> None:

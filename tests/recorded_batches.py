@@ -32,9 +32,9 @@ OBJECTIVE = dataclasses.replace(
 def three_updates(mesh, peers: Peers) -> dict[str, np.ndarray]:
     """Returns loss and gradients of the first update, and the parameters after three of plain gradient descent."""
     recorded = varied()
-    # Uneven: one group for process 1, all else for process 0.
-    own = recorded if peers.count == 1 else [t for t in recorded if (t.group == 9) == (peers.index == 1)]
-    weights = weigh(own, advantages_of(own), OBJECTIVE, peers.join)
+    # Uneven, and groups are split: rollouts 1 and 7 for process 1, all else for process 0.
+    own = recorded if peers.count == 1 else [t for t in recorded if (t.rollout in (1, 7)) == (peers.index == 1)]
+    weights = weigh(own, advantages_of(own, pool=peers.join), OBJECTIVE, peers.join)
     rows = ROWS // processes_of(mesh)
     batch = to_mesh(pack(own, weights, length=LENGTH, rows=rows, micro_batches=MICRO_BATCHES).batch, mesh)
     graphdef, params = init_params(TINY, 0, mesh)

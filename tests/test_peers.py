@@ -58,7 +58,7 @@ def train(workdir: Path, *more: str, count: int = 2) -> list[subprocess.Popen]:
     return start(["-m", "echo_jax.train", f"--workdir={workdir}", *SMALL, *more], count=count)
 
 
-def finish(processes: list[subprocess.Popen], seconds: float = 200.0) -> tuple[list[int], list[str]]:
+def finish(processes: list[subprocess.Popen], seconds: float = 600.0) -> tuple[list[int], list[str]]:
     """Returns the exit statuses and what each printed; kills them all if they take longer."""
     deadline = time.monotonic() + seconds
     try:

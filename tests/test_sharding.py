@@ -63,11 +63,8 @@ def test_processes_with_unequal_shares_are_refused(grid):
         sharding.processes_of(grid(1, 6, 1, [0] * 4 + [1] * 4))
 
 
-def test_each_process_must_have_a_part(monkeypatch):
+def test_each_process_must_have_a_part():
     built = training.build_training(tiny.get_config(), 1280, jax.devices())
     others = [Device(i, i // 4) for i in range(8)]
     with pytest.raises(ConfigError, match="those of 1 of 2 processes"):
         training._check_processes(built, others)
-    monkeypatch.setattr(training, "processes_of", lambda mesh: 4)
-    with pytest.raises(ConfigError, match=r"config.rollout.groups = 2 is less than the 4 processes"):
-        training._check_processes(built, jax.devices())

@@ -546,7 +546,8 @@ def recorded_run(tmp_path_factory):
         patch.setattr(config_lib, "flat", _on(config, config_lib.flat))
         patch.setattr(runtime, "validate", _on(config, runtime.validate))
         workdir = tmp_path_factory.mktemp("recorded") / "w"
-        assert train.train(recording, workdir) == 0
+        with runtime.start_peers(recording) as peers:
+            assert train.train(recording, workdir, peers=peers) == 0
     jax.monitoring.clear_event_listeners()
     return Recorded(config, reads, compiled, jobs, workdir)
 

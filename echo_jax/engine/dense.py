@@ -52,10 +52,14 @@ class Placement:
         )
 
     def __call__(self, params):
+        return jax.tree.map(self._own, self._cast(params))
+
+    @functools.cached_property
+    def _cast(self):
         def cast(params):
             return jax.tree.map(lambda x, dtype: x.astype(dtype), params, self.dtypes)
 
-        return jax.tree.map(self._own, jax.jit(cast, out_shardings=self.shardings)(params))
+        return jax.jit(cast, out_shardings=self.shardings)
 
     def _own(self, x: jax.Array) -> jax.Array:
         shards = [shard.data for shard in x.addressable_shards]

@@ -5,7 +5,13 @@
 The config file has `get_config(arg=None)` and `sweep()`, which yields one flat dictionary a run, for example
 `{"loss.observation_weight": 0.05, "seed": 1}`: that run works in DIR/observation_weight=0.05,seed=1 and logs to log.txt
 there. Runs whose workdir holds DONE are skipped, others resume: after an interruption give the same command again.
-Further overrides (--config.num_steps=50) go to all runs. A table of the results is printed and kept in DIR/results.csv.
+Further overrides (--config.num_steps=50) go to all runs. A table of the results is printed and kept in DIR/results.csv;
+--report prints it at any time and starts nothing.
+
+Several machines share one sweep if each gives an --owner=NAME of its own: a run that another owner has (status 69) is
+left to it. --launcher=COMMAND starts each run in place of `python -m echo_jax.train`; the run is done when that ends
+with status 0. Where this machine does not see DIR, --logs=FOLDER keeps what is written here, and --table=COMMAND prints
+the table.
 """
 
 import contextlib
@@ -19,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,7 +41,10 @@ from echo_jax.metrics import MetricsError, read_metrics
 
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
 TRAIN = (sys.executable, "-m", "echo_jax.train")
+TAKEN = 69  # exit status of a run that belongs to another owner
+AGAIN = 75  # exit status of a run that the same command continues
 _TAIL_LINES = 20
+_KILL_SECONDS = 15.0  # after a second interruption, for what is left of a run
 _LONGEST_NAME = 150
 _PLAIN_WIDTH = 240  # of the table where there is no terminal to ask
 
@@ -52,6 +61,7 @@ class Run:
     overrides: Mapping[str, Any]  # field of the config -> value
     workdir: Path
     command: tuple[str, ...]
+    log: Path
 
     @property
     def done(self) -> bool:
@@ -65,7 +75,12 @@ def run_sweep(
     common: Mapping[str, Any] | None = None,
     only: str = "",
     dry_run: bool = False,
+    report: bool = False,
     train: Sequence[str] = TRAIN,
+    launcher: Sequence[str] | None = None,
+    owner: str = "",
+    logs: Path | None = None,
+    table: Sequence[str] | None = None,
     output: TextIO | None = None,
 ) -> int:
     """Runs the sweep; see the module's docstring.
@@ -76,17 +91,23 @@ def run_sweep(
       common: overrides for every run; they do not show in the names.
       only: a regular expression; only runs in whose name it is found are started.
       dry_run: print the commands of all these runs, and do nothing.
+      report: start nothing, only print the table and write results.csv from what is there.
       train: the program that runs one, as a command without arguments.
+      launcher: a command that is used in its place, and whose status 0 says that the run is done.
+      owner: runs that another owner has taken are left alone.
+      logs: folder for the runs' logs and results.csv; None: the workdirs.
+      table: a command that prints the table, in place of what is done here.
       output: where to print; stdout if None.
 
     Returns:
-      The exit status: 0 if every run is done, 1 if one failed, 130 after an interruption.
+      The exit status: 0 if every run is done or another owner's, 1 if one failed, 130 after an interruption.
 
     Raises:
       SweepError: before anything is started, if one of the runs cannot be.
     """
     output = sys.stdout if output is None else output
-    runs = plan(config, Path(workdir), common or {}, train)
+    command = (*(launcher or train), *([f"--owner={owner}"] if owner else []))
+    runs = plan(config, Path(workdir), common or {}, command, logs)
     try:
         chosen = [run for run in runs if re.search(only, run.name)]
     except re.error as error:
@@ -98,19 +119,28 @@ def run_sweep(
             print(shlex.join(run.command), file=output)
         return 0
     status = 0
+    done = {run.name for run in runs if run.done}
     try:
         with _signals_interrupt():
-            for number, run in enumerate(chosen, start=1):
-                failed = not _execute(run, f"[{number}/{len(chosen)}] {run.name}", output)
-                status = 1 if failed else status
+            for number, run in enumerate([] if report else chosen, start=1):
+                ended = _execute(run, f"[{number}/{len(chosen)}] {run.name}", output, believe=launcher is not None)
+                if ended == 0:
+                    done.add(run.name)
+                elif ended != TAKEN:
+                    status = 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=output, flush=True)
         status = 130
-    _report(runs, Path(workdir) / "results.csv", output)
+    if table is None:
+        _report(runs, done, Path(logs or workdir) / "results.csv", output)
+    elif status != 130:
+        _print_table(table, output)
     return status
 
 
-def plan(config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str]) -> list[Run]:
+def plan(
+    config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str], logs: Path | None = None
+) -> list[Run]:
     """All runs of the sweep, checked: each field exists and takes its value, and no two runs have one name."""
     path, *arg = config.split(":", 1)
     try:
@@ -129,7 +159,7 @@ def plan(config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[
         arguments = [f"--config.{field}={_argument(value)}" for field, value in (common | overrides).items()]
         _check(module.get_config(*arg), name, common | overrides, arguments)
         command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
-        runs[name] = Run(name, overrides, workdir / name, command)
+        runs[name] = Run(name, overrides, workdir / name, command, (logs or workdir) / name / "log.txt")
     if not runs:
         raise SweepError(f"sweep() in {config} yields no run")
     return list(runs.values())
@@ -174,16 +204,18 @@ def _check(
             )
 
 
-def _execute(run: Run, title: str, output: TextIO) -> bool:
-    """Runs one; True if it is done. An interruption is passed on to it once, then waited for."""
+def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
+    """Runs one and returns its status, 0 if it is done: if there is DONE, or status 0 is to be believed.
+
+    An interruption is passed on to it once, then waited for.
+    """
     if run.done:
         print(f"{title}: done before", file=output, flush=True)
-        return True
+        return 0
     print(f"{title}: started", file=output, flush=True)
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    log = run.workdir / "log.txt"
+    run.log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with log.open("ab") as file:
+    with run.log.open("ab") as file:
         # A session of its own: a terminal's Ctrl-C would otherwise reach it twice.
         child = subprocess.Popen(
             run.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -196,19 +228,36 @@ def _execute(run: Run, title: str, output: TextIO) -> bool:
             try:
                 child.wait()
             except KeyboardInterrupt:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+                _kill(child)
             raise
     seconds = time.monotonic() - began
-    if status == 0 and run.done:
+    if status == 0 and (believe or run.done):
         print(f"{title}: done in {seconds:.0f} s", file=output, flush=True)
-        return True
-    reason = "ended without writing DONE" if status == 0 else f"FAILED with status {status}"
-    print(f"{title}: {reason} after {seconds:.0f} s; the end of {log}:", file=output)
-    for line in log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
+        return 0
+    if status == TAKEN:
+        print(f"{title}: another owner's, left alone", file=output, flush=True)
+        return TAKEN
+    if status == 0:
+        reason = "ended without writing DONE"
+    else:
+        reason = f"FAILED with status {status}"
+        if status == AGAIN:
+            reason += " (the same command goes on)"
+    print(f"{title}: {reason} after {seconds:.0f} s; the end of {run.log}:", file=output)
+    for line in run.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
         print(f"    {line}", file=output)
     output.flush()
-    return False
+    return status or 1
+
+
+def _kill(child: subprocess.Popen) -> None:
+    """Ends it by a second interruption, which lets a launcher end what it started elsewhere, or else by force."""
+    child.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.wait(_KILL_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 @contextlib.contextmanager
@@ -225,7 +274,15 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _report(runs: Sequence[Run], path: Path, output: TextIO) -> None:
+def _print_table(command: Sequence[str], output: TextIO) -> None:
+    print(f"asking for the table: {shlex.join(command)}", file=output, flush=True)
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace")
+    print(ended.stdout, end="", file=output, flush=True)
+    if ended.returncode:
+        print(f"no table: status {ended.returncode}", file=output, flush=True)
+
+
+def _report(runs: Sequence[Run], done: Set[str], path: Path, output: TextIO) -> None:
     """Writes and prints one row a run: its overrides, whether it is done, the last value of each metric it has."""
     last = {run.name: _last_values(run.workdir / "metrics.jsonl") for run in runs}
     fields = sorted({field for run in runs for field in run.overrides})
@@ -235,7 +292,7 @@ def _report(runs: Sequence[Run], path: Path, output: TextIO) -> None:
     for run in runs:
         cells = [str(run.overrides.get(field, "")) for field in fields]
         values = [last[run.name].get(metric, "") for metric in metrics]
-        rows.append([run.name, *cells, "yes" if run.done else "no", *values])
+        rows.append([run.name, *cells, "yes" if run.name in done else "no", *values])
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", newline="") as file:
@@ -265,6 +322,11 @@ def main(args: flags.FlagValues) -> int:
         common=config_flags.get_override_values(args["config"]),
         only=args.only,
         dry_run=args.dry_run,
+        report=args.report,
+        launcher=shlex.split(args.launcher) or None,
+        owner=args.owner,
+        logs=Path(args.logs) if args.logs else None,
+        table=shlex.split(args.table) or None,
     )
 
 
@@ -274,5 +336,10 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("workdir", None, "Folder for the runs' workdirs and for results.csv.")
     flags.DEFINE_bool("dry_run", False, "Print the command of every run, and start none.")
+    flags.DEFINE_bool("report", False, "Start no run; print the table and write results.csv from what is there.")
+    flags.DEFINE_string("launcher", "", "Command that starts a run, in place of `python -m echo_jax.train`.")
+    flags.DEFINE_string("owner", "", "Leave runs alone that another owner has taken.")
+    flags.DEFINE_string("logs", "", "Folder for the runs' logs and results.csv, where the workdirs are not seen.")
+    flags.DEFINE_string("table", "", "Command that prints the table, where the workdirs are not seen.")
     flags.DEFINE_string("only", "", "Start only the runs in whose name this regular expression is found.")
     run_program(main, (SweepError, MetricsError, OSError))

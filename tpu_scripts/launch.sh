@@ -1,69 +1,89 @@
 #!/usr/bin/env bash
-# Starts one run or a sweep, and keeps beside it what is needed to start it again. `--help` says how.
+# Starts one run or a sweep, here or on a TPU pod, and keeps beside it what is needed to start it again.
 set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+# shellcheck source=tpu_scripts/common.sh
+source "$here/common.sh"
 
 usage() {
   cat <<'EOF'
-Usage: launch.sh --local 1 [--sweep] [--dry-run] --config=PATH --workdir=DIR [--config.field=value …]
+Usage: launch.sh --local N | --pod NAME --zone ZONE   [--sweep] [--dry-run] --config=PATH --workdir=DIR [--config.x=value …]
 
-  --local N      run on this machine, as N processes (so far only 1)
-  --sweep        run every run of the config file's sweep(), not the config itself
-  --dry-run      print the exact commands and do nothing
-  --config=PATH  config file, with :arg behind it if it takes one
-  --workdir=DIR  where the run keeps everything; the same command again resumes it
+  --local N       run on this machine, as N processes
+  --pod NAME      run on all workers of this TPU pod, with --zone ZONE and, if need be, --project PROJECT
+  --config=PATH   config file, with :arg behind it if it takes one; with --pod it is committed, and relative to the tree
+  --workdir=DIR   where the run keeps everything; with --pod absolute, on a file system that all workers share
+  --sweep         run every run of the config file's sweep(), not the config itself; --only=REGEX chooses some
+  --owner=NAME    take only runs that no other owner has (default in a pod's sweep: the pod)
+  --logs=DIR      with --sweep: where to keep the runs' logs and the table (default with --pod: runs/pods/POD/…)
+  --report        with --sweep: start nothing, only tabulate what is there
+  --restarts R    start again up to R times what was stopped, lost or preempted (default: 2, with --pod 10)
+  --dry-run       print the exact commands and do nothing
 
 Anything else is passed on. PYTHON names the interpreter (default: python). Paths are relative to the current folder.
-The command goes to DIR/launch/command.txt, the output to the screen and to DIR/launch/worker-0.log; each run records
-commit, diff and versions itself, in provenance.jsonl. The exit status is that of the program.
+Output goes to the screen and to DIR/launch/worker-0.log and so on; each run records commit, diff and versions itself,
+in provenance.jsonl. The same command again resumes. The exit status is that of the program, for several processes the
+one that says most: 0 complete, 1 mend what is wrong, 2 wrong use, 69 another owner's, 75 the same command goes on.
 EOF
 }
 
-die() {
-  printf 'launch.sh: %s\n' "$1" >&2
-  exit 2
-}
-
-processes='' sweep=0 dry_run=0 config='' workdir=''
+local='' pod='' zone='' project='' restarts='' sweep=0 report=0 config='' workdir='' owner='' logs='' dry=()
 arguments=()
 while (($#)); do
   case $1 in
     -h | --help) usage && exit 0 ;;
-    --local) (($# > 1)) || die '--local needs a number' && processes=$2 && shift ;;
-    --local=*) processes=${1#*=} ;;
+    --local | --pod | --zone | --project | --restarts)
+      (($# > 1)) || die "$1 needs a value"
+      set -- "$1=$2" "${@:3}" && continue
+      ;;
+    --local=* | --pod=* | --zone=* | --project=* | --restarts=*)
+      name=${1%%=*} && printf -v "${name#--}" '%s' "${1#*=}"
+      ;;
     --sweep) sweep=1 ;;
-    --dry-run) dry_run=1 ;;
-    --config | --workdir) die "write $1=VALUE" ;;
+    --report) report=1 ;;
+    --dry-run) dry=(--dry-run) ;;
+    --config | --workdir | --owner | --logs | --only) die "write $1=VALUE" ;;
+    --logs=*) logs=${1#*=} ;;
+    --owner=*) owner=${1#*=} && arguments+=("$1") ;;
     --config=*) config=${1#*=} && arguments+=("$1") ;;
     --workdir=*) workdir=${1#*=} && arguments+=("$1") ;;
     *) arguments+=("$1") ;;
   esac
   shift
 done
-[[ $processes == 1 ]] || die "only --local 1 so far${processes:+, not --local $processes}"
+[[ $local$pod ]] || die 'say where: --local N, or --pod NAME --zone ZONE'
+[[ ! $local || ! $pod ]] || die '--local and --pod exclude each other'
+[[ $pod || $local =~ ^[1-9][0-9]*$ ]] || die "--local $local is not a number of processes"
+[[ $restarts =~ ^[0-9]*$ ]] || die "--restarts $restarts is not a number"
+[[ ! $pod || $zone ]] || die '--pod needs --zone ZONE'
 [[ $config ]] || die '--config=PATH is missing'
 [[ $workdir ]] || die '--workdir=DIR is missing'
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ $logs ]] || ((report)); then ((sweep)) || die '--logs and --report are for a --sweep'; fi
 python=${PYTHON:-python}
-module=echo_jax.train
-if ((sweep)); then module=echo_jax.sweep; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-command=("$python" -m "$module" "${arguments[@]}")
-
-if ((dry_run)); then
-  if ((sweep)); then exec "${command[@]}" --dry_run; fi
-  printf 'PYTHONPATH=%q' "$PYTHONPATH"
-  printf ' %q' "${command[@]}"
-  printf '\n'
-  exit 0
+if [[ $pod ]]; then
+  [[ $workdir == /* ]] || die "--workdir=$workdir is not absolute; all workers of the pod must share it"
+  git -C "$root" cat-file -e "HEAD:${config%%:*}" 2>/dev/null || die "${config%%:*} is not committed in $root"
+  where=("--pod=$pod" "--zone=$zone" ${project:+"--project=$project"} "--restarts=${restarts:-10}")
+  on_pod=("$here/pod_run.sh" "${where[@]}" "--workdir=$workdir" "${dry[@]}")
+  ((sweep)) || exec "${on_pod[@]}" -- "${arguments[@]}"
+  if [[ ! $owner ]]; then arguments+=("--owner=$pod"); fi
+  logs=$(realpath -m "${logs:-$root/runs/pods/$pod/${workdir##*/}}")
+  cd "$root" # the config file's path is relative to it, there as here
+  options=("--launcher=$(quoted "$here/launch.sh" "${where[@]}")" "--logs=$logs"
+    "--table=$(quoted "${on_pod[@]}" --report -- "--config=$config" "--workdir=$workdir")")
+else
+  on_machine=("$here/local.sh" "--logs=$workdir/launch" "${dry[@]}")
+  on_machine+=("--processes=$local" "--restarts=${restarts:-2}" -- "$python" -m echo_jax.train "${arguments[@]}")
+  ((sweep)) || exec "${on_machine[@]}"
+  options=(${logs:+"--logs=$logs"})
+  if [[ $local != 1 || $restarts ]]; then
+    options+=("--launcher=$(quoted "$here/launch.sh" "--local=$local" "--restarts=${restarts:-2}")")
+  fi
 fi
-
-launch=$workdir/launch
-mkdir -p "$launch"
-{
-  printf '%q ' "${command[@]}"
-  printf '\n'
-} >"$launch/command.txt"
-
-# tee ignores Ctrl-C, so that it still writes what the program says while it stops; pipefail keeps the exit status.
-"${command[@]}" 2>&1 | tee -ia "$launch/worker-0.log"
+command=("$python" -m echo_jax.sweep "${arguments[@]}" "${options[@]}")
+if ((report)); then command+=(--report); fi
+if [[ ${dry[*]} ]]; then exec "${command[@]}" --dry_run; fi
+if ((report)); then exec "${command[@]}"; fi
+exec "$here/local.sh" "--logs=${logs:-$workdir}/launch" --restarts=0 -- "${command[@]}"

@@ -17,12 +17,27 @@ quoted() {
   printf '%s' "${line# }"
 }
 
-is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
-
 # To be put into the background: a command in a session of its own, which a terminal's Ctrl-C does not reach. It gets
 # one signal, from the script's own handler, and not two. bash would also have it ignore SIGINT; and it must not
 # outlive the script.
 in_own_session() { exec setsid env --default-signal=INT,QUIT setpriv --pdeathsig TERM "$@" </dev/null; }
+
+# Does a line of shell so that a signal to the script need not wait for it, or prints it.
+dry_run=0 child=''
+step() {
+  if ((dry_run)); then printf '%s\n' "$1" && return; fi
+  in_own_session bash -euo pipefail -c "$1" &
+  child=$!
+  await "$child"
+}
+
+# Prints the line of shell that does $2 on worker $1 of the pod that the rest names. A pod that is gone is noticed after
+# two minutes.
+on_worker() {
+  # shellcheck disable=SC2086 # several flags
+  quoted gcloud compute tpus tpu-vm ssh "${@:3}" "--worker=$1" --quiet --ssh-flag=-oServerAliveInterval=30 \
+    --ssh-flag=-oConnectTimeout=20 ${GCLOUD_SSH_FLAGS:-} "--command=$2"
+}
 
 # Waits until process $1 is gone, whatever signals come meanwhile, and returns its status.
 await() {

@@ -65,14 +65,14 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if [[ $pod ]]; then
   [[ $workdir == /* ]] || die "--workdir=$workdir is not absolute; all workers of the pod must share it"
   git -C "$root" cat-file -e "HEAD:${config%%:*}" 2>/dev/null || die "${config%%:*} is not committed in $root"
-  where=("--pod=$pod" "--zone=$zone" ${project:+"--project=$project"} "--restarts=${restarts:-10}")
-  on_pod=("$here/pod_run.sh" "${where[@]}" "--workdir=$workdir" "${dry[@]}")
-  ((sweep)) || exec "${on_pod[@]}" -- "${arguments[@]}"
+  where=("--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
+  again=("--restarts=${restarts:-10}")
+  ((sweep)) || exec "$here/pod_run.sh" "${where[@]}" "${again[@]}" "--workdir=$workdir" "${dry[@]}" -- "${arguments[@]}"
   if [[ ! $owner ]]; then arguments+=("--owner=$pod"); fi
   logs=$(realpath -m "${logs:-$root/runs/pods/$pod/${workdir##*/}}")
   cd "$root" # the config file's path is relative to it, there as here
-  options=("--launcher=$(quoted "$here/launch.sh" "${where[@]}")" "--logs=$logs"
-    "--table=$(quoted "${on_pod[@]}" --report -- "--config=$config" "--workdir=$workdir")")
+  options=("--launcher=$(quoted "$here/launch.sh" "${where[@]}" "${again[@]}")" "--logs=$logs"
+    "--table=$(quoted "$here/ship.sh" "${where[@]}" -- --report "--config=$config" "--workdir=$workdir")")
 else
   on_machine=("$here/local.sh" "--logs=$workdir/launch" "${dry[@]}")
   on_machine+=("--processes=$local" "--restarts=${restarts:-2}" -- "$python" -m echo_jax.train "${arguments[@]}")

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Runs echo_jax.train on all workers of a TPU pod until it is complete, through preemptions. launch.sh calls it.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+# shellcheck source=tpu_scripts/common.sh
+source "$here/common.sh"
+
+usage() {
+  cat <<'EOF'
+Usage: pod_run.sh --pod=NAME --zone=ZONE [--project=P] --workdir=DIR [--restarts=R] [--dry-run] -- ARGUMENTS
+
+  --pod=NAME, --zone=ZONE, --project=P   the pod, which pod.sh makes
+  --workdir=DIR   on a file system that all workers share; the logs go to DIR/launch/worker-W.log there
+  --restarts=R    how often to start again what was stopped, lost or preempted (default 10)
+  --dry-run       print the commands and do nothing
+
+Ships the tree (ship.sh), then runs it by worker.sh on all workers. SIGINT and SIGTERM go to the run, a second one kills
+it, a third one gives up the connection. WAIT_SECONDS (default 30) is how often the state of the pod is asked for.
+EOF
+}
+
+pod='' zone='' project='' workdir='' restarts=10
+while (($#)); do
+  case $1 in
+    -h | --help) usage && exit 0 ;;
+    --pod=* | --zone=* | --project=* | --workdir=* | --restarts=*) name=${1%%=*} && printf -v "${name#--}" '%s' "${1#*=}" ;;
+    --dry-run) dry_run=1 ;;
+    --) shift && break ;;
+    *) die "unknown option $1" ;;
+  esac
+  shift
+done
+[[ $pod && $zone && $workdir ]] || die '--pod, --zone or --workdir is missing'
+
+place=("$pod" --zone "$zone" ${project:+--project "$project"})
+output=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod/output
+tree="\$HOME/echo_jax/$(git -C "$root" rev-parse HEAD)"
+ship=("$here/ship.sh" "--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
+attempt='' signals=0
+
+pass_on() {
+  signals=$((signals + 1))
+  if [[ ! $attempt ]] || ((signals > 2)); then
+    kill -TERM -- "-$child" 2>/dev/null || :
+  else
+    say "passing the signal on to the workers"
+    if ((signals == 1)); then stop=$1; else stop=KILL; fi
+    in_own_session bash -c "$(on_worker all "$tree/tpu_scripts/worker.sh --attempt=$attempt --stop=$stop" "${place[@]}")" &
+  fi
+}
+
+# Runs it once; sets `status`, and `said`: "W S" for each worker W that ended with status S.
+run_once() {
+  local id command
+  id=$(date +%s)-$$
+  command="cd $tree && PYTHONPATH=\$PWD ECHO_JAX_CLUSTER=auto exec tpu_scripts/worker.sh --attempt=$id"
+  command+=" $(quoted "--logs=$workdir/launch") -- \$HOME/echo_jax/venv/bin/python -m echo_jax.train $(quoted "$@")"
+  command=$(on_worker all "$command" "${place[@]}")
+  if ((dry_run)); then step "$command" && return; fi
+  : >"$output"
+  in_own_session bash -c "exec $command" >>"$output" 2>&1 &
+  child=$! attempt=$id status=0
+  if ((signals)); then signals=0 && pass_on INT; fi # it came just before
+  tail -s "$POLL_SECONDS" -c +1 -f --pid="$child" "$output" &
+  shown=$!
+  await "$child" || status=$?
+  attempt='' && await "$shown" || :
+  said=$(sed -n "s/^echo_jax: worker \(.*\) ended with status \(.*\) ($id)\$/\1 \2/p" "$output")
+}
+
+if ((dry_run)); then "${ship[@]}" --dry-run && run_once "$@" && exit; fi
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP
+for ((restart = 1; ; restart++)); do
+  status=0 said='' state=''
+  step "$(quoted "${ship[@]}")" || status=$?
+  if ((status == 0 && !signals)); then run_once "$@"; fi
+  # gcloud ends with the status of the first worker that failed, or with its own.
+  mapfile -t codes < <(cut -d' ' -f2 <<<"$said")
+  worst=$(most_telling "${codes[@]}") && status=$((worst ? worst : status))
+  if ((worst)) && ! again "$worst"; then
+    worker=$(awk -v "status=$worst" '$2 == status { print $1; exit }' <<<"$said")
+    say "worker $worker ended with status $worst; its log on the pod: $workdir/launch/worker-$worker.log" && exit "$worst"
+  fi
+  if ((signals)); then exit $((status ? status : 130)); elif ((status == 0)); then exit 0; fi
+  # That it cannot be had may be the network of this machine, and is no reason to make the pod again.
+  for ((asked = 0; asked < 20 && !signals; asked++)); do
+    if state=$("$here/pod.sh" status "${place[@]}"); then break; fi
+    sleep "${WAIT_SECONDS:-30}" || :
+  done
+  if [[ ! $state ]]; then say 'the state of the pod cannot be had' && exit 75; fi
+  if [[ $state == READY ]] && ! again "$status"; then exit "$status"; fi
+  if ((restart > restarts)); then say "gave up after $(reason "$status"); the same command goes on" && exit 75; fi
+  say "restart $restart of $restarts after $(reason "$status"); $pod is $state"
+  if [[ $state != READY ]]; then step "$(quoted "$here/pod.sh" restore "${place[@]}")"; fi
+done

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Brings the committed tree to all workers of a TPU pod and prepares them. launch.sh does it before each start.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+# shellcheck source=tpu_scripts/common.sh
+source "$here/common.sh"
+
+usage() {
+  cat <<'EOF'
+Usage: ship.sh --pod=NAME --zone=ZONE [--project=P] [--dry-run] [-- ARGUMENTS]
+
+  --pod=NAME, --zone=ZONE, --project=P   the pod, which pod.sh makes
+  --dry-run                              print the commands and do nothing
+
+The tree of the last commit goes to ~/echo_jax/COMMIT on every worker, with the commit in .shipped/commit and what differs
+from it here, which is not run, in .shipped/diff. Then setup.sh runs there. GCLOUD_SSH_FLAGS are added to each ssh and
+scp, for example --internal-ip. With ARGUMENTS, worker 0 then runs python -m echo_jax.sweep with them.
+EOF
+}
+
+pod='' zone='' project=''
+while (($#)); do
+  case $1 in
+    -h | --help) usage && exit 0 ;;
+    --pod=*) pod=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    --) shift && break ;;
+    *) die "unknown option $1" ;;
+  esac
+  shift
+done
+[[ $pod && $zone ]] || die '--pod or --zone is missing'
+
+place=("--zone=$zone" ${project:+"--project=$project"})
+sha=$(git -C "$root" rev-parse HEAD)
+git=$(quoted git -C "$root")
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod
+dir=$(quoted "$cache")
+archive=echo_jax-$sha.tar
+tree="\$HOME/echo_jax/$sha"
+if ! git -C "$root" diff --quiet HEAD; then say "uncommitted changes do not run; $sha runs"; fi
+
+# shellcheck disable=SC2086 # several flags
+copy=$(quoted gcloud compute tpus tpu-vm scp "$cache/tree.tar" "$pod:$archive" "${place[@]}" --worker=all --quiet ${GCLOUD_SSH_FLAGS:-})
+# Another run may be at work in a tree that is there already: it stays.
+unpack="set -e; mkdir -p $tree.new; tar -xf $archive -C $tree.new; rm $archive; if [ -d $tree ]; then"
+unpack+=" cp $tree.new/.shipped/* $tree/.shipped; rm -r $tree.new; else mv $tree.new $tree; fi; $tree/tpu_scripts/setup.sh"
+
+step "mkdir -p $dir/.shipped && echo $sha >$dir/.shipped/commit && $git diff $sha >$dir/.shipped/diff"
+step "$git archive --output=$dir/tree.tar $sha && tar -rf $dir/tree.tar -C $dir .shipped"
+step "$copy"
+step "$(on_worker all "$unpack" "$pod" "${place[@]}")"
+if (($#)); then
+  command="cd $tree && PYTHONPATH=\$PWD \$HOME/echo_jax/venv/bin/python -m echo_jax.sweep $(quoted "$@")"
+  step "$(on_worker 0 "$command" "$pod" "${place[@]}")"
+fi

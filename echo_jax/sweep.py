@@ -117,6 +117,8 @@ def run_sweep(
     if dry_run:
         for run in chosen:
             print(shlex.join(run.command), file=output)
+        if table is not None:
+            print(shlex.join(table), file=output)
         return 0
     status = 0
     done = {run.name for run in runs if run.done}

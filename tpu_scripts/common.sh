@@ -11,6 +11,12 @@ die() {
 
 say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
+# Sets the variable that an option --NAME=VALUE is named after.
+set_option() {
+  local option=${1%%=*}
+  printf -v "${option#--}" '%s' "${1#*=}"
+}
+
 quoted() {
   local line
   printf -v line ' %q' "$@"

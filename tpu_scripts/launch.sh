@@ -37,9 +37,7 @@ while (($#)); do
       (($# > 1)) || die "$1 needs a value"
       set -- "$1=$2" "${@:3}" && continue
       ;;
-    --local=* | --pod=* | --zone=* | --project=* | --restarts=*)
-      name=${1%%=*} && printf -v "${name#--}" '%s' "${1#*=}"
-      ;;
+    --local=* | --pod=* | --zone=* | --project=* | --restarts=*) set_option "$1" ;;
     --sweep) sweep=1 ;;
     --report) report=1 ;;
     --dry-run) dry=(--dry-run) ;;
@@ -70,6 +68,7 @@ if [[ $pod ]]; then
   ((sweep)) || exec "$here/pod_run.sh" "${where[@]}" "${again[@]}" "--workdir=$workdir" "${dry[@]}" -- "${arguments[@]}"
   if [[ ! $owner ]]; then arguments+=("--owner=$pod"); fi
   logs=$(realpath -m "${logs:-$root/runs/pods/$pod/${workdir##*/}}")
+  if [[ $python == */* ]]; then python=$(realpath -s "$python"); fi
   cd "$root" # the config file's path is relative to it, there as here
   options=("--launcher=$(quoted "$here/launch.sh" "${where[@]}" "${again[@]}")" "--logs=$logs"
     "--table=$(quoted "$here/ship.sh" "${where[@]}" -- --report "--config=$config" "--workdir=$workdir")")

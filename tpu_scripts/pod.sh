@@ -30,8 +30,9 @@ while (($#)); do
     -h | --help) usage && exit 0 ;;
     --zone | --project | --type | --version | --timeout)
       (($# > 1)) || die "$1 needs a value"
-      printf -v "${1#--}" '%s' "$2" && shift
+      set -- "$1=$2" "${@:3}" && continue
       ;;
+    --zone=* | --project=* | --type=* | --version=* | --timeout=*) set_option "$1" ;;
     --spot) spot=(--spot) ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
@@ -66,8 +67,8 @@ look() {
   text=$(unless_missing "${queue[@]}" describe --format=yaml) || return
   state=$(awk '$1 == "state:" && NF == 2 { print $2; exit }' <<<"$text")
   if [[ $state && ! -e $kept ]]; then # asked for elsewhere
-    awk '$1 == "acceleratorType:" { print "--accelerator-type=" $2 } $1 == "runtimeVersion:" { print "--runtime-version=" $2 }
-      $1 == "spot:" { print "--spot" }' <<<"$text" >"$kept"
+    sed -En 's/^ *acceleratorType: /--accelerator-type=/p; s/^ *runtimeVersion: /--runtime-version=/p; s/^spot:.*/--spot/p' \
+      <<<"$text" >"$kept"
   fi
   [[ $state != ACTIVE ]] || state=$(unless_missing gcloud compute tpus tpu-vm describe --format='value(state)') || return
   state=${state:-MISSING}
@@ -86,7 +87,7 @@ gone='^(PREEMPTED|FAILED|SUSPENDED|TERMINATED|MISSING)$' state=MISSING
 if [[ $action == list ]]; then step "${queue[@]}" list "${place[@]}" && exit 0; fi
 if ((!dry_run)); then mkdir -p "${kept%/*}" && look; fi
 case $action in
-  status) printf '%s\n' "$state" && exit 0 ;;
+  status) if ((dry_run)); then unless_missing "${queue[@]}" describe; else printf '%s\n' "$state"; fi && exit 0 ;;
   delete) unless_missing "${queue[@]}" delete --force --quiet && { ((dry_run)) || rm -f "$kept"; } && exit 0 ;;
   create) [[ $state == MISSING ]] || { say "$pod exists" && await_ready && exit 0; } || exit ;;
   restore)

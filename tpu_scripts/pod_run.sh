@@ -24,7 +24,7 @@ pod='' zone='' project='' workdir='' restarts=10
 while (($#)); do
   case $1 in
     -h | --help) usage && exit 0 ;;
-    --pod=* | --zone=* | --project=* | --workdir=* | --restarts=*) name=${1%%=*} && printf -v "${name#--}" '%s' "${1#*=}" ;;
+    --pod=* | --zone=* | --project=* | --workdir=* | --restarts=*) set_option "$1" ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
     *) die "unknown option $1" ;;
@@ -33,7 +33,7 @@ while (($#)); do
 done
 [[ $pod && $zone && $workdir ]] || die '--pod, --zone or --workdir is missing'
 
-place=("$pod" --zone "$zone" ${project:+--project "$project"})
+place=("$pod" "--zone=$zone" ${project:+"--project=$project"})
 output=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod/output
 tree="\$HOME/echo_jax/$(git -C "$root" rev-parse HEAD)"
 ship=("$here/ship.sh" "--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})

@@ -23,9 +23,7 @@ pod='' zone='' project=''
 while (($#)); do
   case $1 in
     -h | --help) usage && exit 0 ;;
-    --pod=*) pod=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
+    --pod=* | --zone=* | --project=*) set_option "$1" ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
     *) die "unknown option $1" ;;

@@ -283,6 +283,12 @@ def test_every_script_is_short_and_has_help_that_names_every_option(script: Path
     assert sorted(option for option in options if option not in result.stdout) == []
 
 
+def test_every_file_that_is_linked_exists():
+    for text in LAUNCH.parent.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text.read_text()):
+            assert (text.parent / target).exists(), target
+
+
 def test_scripts_are_clean():
     # Beside the interpreter: a virtual environment need not be on PATH.
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

@@ -32,6 +32,9 @@ TRAIN = """
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
     workdir = pathlib.Path(flags["workdir"])
     seed = int(flags.get("config.seed", 0))
+    if flags.get("owner") == "me" and seed in (69, 75):
+        sys.exit(seed)
+    workdir.mkdir(parents=True, exist_ok=True)
     print("weight", flags.get("config.loss.weight"), "steps", sys.argv[1:])
     print("to stderr", file=sys.stderr)
     signals = []
@@ -131,6 +134,52 @@ def test_failing_run_shows_the_end_of_its_log_and_the_sweep_goes_on(tmp_path: Pa
     assert [row["done"] for row in sandbox.results()] == ["no", "no", "yes"]
 
 
+def test_run_of_another_owner_is_left_alone_and_one_that_stopped_is_a_failure(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"seed": 69}, {"seed": 1}])
+    status, output = sandbox.run(owner="me")
+    assert status == 0
+    assert "[1/2] seed=69: another owner's, left alone\n" in output
+    assert "--owner=me" in (sandbox.workdir / "seed=1" / "log.txt").read_text()
+    assert [row["done"] for row in sandbox.results()] == ["no", "yes"]
+    sandbox = Sandbox(tmp_path, [{"seed": 75}])
+    status, output = sandbox.run(owner="me")
+    assert status == 1
+    assert "[1/1] seed=75: FAILED with status 75 (the same command goes on) after" in output
+
+
+def test_launcher_is_believed_where_the_workdirs_are_not_seen(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"seed": 9}, {"seed": 8}])
+    launcher = [*sandbox.train, "--elsewhere=a b"]
+    status, output = sandbox.run(launcher=launcher, train=["false"], logs=tmp_path / "logs", workdir=tmp_path / "far")
+    assert status == 1
+    assert "[1/2] seed=9: done in" in output
+    assert "[2/2] seed=8: FAILED with status 1" in output
+    assert "'--elsewhere=a b', " in (tmp_path / "logs" / "seed=9" / "log.txt").read_text()
+    assert not list((tmp_path / "far").glob("*/log.txt"))
+    assert not (tmp_path / "far" / "results.csv").exists()
+    rows = csv.DictReader((tmp_path / "logs" / "results.csv").read_text().splitlines())
+    assert [row["done"] for row in rows] == ["yes", "no"]
+
+
+def test_report_starts_nothing_and_shows_what_is_there(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"seed": 1}, {"seed": 2}])
+    sandbox.run(only="seed=1")
+    status, output = sandbox.run(report=True)
+    assert status == 0
+    assert "started" not in output
+    assert [row["done"] for row in sandbox.results()] == ["yes", "no"]
+    assert not (sandbox.workdir / "seed=2").exists()
+
+
+def test_table_may_come_from_a_command(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"seed": 1}])
+    status, output = sandbox.run(table=["sh", "-c", "echo the table; exit 3"])
+    assert status == 0
+    assert output.endswith("the table\nno table: status 3\n")
+    assert not (sandbox.workdir / "results.csv").exists()
+    assert sandbox.run(table=["the", "table"], dry_run=True)[1].endswith("\nthe table\n")
+
+
 def test_only_starts_the_runs_it_matches(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [{"seed": 1}, {"seed": 2}, {"seed": 12}])
     assert sandbox.run(only="=1$")[0] == 0
@@ -216,6 +265,28 @@ def test_interruption_reaches_the_run_once_and_stops_the_sweep(tmp_path: Path, n
     assert [row["done"] for row in sandbox.results()] == ["no", "no"]
 
 
+def test_second_interruption_kills_the_run_and_what_it_started(tmp_path: Path):
+    launcher = (
+        "trap 'echo $((count += 1)) >signals; ((count < 2)) || exit 130' INT; touch ready; while :; do sleep 0.05; done"
+    )
+    sandbox = Sandbox(tmp_path, [{"seed": 1}])
+    code = (
+        "from sys import *; from echo_jax.sweep import run_sweep; exit(run_sweep(argv[1], argv[2], launcher=argv[3:]))"
+    )
+    command = [sys.executable, "-c", code, str(sandbox.config), str(sandbox.workdir), "bash", "-c", launcher]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        while not (tmp_path / "signals").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert (tmp_path / "signals").read_text() == "2\n"
+
+
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "echo_jax.sweep", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -247,7 +318,10 @@ def test_dry_run_of_the_program_prints_the_train_commands(tmp_path: Path):
 
 def test_program_explains_itself_and_its_errors(tmp_path: Path):
     help_text = cli("--help").stdout
-    for text in ("python -m echo_jax.sweep --config=", "--[no]dry_run", "--only", "--workdir", "results.csv"):
+    for text in (
+        *("python -m echo_jax.sweep --config=", "--[no]dry_run", "--only", "--workdir", "results.csv"),
+        *("--launcher", "--owner", "--[no]report", "--logs", "--table"),
+    ):
         assert text in help_text
     sandbox = Sandbox(tmp_path, [{"loss.wieght": 1.0}])
     result = cli(f"--config={sandbox.config}", f"--workdir={sandbox.workdir}")

@@ -211,8 +211,7 @@ class Cloud:
         (self.repository / "c.py").write_text(textwrap.dedent(CONFIG))
         (self.repository / ".gitignore").write_text("/runs/\n__pycache__/\n")
         self.git("init", "-q")
-        self.git("add", "-A")
-        self.git("-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "-qm", "all")
+        self.commit()
         (self.cloud / "image").mkdir(parents=True)
         (self.cloud / "workers").write_text("2")
         self.program(self.cloud / "image" / "uv", textwrap.dedent(UV).replace("PYTHON", sys.executable))
@@ -229,6 +228,10 @@ class Cloud:
 
     def plan(self, code: str) -> None:
         (self.folder / "plan.py").write_text(textwrap.dedent(code))
+
+    def commit(self) -> None:
+        self.git("add", "-A")
+        self.git("-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "-qm", "change")
 
     def pod(self, name: str = "p", state: str = "ACTIVE READY", following: tuple[str, ...] = ()) -> None:
         (self.cloud / name).write_text(state)
@@ -442,6 +445,43 @@ def test_second_start_installs_nothing(cloud: Cloud):
     lines = (cloud.cloud / "p.1" / "uv").read_text().splitlines()
     assert [line.split()[:2] for line in lines] == [["venv", "--quiet"], ["pip", "install"]]
     assert lines[1].endswith(f"-e {cloud.cloud}/p.1/echo_jax/{cloud.git('rev-parse', 'HEAD')}[tpu]")
+
+
+def test_setup_goes_without_a_sandbox_and_says_so(cloud: Cloud):
+    (cloud.repository / "echo_jax" / "tools" / "sandbox.py").write_text(
+        "def probe(backend): raise OSError('no bwrap')\n"
+    )
+    cloud.program(cloud.cloud / "image" / "sysctl", "#!/bin/sh\n")
+    cloud.program(cloud.cloud / "image" / "sudo", '#!/bin/sh\necho "$*" >>"$HOME/sudo"\n')
+    cloud.commit()
+    cloud.pod()
+    status, output = cloud.launch()
+    assert status == 0
+    assert output.count("OSError: no bwrap\nsetup.sh: the sandbox does not work here") == 2
+    setting = "-n sysctl -w kernel.apparmor_restrict_unprivileged_userns=0\n"
+    assert (cloud.cloud / "p.0" / "sudo").read_text() == setting
+
+
+def test_packages_are_not_changed_below_a_run(cloud: Cloud):
+    cloud.pod()
+    cloud.plan("wait()")
+    with cloud.start("launch.sh", *cloud.arguments()) as process:
+        wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
+        (cloud.repository / "setup.py").write_text("changed")
+        cloud.commit()
+        status, output = cloud.launch()
+        assert status == 1
+        assert "setup.py has changed, and a run is at work here: " in output
+        (cloud.workdir / "go").touch()
+        assert process.wait(timeout=60) == 0
+    assert cloud.launch()[0] == 0
+
+
+def test_dry_run_of_setup_does_nothing(cloud: Cloud):
+    status, output = cloud.run("setup.sh", "--dry-run")
+    assert status == 0
+    assert "https://astral.sh/uv/install.sh" in output
+    assert not (cloud.folder / "user").exists()
 
 
 def test_dry_run_on_a_pod_prints_commands_that_do_the_same(cloud: Cloud):

@@ -8,7 +8,7 @@ source "$here/common.sh"
 
 usage() {
   cat <<'EOF'
-Usage: launch.sh --local N | --pod NAME --zone ZONE   [--sweep] [--dry-run] --config=PATH --workdir=DIR [--config.x=value …]
+Usage: launch.sh --local N | --pod NAME --zone ZONE  [--sweep] --config=PATH --workdir=DIR [--config.x=value …]
 
   --local N       run on this machine, as N processes
   --pod NAME      run on all workers of this TPU pod, with --zone ZONE and, if need be, --project PROJECT
@@ -63,6 +63,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if [[ $pod ]]; then
   [[ $workdir == /* ]] || die "--workdir=$workdir is not absolute; all workers of the pod must share it"
   git -C "$root" cat-file -e "HEAD:${config%%:*}" 2>/dev/null || die "${config%%:*} is not committed in $root"
+  [[ ${dry[*]} ]] || command -v gcloud >/dev/null || die 'there is no gcloud on PATH'
   where=("--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
   again=("--restarts=${restarts:-10}")
   ((sweep)) || exec "$here/pod_run.sh" "${where[@]}" "${again[@]}" "--workdir=$workdir" "${dry[@]}" -- "${arguments[@]}"

@@ -34,7 +34,7 @@ done
 [[ $pod && $zone && $workdir ]] || die '--pod, --zone or --workdir is missing'
 
 place=("$pod" "--zone=$zone" ${project:+"--project=$project"})
-output=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod/output
+output=$(mktemp -u) # made by whoever writes to it
 tree="\$HOME/echo_jax/$(git -C "$root" rev-parse HEAD)"
 ship=("$here/ship.sh" "--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
 attempt='' signals=0
@@ -58,7 +58,7 @@ run_once() {
   command+=" $(quoted "--logs=$workdir/launch") -- \$HOME/echo_jax/venv/bin/python -m echo_jax.train $(quoted "$@")"
   command=$(on_worker all "$command" "${place[@]}")
   if ((dry_run)); then step "$command" && return; fi
-  : >"$output"
+  : >"$output" && trap 'rm -f "$output"' EXIT
   in_own_session bash -c "exec $command" >>"$output" 2>&1 &
   child=$! attempt=$id status=0
   if ((signals)); then signals=0 && pass_on INT; fi # it came just before

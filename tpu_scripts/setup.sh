@@ -46,6 +46,8 @@ install() {
   step "$(quoted "$uv" pip install --quiet --python "$venv/bin/python" -e "${root}[$extra]")"
 }
 
+# A connection that was lost leaves the first one at work.
+if ((!dry_run)); then mkdir -p "$base" && exec 8>"$base/setup.lock" && flock 8; fi
 wanted="$extra $(sha256sum <"$root/setup.py")"
 if [[ -x $venv/bin/python && $(cat "$venv/installed" 2>/dev/null) == "$wanted" ]]; then
   say 'the packages are up to date'

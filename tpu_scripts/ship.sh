@@ -35,18 +35,20 @@ done
 place=("--zone=$zone" ${project:+"--project=$project"})
 sha=$(git -C "$root" rev-parse HEAD)
 git=$(quoted git -C "$root")
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod.$$
 dir=$(quoted "$cache")
 archive=echo_jax-$sha.tar
 tree="\$HOME/echo_jax/$sha"
 if ! git -C "$root" diff --quiet HEAD; then say "uncommitted changes do not run; $sha runs"; fi
 
 # shellcheck disable=SC2086 # several flags
-copy=$(quoted gcloud compute tpus tpu-vm scp "$cache/tree.tar" "$pod:$archive" "${place[@]}" --worker=all --quiet ${GCLOUD_SSH_FLAGS:-})
+copy=$(quoted gcloud compute tpus tpu-vm scp "${place[@]}" --worker=all --quiet ${GCLOUD_SSH_FLAGS:-} \
+  "$cache/tree.tar" "$pod:$archive")
 # Another run may be at work in a tree that is there already: it stays.
 unpack="set -e; mkdir -p $tree.new; tar -xf $archive -C $tree.new; rm $archive; if [ -d $tree ]; then"
 unpack+=" cp $tree.new/.shipped/* $tree/.shipped; rm -r $tree.new; else mv $tree.new $tree; fi; $tree/tpu_scripts/setup.sh"
 
+if ((!dry_run)); then trap 'rm -rf "$cache"' EXIT; fi
 step "mkdir -p $dir/.shipped && echo $sha >$dir/.shipped/commit && $git diff $sha >$dir/.shipped/diff"
 step "$git archive --output=$dir/tree.tar $sha && tar -rf $dir/tree.tar -C $dir .shipped"
 step "$copy"

@@ -82,17 +82,29 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> dict[str, np.ndarray]:
-    """Of `recorded_batches`, by two processes of four devices."""
-    path = tmp_path_factory.mktemp("recorded") / "two_processes.npz"
+    """Of `recorded_batches`, by two processes of four devices, which launch.sh starts."""
+    folder = tmp_path_factory.mktemp("recorded")
     script = f"""
-with start(silence_seconds=20.0, barrier_seconds=60.0) as peers:
+with start(silence_seconds=60.0, barrier_seconds=300.0) as peers:
     sys.path.append("tests")
     import recorded_batches  # which looks at the devices
-    recorded_batches.write({str(path)!r}, peers)
+    recorded_batches.write({str(folder / "found.npz")!r}, peers)
 """
-    statuses, outputs = finish(start(["-c", PROLOGUE + script], count=2, devices=4))
-    assert statuses == [0, 0], outputs
-    return dict(np.load(path))
+    (folder / "script.py").write_text(PROLOGUE + script)
+    python = folder / "python"  # what launch.sh takes for the interpreter; it would run echo_jax.train
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/script.py"\n')
+    python.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    launch = [ROOT / "tpu_scripts" / "launch.sh", "--local=2", "--config=-", f"--workdir={folder}"]
+    run = subprocess.run(
+        launch,
+        cwd=ROOT,
+        env=clean | {"JAX_NUM_CPU_DEVICES": "4", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return dict(np.load(folder / "found.npz"))
 
 
 @pytest.fixture(scope="module")

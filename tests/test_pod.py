@@ -1,5 +1,6 @@
 """The scripts for TPU pods, against a gcloud that records what it is asked and runs the workers' commands here."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,22 +70,32 @@ GCLOUD = r"""
             except (OSError, ProcessLookupError):
                 pass
 
+    # As when gcloud gives the command again, as often as the connection is lost.
+    patient = (cloud / "patient").exists()
+
+    def cut(i):
+        return (cloud / f"cut.{pod}.{i}").exists() and "--logs=" in flags["--command"]
+
     def ssh(i, home, statuses):
-        keep = ("PATH", "PLAN", "POLL_SECONDS")
+        keep = ("PATH", "PLAN", "POLL_SECONDS", "CLOUD")
         environment = {k: os.environ[k] for k in keep} | {"HOME": str(home), "TPU_WORKER_ID": str(i)}
         environment["PATH"] = f"{cloud}/image:" + environment["PATH"]
         home.mkdir(exist_ok=True)
-        shell = subprocess.Popen(
-            ["bash", "-c", flags["--command"]],
-            **dict(env=environment, cwd=home, stdin=subprocess.DEVNULL, start_new_session=True),
-        )
-        while shell.poll() is None:
-            if words()[1] != "READY" or (cloud / f"cut.{pod}.{i}").exists():
+        while True:
+            while patient and cut(i):
+                time.sleep(0.02)
+            shell = subprocess.Popen(
+                ["bash", "-c", flags["--command"]],
+                **dict(env=environment, cwd=home, stdin=subprocess.DEVNULL, start_new_session=True),
+            )
+            while shell.poll() is None and words()[1] == "READY" and not cut(i):
+                time.sleep(0.02)
+            if shell.poll() is None:
                 shell.kill()
                 print("Connection closed by remote host", file=sys.stderr)
-                break
-            time.sleep(0.02)
-        statuses[i] = shell.wait() if shell.wait() >= 0 else 255
+            statuses[i] = shell.wait() if shell.wait() >= 0 else 255
+            if statuses[i] != 255 or not patient:
+                return
 
     if (what, verb) == ("queued-resources", "describe"):
         advance()
@@ -244,9 +256,16 @@ class Cloud:
         folders = {"HOME": self.folder / "user", "CLOUD": self.cloud, "PLAN": self.folder / "plan.py"}
         return kept | settings | {"PATH": f"{self.folder}/bin:{kept['PATH']}"} | {k: str(v) for k, v in folders.items()}
 
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def start(self, script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen([self.scripts / script, *arguments], cwd=self.folder, env=self.environment, **pipes)
+        command = [self.scripts / script, *arguments]
+        with subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes) as process:
+            try:
+                yield process
+            except BaseException:
+                self.kill()
+                raise
 
     def run(self, script: str, *arguments: str) -> tuple[int, str]:
         with self.start(script, *arguments) as process:
@@ -272,6 +291,13 @@ class Cloud:
     def log(self, worker: int) -> str:
         return (self.workdir / "launch" / f"worker-{worker}.log").read_text()
 
+    def kill(self) -> None:
+        """Ends whatever a test that failed has left."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"CLOUD={self.cloud}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def left_behind(self) -> list[str]:
         found = subprocess.run(["pgrep", "-af", str(self.folder)], capture_output=True, text=True).stdout
         return [line for line in found.splitlines() if "pytest" not in line]
@@ -285,8 +311,10 @@ def wait_for(condition) -> None:
 
 
 @pytest.fixture
-def cloud(tmp_path: Path) -> Cloud:
-    return Cloud(tmp_path)
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.kill()
 
 
 # pod.sh
@@ -565,6 +593,40 @@ def test_lost_connection_does_not_end_the_run_which_is_found_again(cloud: Cloud)
     assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
 
 
+@pytest.mark.parametrize("signals", [[], [signal.SIGINT]])
+def test_command_that_gcloud_gives_again_starts_nothing_twice(cloud: Cloud, signals: list[int]):
+    cloud.pod()
+    cloud.plan("wait()")
+    (cloud.cloud / "patient").touch()
+    with cloud.start("launch.sh", *cloud.arguments()) as process:
+        wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
+        (cloud.cloud / "cut.p.1").touch()
+        time.sleep(0.5)
+        for number in signals:
+            os.killpg(process.pid, number)
+        (cloud.workdir / "go").touch()
+        wait_for(lambda: all((cloud.cloud / f"p.{i}" / "echo_jax" / "state" / "status").exists() for i in (0, 1)))
+        (cloud.cloud / "cut.p.1").unlink()
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == (130 if signals else 0), output
+    assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
+
+
+def test_worker_that_was_not_reached_before_the_stop_starts_nothing_after_it(cloud: Cloud):
+    cloud.pod()
+    cloud.plan("wait()")
+    (cloud.cloud / "patient").touch()
+    (cloud.cloud / "cut.p.1").touch()
+    with cloud.start("launch.sh", *cloud.arguments()) as process:
+        wait_for(lambda: list(cloud.workdir.glob("waiting-0-1")))
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: (cloud.cloud / "p.1" / "echo_jax" / "state" / "stopped").exists())
+        (cloud.cloud / "cut.p.1").unlink()
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert cloud.started(1) == []
+
+
 def test_second_launch_on_a_pod_that_is_at_work_is_refused(cloud: Cloud):
     cloud.pod()
     cloud.plan("wait()")
@@ -640,9 +702,10 @@ def test_two_pods_work_through_one_sweep_and_no_run_is_made_twice(cloud: Cloud):
     cloud.pod("a")
     cloud.pod("b")
     cloud.plan("time.sleep(0.5)")
-    launches = [cloud.start("launch.sh", *cloud.arguments("--sweep", pod=pod)) for pod in "ab"]
-    outputs = [process.communicate(timeout=120)[0] for process in launches]
-    assert [process.returncode for process in launches] == [0, 0], outputs
+    first, second = (cloud.start("launch.sh", *cloud.arguments("--sweep", pod=pod)) for pod in "ab")
+    with first as a, second as b:
+        outputs = [process.communicate(timeout=120)[0] for process in (a, b)]
+    assert (a.returncode, b.returncode) == (0, 0), outputs
     owners = [(cloud.workdir / f"seed={seed}" / "owner").read_text() for seed in range(4)]
     assert set(owners) == {"a", "b"}
     for seed in range(4):

@@ -456,7 +456,7 @@ def test_run_on_a_pod_has_the_committed_tree_the_arguments_and_a_log_per_worker(
         assert (tree / ".shipped" / "commit").read_text() == f"{sha}\n"
         assert "+changed" in (tree / ".shipped" / "diff").read_text()
         assert not (tree / "broken").exists()
-    assert f"uncommitted changes do not run; {sha} runs" in output
+    assert f"changes that are not in {sha} do not run" in output
     kept = (cloud.workdir / "launch" / "command.txt").read_text()
     assert subprocess.run(["bash", "-c", f"printf '%s\\0' {kept}"], capture_output=True).stdout == b"".join(
         word.encode() + b"\0"
@@ -560,6 +560,10 @@ def test_pod_that_is_preempted_is_restored_and_the_run_goes_on(cloud: Cloud, sta
     cloud.plan("if starts == 1: wait()")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
         wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
+        # What is committed meanwhile is not what runs.
+        sha = cloud.git("rev-parse", "HEAD")
+        (cloud.repository / "echo_jax" / "train.py").write_text("sys.exit(1)")
+        cloud.commit()
         if state:
             cloud.pod(state=state)
         else:
@@ -569,6 +573,7 @@ def test_pod_that_is_preempted_is_restored_and_the_run_goes_on(cloud: Cloud, sta
     first, second = cloud.calls("create")
     assert first == second
     assert [len(cloud.started(i)) for i in (0, 1)] == [2, 2]
+    assert all((cloud.cloud / f"p.{i}" / "echo_jax" / sha).exists() for i in (0, 1))
     assert re.search("restart 1 of 10 after the connection was lost; p is (PREEMPTED|SUSPENDED|MISSING)", output), (
         output
     )
@@ -722,10 +727,11 @@ def test_two_pods_work_through_one_sweep_and_no_run_is_made_twice(cloud: Cloud):
             assert f"--owner={owners[seed]}" in arguments
             assert override == f"--config.seed={seed}"
     for pod, output in zip("ab", outputs, strict=True):
-        assert output.count("another owner's, left alone") == owners.count("b" if pod == "a" else "a")
+        skipped = output.count("another owner's, left alone") + output.count("done before")
+        assert skipped == owners.count("b" if pod == "a" else "a")
         logs = cloud.repository / "runs" / "pods" / pod / cloud.workdir.name
         for seed in range(4):
-            assert (logs / f"seed={seed}" / "log.txt").exists()
+            assert (logs / f"seed={seed}" / "log.txt").exists() or owners[seed] != pod
     # The table is made where the workdirs are seen, and is whole for the one that was done last.
     assert max(output.count("yes") for output in outputs) == 4
     assert (cloud.workdir / "results.csv").read_text().count("yes") >= 3
@@ -751,6 +757,16 @@ def test_dry_run_of_a_sweep_on_a_pod_prints_every_run_and_the_table(cloud: Cloud
         assert subprocess.run(["bash", "-c", line], env=cloud.environment, cwd=cloud.repository).returncode == 0
     assert all((cloud.workdir / f"seed={seed}" / "DONE").exists() for seed in range(4))
     assert (cloud.workdir / "results.csv").read_text().count("yes") == 4
+
+
+def test_commit_is_a_choice(cloud: Cloud):
+    cloud.pod()
+    sha = cloud.git("rev-parse", "HEAD")
+    (cloud.repository / "c.py").unlink()
+    cloud.commit()
+    assert cloud.launch("--commit", "HEAD~1")[0] == 0
+    assert (cloud.cloud / "p.0" / "echo_jax" / sha / "c.py").exists()
+    assert cloud.launch("--commit", "nothing") == (2, "launch.sh: there is no commit nothing\n")
 
 
 def test_report_of_a_sweep_on_a_pod_starts_nothing(cloud: Cloud):

@@ -238,6 +238,12 @@ def test_nothing_outlives_a_launch_that_is_killed(several: Callable[[str], Path]
     assert [(fake / f"signals-{i}").read_text() for i in (0, 1)] == ["TERM\n"] * 2
 
 
+def test_what_a_process_leaves_behind_is_ended(several: Callable[[str], Path]):
+    fake = several('(exec -a "$folder/python-child" sleep 60) & exit 0')
+    assert launch(fake, "--local", "1", *RUN).returncode == 0
+    assert not left_behind(fake)
+
+
 def test_dry_run_of_several_processes_prints_commands_that_do_the_same(several: Callable[[str], Path]):
     fake = several('printf "%s\\0" "$@" >"$folder/call-$JAX_PROCESS_ID"')
     arguments = ["--config=c.py", "--workdir=w", *AWKWARD]

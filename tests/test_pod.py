@@ -1,5 +1,6 @@
 """The scripts for TPU pods, against a gcloud that records what it is asked and runs the workers' commands here."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,22 +70,32 @@ GCLOUD = r"""
             except (OSError, ProcessLookupError):
                 pass
 
+    # As when gcloud gives the command again, as often as the connection is lost.
+    patient = (cloud / "patient").exists()
+
+    def cut(i):
+        return (cloud / f"cut.{pod}.{i}").exists() and "--logs=" in flags["--command"]
+
     def ssh(i, home, statuses):
-        keep = ("PATH", "PLAN", "POLL_SECONDS")
+        keep = ("PATH", "PLAN", "POLL_SECONDS", "CLOUD")
         environment = {k: os.environ[k] for k in keep} | {"HOME": str(home), "TPU_WORKER_ID": str(i)}
         environment["PATH"] = f"{cloud}/image:" + environment["PATH"]
         home.mkdir(exist_ok=True)
-        shell = subprocess.Popen(
-            ["bash", "-c", flags["--command"]],
-            **dict(env=environment, cwd=home, stdin=subprocess.DEVNULL, start_new_session=True),
-        )
-        while shell.poll() is None:
-            if words()[1] != "READY" or (cloud / f"cut.{pod}.{i}").exists():
+        while True:
+            while patient and cut(i):
+                time.sleep(0.02)
+            shell = subprocess.Popen(
+                ["bash", "-c", flags["--command"]],
+                **dict(env=environment, cwd=home, stdin=subprocess.DEVNULL, start_new_session=True),
+            )
+            while shell.poll() is None and words()[1] == "READY" and not cut(i):
+                time.sleep(0.02)
+            if shell.poll() is None:
                 shell.kill()
                 print("Connection closed by remote host", file=sys.stderr)
-                break
-            time.sleep(0.02)
-        statuses[i] = shell.wait() if shell.wait() >= 0 else 255
+            statuses[i] = shell.wait() if shell.wait() >= 0 else 255
+            if statuses[i] != 255 or not patient:
+                return
 
     if (what, verb) == ("queued-resources", "describe"):
         advance()
@@ -244,9 +256,16 @@ class Cloud:
         folders = {"HOME": self.folder / "user", "CLOUD": self.cloud, "PLAN": self.folder / "plan.py"}
         return kept | settings | {"PATH": f"{self.folder}/bin:{kept['PATH']}"} | {k: str(v) for k, v in folders.items()}
 
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def start(self, script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen([self.scripts / script, *arguments], cwd=self.folder, env=self.environment, **pipes)
+        command = [self.scripts / script, *arguments]
+        with subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes) as process:
+            try:
+                yield process
+            except BaseException:
+                self.kill()
+                raise
 
     def run(self, script: str, *arguments: str) -> tuple[int, str]:
         with self.start(script, *arguments) as process:
@@ -272,6 +291,13 @@ class Cloud:
     def log(self, worker: int) -> str:
         return (self.workdir / "launch" / f"worker-{worker}.log").read_text()
 
+    def kill(self) -> None:
+        """Ends whatever a test that failed has left."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"CLOUD={self.cloud}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def left_behind(self) -> list[str]:
         found = subprocess.run(["pgrep", "-af", str(self.folder)], capture_output=True, text=True).stdout
         return [line for line in found.splitlines() if "pytest" not in line]
@@ -285,8 +311,10 @@ def wait_for(condition) -> None:
 
 
 @pytest.fixture
-def cloud(tmp_path: Path) -> Cloud:
-    return Cloud(tmp_path)
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.kill()
 
 
 # pod.sh
@@ -428,7 +456,7 @@ def test_run_on_a_pod_has_the_committed_tree_the_arguments_and_a_log_per_worker(
         assert (tree / ".shipped" / "commit").read_text() == f"{sha}\n"
         assert "+changed" in (tree / ".shipped" / "diff").read_text()
         assert not (tree / "broken").exists()
-    assert f"uncommitted changes do not run; {sha} runs" in output
+    assert f"changes that are not in {sha} do not run" in output
     kept = (cloud.workdir / "launch" / "command.txt").read_text()
     assert subprocess.run(["bash", "-c", f"printf '%s\\0' {kept}"], capture_output=True).stdout == b"".join(
         word.encode() + b"\0"
@@ -457,7 +485,8 @@ def test_setup_goes_without_a_sandbox_and_says_so(cloud: Cloud):
     cloud.pod()
     status, output = cloud.launch()
     assert status == 0
-    assert output.count("OSError: no bwrap\nsetup.sh: the sandbox does not work here") == 2
+    assert "OSError: no bwrap\n" in output
+    assert output.count("setup.sh: the sandbox does not work here") == 2
     setting = "-n sysctl -w kernel.apparmor_restrict_unprivileged_userns=0\n"
     assert (cloud.cloud / "p.0" / "sudo").read_text() == setting
 
@@ -531,6 +560,10 @@ def test_pod_that_is_preempted_is_restored_and_the_run_goes_on(cloud: Cloud, sta
     cloud.plan("if starts == 1: wait()")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
         wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
+        # What is committed meanwhile is not what runs.
+        sha = cloud.git("rev-parse", "HEAD")
+        (cloud.repository / "echo_jax" / "train.py").write_text("sys.exit(1)")
+        cloud.commit()
         if state:
             cloud.pod(state=state)
         else:
@@ -540,6 +573,7 @@ def test_pod_that_is_preempted_is_restored_and_the_run_goes_on(cloud: Cloud, sta
     first, second = cloud.calls("create")
     assert first == second
     assert [len(cloud.started(i)) for i in (0, 1)] == [2, 2]
+    assert all((cloud.cloud / f"p.{i}" / "echo_jax" / sha).exists() for i in (0, 1))
     assert re.search("restart 1 of 10 after the connection was lost; p is (PREEMPTED|SUSPENDED|MISSING)", output), (
         output
     )
@@ -563,6 +597,40 @@ def test_lost_connection_does_not_end_the_run_which_is_found_again(cloud: Cloud)
     assert "[0] this run is at work here already" in output
     assert "[1] the end" in output
     assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize("signals", [[], [signal.SIGINT]])
+def test_command_that_gcloud_gives_again_starts_nothing_twice(cloud: Cloud, signals: list[int]):
+    cloud.pod()
+    cloud.plan("wait()")
+    (cloud.cloud / "patient").touch()
+    with cloud.start("launch.sh", *cloud.arguments()) as process:
+        wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
+        (cloud.cloud / "cut.p.1").touch()
+        time.sleep(0.5)
+        for number in signals:
+            os.killpg(process.pid, number)
+        (cloud.workdir / "go").touch()
+        wait_for(lambda: all((cloud.cloud / f"p.{i}" / "echo_jax" / "state" / "status").exists() for i in (0, 1)))
+        (cloud.cloud / "cut.p.1").unlink()
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == (130 if signals else 0), output
+    assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
+
+
+def test_worker_that_was_not_reached_before_the_stop_starts_nothing_after_it(cloud: Cloud):
+    cloud.pod()
+    cloud.plan("wait()")
+    (cloud.cloud / "patient").touch()
+    (cloud.cloud / "cut.p.1").touch()
+    with cloud.start("launch.sh", *cloud.arguments()) as process:
+        wait_for(lambda: list(cloud.workdir.glob("waiting-0-1")))
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: (cloud.cloud / "p.1" / "echo_jax" / "state" / "stopped").exists())
+        (cloud.cloud / "cut.p.1").unlink()
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert cloud.started(1) == []
 
 
 def test_second_launch_on_a_pod_that_is_at_work_is_refused(cloud: Cloud):
@@ -639,10 +707,18 @@ def test_what_the_pod_would_not_find_is_refused(cloud: Cloud, arguments: list[st
 def test_two_pods_work_through_one_sweep_and_no_run_is_made_twice(cloud: Cloud):
     cloud.pod("a")
     cloud.pod("b")
-    cloud.plan("time.sleep(0.5)")
-    launches = [cloud.start("launch.sh", *cloud.arguments("--sweep", pod=pod)) for pod in "ab"]
-    outputs = [process.communicate(timeout=120)[0] for process in launches]
-    assert [process.returncode for process in launches] == [0, 0], outputs
+    # No run ends before both pods have one.
+    cloud.plan("""
+        def owners():
+            return {file.read_text() for file in workdir.parent.glob("*/owner")}
+
+        while len(owners() - {""}) < 2:
+            time.sleep(0.02)
+    """)
+    first, second = (cloud.start("launch.sh", *cloud.arguments("--sweep", pod=pod)) for pod in "ab")
+    with first as a, second as b:
+        outputs = [process.communicate(timeout=120)[0] for process in (a, b)]
+    assert (a.returncode, b.returncode) == (0, 0), outputs
     owners = [(cloud.workdir / f"seed={seed}" / "owner").read_text() for seed in range(4)]
     assert set(owners) == {"a", "b"}
     for seed in range(4):
@@ -651,10 +727,11 @@ def test_two_pods_work_through_one_sweep_and_no_run_is_made_twice(cloud: Cloud):
             assert f"--owner={owners[seed]}" in arguments
             assert override == f"--config.seed={seed}"
     for pod, output in zip("ab", outputs, strict=True):
-        assert output.count("another owner's, left alone") == owners.count("b" if pod == "a" else "a")
+        skipped = output.count("another owner's, left alone") + output.count("done before")
+        assert skipped == owners.count("b" if pod == "a" else "a")
         logs = cloud.repository / "runs" / "pods" / pod / cloud.workdir.name
         for seed in range(4):
-            assert (logs / f"seed={seed}" / "log.txt").exists()
+            assert (logs / f"seed={seed}" / "log.txt").exists() or owners[seed] != pod
     # The table is made where the workdirs are seen, and is whole for the one that was done last.
     assert max(output.count("yes") for output in outputs) == 4
     assert (cloud.workdir / "results.csv").read_text().count("yes") >= 3
@@ -680,6 +757,16 @@ def test_dry_run_of_a_sweep_on_a_pod_prints_every_run_and_the_table(cloud: Cloud
         assert subprocess.run(["bash", "-c", line], env=cloud.environment, cwd=cloud.repository).returncode == 0
     assert all((cloud.workdir / f"seed={seed}" / "DONE").exists() for seed in range(4))
     assert (cloud.workdir / "results.csv").read_text().count("yes") == 4
+
+
+def test_commit_is_a_choice(cloud: Cloud):
+    cloud.pod()
+    sha = cloud.git("rev-parse", "HEAD")
+    (cloud.repository / "c.py").unlink()
+    cloud.commit()
+    assert cloud.launch("--commit", "HEAD~1")[0] == 0
+    assert (cloud.cloud / "p.0" / "echo_jax" / sha / "c.py").exists()
+    assert cloud.launch("--commit", "nothing") == (2, "launch.sh: there is no commit nothing\n")
 
 
 def test_report_of_a_sweep_on_a_pod_starts_nothing(cloud: Cloud):

@@ -12,6 +12,7 @@ Usage: launch.sh --local N | --pod NAME --zone ZONE  [--sweep] --config=PATH --w
 
   --local N       run on this machine, as N processes
   --pod NAME      run on all workers of this TPU pod, with --zone ZONE and, if need be, --project PROJECT
+  --commit COMMIT with --pod: which commit runs (default: HEAD, as it is now)
   --config=PATH   config file, with :arg behind it if it takes one; with --pod it is committed, and relative to the tree
   --workdir=DIR   where the run keeps everything; with --pod absolute, on a file system that all workers share
   --sweep         run every run of the config file's sweep(), not the config itself; --only=REGEX chooses some
@@ -28,16 +29,16 @@ one that says most: 0 complete, 1 mend what is wrong, 2 wrong use, 69 another ow
 EOF
 }
 
-local='' pod='' zone='' project='' restarts='' sweep=0 report=0 config='' workdir='' owner='' logs='' dry=()
+local='' pod='' zone='' project='' commit=HEAD restarts='' sweep=0 report=0 config='' workdir='' owner='' logs='' dry=()
 arguments=()
 while (($#)); do
   case $1 in
     -h | --help) usage && exit 0 ;;
-    --local | --pod | --zone | --project | --restarts)
+    --local | --pod | --zone | --project | --restarts | --commit)
       (($# > 1)) || die "$1 needs a value"
       set -- "$1=$2" "${@:3}" && continue
       ;;
-    --local=* | --pod=* | --zone=* | --project=* | --restarts=*) set_option "$1" ;;
+    --local=* | --pod=* | --zone=* | --project=* | --restarts=* | --commit=*) set_option "$1" ;;
     --sweep) sweep=1 ;;
     --report) report=1 ;;
     --dry-run) dry=(--dry-run) ;;
@@ -62,9 +63,10 @@ python=${PYTHON:-python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if [[ $pod ]]; then
   [[ $workdir == /* ]] || die "--workdir=$workdir is not absolute; all workers of the pod must share it"
-  git -C "$root" cat-file -e "HEAD:${config%%:*}" 2>/dev/null || die "${config%%:*} is not committed in $root"
+  sha=$(git -C "$root" rev-parse --verify --quiet "$commit^{commit}") || die "there is no commit $commit"
+  git -C "$root" cat-file -e "$sha:${config%%:*}" 2>/dev/null || die "${config%%:*} is not committed in $root"
   [[ ${dry[*]} ]] || command -v gcloud >/dev/null || die 'there is no gcloud on PATH'
-  where=("--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
+  where=("--pod=$pod" "--zone=$zone" "--commit=$sha" ${project:+"--project=$project"})
   again=("--restarts=${restarts:-10}")
   ((sweep)) || exec "$here/pod_run.sh" "${where[@]}" "${again[@]}" "--workdir=$workdir" "${dry[@]}" -- "${arguments[@]}"
   if [[ ! $owner ]]; then arguments+=("--owner=$pod"); fi

@@ -8,10 +8,11 @@ source "$here/common.sh"
 
 usage() {
   cat <<'EOF'
-Usage: pod_run.sh --pod=NAME --zone=ZONE [--project=P] --workdir=DIR [--restarts=R] [--dry-run] -- ARGUMENTS
+Usage: pod_run.sh --pod=NAME --zone=ZONE [--project=P] --workdir=DIR [OPTIONS] -- ARGUMENTS
 
   --pod=NAME, --zone=ZONE, --project=P   the pod, which pod.sh makes
   --workdir=DIR   on a file system that all workers share; the logs go to DIR/launch/worker-W.log there
+  --commit=COMMIT what to run (default: HEAD, as it is now, also when it is started again)
   --restarts=R    how often to start again what was stopped, lost or preempted (default 10)
   --dry-run       print the commands and do nothing
 
@@ -20,11 +21,11 @@ it, a third one gives up the connection. WAIT_SECONDS (default 30) is how often 
 EOF
 }
 
-pod='' zone='' project='' workdir='' restarts=10
+pod='' zone='' project='' workdir='' restarts=10 commit=HEAD
 while (($#)); do
   case $1 in
     -h | --help) usage && exit 0 ;;
-    --pod=* | --zone=* | --project=* | --workdir=* | --restarts=*) set_option "$1" ;;
+    --pod=* | --zone=* | --project=* | --workdir=* | --restarts=* | --commit=*) set_option "$1" ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
     *) die "unknown option $1" ;;
@@ -35,8 +36,9 @@ done
 
 place=("$pod" "--zone=$zone" ${project:+"--project=$project"})
 output=$(mktemp -u) # made by whoever writes to it
-tree="\$HOME/echo_jax/$(git -C "$root" rev-parse HEAD)"
-ship=("$here/ship.sh" "--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
+sha=$(git -C "$root" rev-parse "$commit")
+tree="\$HOME/echo_jax/$sha"
+ship=("$here/ship.sh" "--commit=$sha" "--pod=$pod" "--zone=$zone" ${project:+"--project=$project"})
 attempt='' signals=0
 
 pass_on() {

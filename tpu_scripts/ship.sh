@@ -8,22 +8,23 @@ source "$here/common.sh"
 
 usage() {
   cat <<'EOF'
-Usage: ship.sh --pod=NAME --zone=ZONE [--project=P] [--dry-run] [-- ARGUMENTS]
+Usage: ship.sh --pod=NAME --zone=ZONE [--project=P] [--commit=COMMIT] [--dry-run] [-- ARGUMENTS]
 
   --pod=NAME, --zone=ZONE, --project=P   the pod, which pod.sh makes
+  --commit=COMMIT                        what to ship (default: HEAD)
   --dry-run                              print the commands and do nothing
 
-The tree of the last commit goes to ~/echo_jax/COMMIT on every worker, with the commit in .shipped/commit and what differs
+The tree of that commit goes to ~/echo_jax/COMMIT on every worker, with the commit in .shipped/commit and what differs
 from it here, which is not run, in .shipped/diff. Then setup.sh runs there. GCLOUD_SSH_FLAGS are added to each ssh and
 scp, for example --internal-ip. With ARGUMENTS, worker 0 then runs python -m echo_jax.sweep with them.
 EOF
 }
 
-pod='' zone='' project=''
+pod='' zone='' project='' commit=HEAD
 while (($#)); do
   case $1 in
     -h | --help) usage && exit 0 ;;
-    --pod=* | --zone=* | --project=*) set_option "$1" ;;
+    --pod=* | --zone=* | --project=* | --commit=*) set_option "$1" ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
     *) die "unknown option $1" ;;
@@ -33,13 +34,13 @@ done
 [[ $pod && $zone ]] || die '--pod or --zone is missing'
 
 place=("--zone=$zone" ${project:+"--project=$project"})
-sha=$(git -C "$root" rev-parse HEAD)
+sha=$(git -C "$root" rev-parse "$commit")
 git=$(quoted git -C "$root")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod.$$
 dir=$(quoted "$cache")
 archive=echo_jax-$sha.tar
 tree="\$HOME/echo_jax/$sha"
-if ! git -C "$root" diff --quiet HEAD; then say "uncommitted changes do not run; $sha runs"; fi
+if ! git -C "$root" diff --quiet "$sha"; then say "changes that are not in $sha do not run"; fi
 
 # shellcheck disable=SC2086 # several flags
 copy=$(quoted gcloud compute tpus tpu-vm scp "${place[@]}" --worker=all --quiet ${GCLOUD_SSH_FLAGS:-} \

@@ -168,7 +168,7 @@ def test_one_process_has_no_coordinator(several: Callable[[str], Path]):
 @pytest.mark.parametrize("others", [WAIT, STUBBORN, "sleep 0.3; exit 75", "kill -KILL $$"])
 def test_process_that_fails_ends_the_others_and_is_not_started_again(several: Callable[[str], Path], others: str):
     fake = several(f"((JAX_PROCESS_ID == 1)) && sleep 0.2 && exit 1\n{others}")
-    result = launch(fake, "--local", "2", *RUN, GRACE_SECONDS="1")
+    result = launch(fake, "--local", "2", *RUN, GRACE_SECONDS="1" if others == STUBBORN else "30")
     assert result.returncode == 1, result.stderr
     assert len((fake / "started").read_text().splitlines()) == 2
     assert not left_behind(fake)

@@ -128,7 +128,7 @@ def weigh(
     normaliser.
     """
     terms = MODES[objective.mode]
-    in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories])
+    in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories], bool)
     selected = select(trajectories, objective.selection, in_observation, pool)
     rewards = rewards_by_group(trajectories, pool)
     lambdas = _lambdas(trajectories, rewards, objective) * ("observation" in terms)
@@ -195,7 +195,7 @@ def _in_policy_term(trajectories: Sequence[Trajectory], rewards: Rewards, object
     3.4 and eq. 11), here without dropping the rollouts: their observations are still trained."""
     kept = np.ones(len(trajectories), bool)
     if objective.mask_overlong:
-        kept &= [t.outcome not in ENDED_BY_BUDGET for t in trajectories]
+        kept &= np.asarray([t.outcome not in ENDED_BY_BUDGET for t in trajectories], bool)
     if objective.filter_zero_variance:
         for group, members in groups_of(trajectories).items():
             kept[members] &= len(set(rewards[group].values())) > 1

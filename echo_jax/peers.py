@@ -19,7 +19,9 @@ from typing import Any, Self
 
 import jax
 
-AGAIN = 75  # exit status (EX_TEMPFAIL): the same command, given again, goes on
+# Exit statuses of a run.
+AGAIN = 75  # EX_TEMPFAIL: the same command, given again, goes on
+TAKEN = 69  # EX_UNAVAILABLE: it is another's
 _FOLDER = "echo_jax"  # of our keys
 _START_SECONDS = 300.0  # that all processes have to come
 _GRACE_SECONDS = 10.0  # that a process 0 which fails stays, for the others to read why
@@ -56,15 +58,20 @@ class Peers:
         self.index, self.count = index, count
         self._silence, self._barrier, self._user_errors = silence_seconds, barrier_seconds, user_errors
         self._client = client
-        self._hosts: list[str] = [socket.gethostname()] * count
+        self._hosts = [socket.gethostname()] if count == 1 else ["an unknown host"] * count
         self._gathered = 0
         self._on_stop: Callable[[int], None] = lambda signal_number: None
-        self._stop = 0  # the signal by which a process was asked to stop
-        self._left = threading.Event()
+        self._stop = 0  # the signal by which this process was asked to stop
+        self._others_stop = 0  # that by which another was
+        self._done = threading.Event()
+        self._looked = time.monotonic()  # when the watch last got an answer
         if count > 1:
-            self._say("host", socket.gethostname())
             self._hosts = self.gather(socket.gethostname(), "start")
-            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+            self._threads = [
+                threading.Thread(target=target, daemon=True) for target in (self._watch, self._watch_watch)
+            ]
+            for thread in self._threads:
+                thread.start()
 
     @property
     def is_first(self) -> bool:
@@ -114,6 +121,8 @@ class Peers:
     def on_stop(self, callback: Callable[[int], None]) -> None:
         """`callback` is called in another thread, with the signal, when another process was asked to stop."""
         self._on_stop = callback
+        if self._others_stop:
+            callback(self._others_stop)
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +132,9 @@ class Peers:
             return
         if error is None:
             self.gather(None, "end")
-            self._left.set()
+            self._done.set()
+            for thread in self._threads:  # else they would miss what is shut down
+                thread.join()
             jax.distributed.shutdown()
             return
         if self._of_a_collective(error):  # most likely another is gone: the watch finds out which, and ends us
@@ -143,31 +154,40 @@ class Peers:
         return min(self._silence / 10, 3.0)
 
     def _watch(self) -> None:
+        """Gives signs of life, and looks for the others'."""
         heard = dict.fromkeys(range(self.count), (None, time.monotonic()))
-        said_stop = told_stop = False
         beat = 0
-        while not self._left.wait(self._period):
+        while not self._done.wait(self._period):
             beat += 1
             try:
                 self._say("alive", str(beat))
-                if self._stop and not said_stop:
+                if self._stop:
                     self._say("stop", str(self._stop))
-                    said_stop = True
                 said = dict(self._client.key_value_dir_get(_FOLDER))
-            except (RuntimeError, ValueError) as error:
-                self._end(f"{self._name(0)} does not answer: {str(error).splitlines()[0]}")
-            now = time.monotonic()
+            except (RuntimeError, ValueError):
+                continue  # a blip, or process 0 is gone: the time tells
+            now = self._looked = time.monotonic()
             for index in (i for i in range(self.count) if i != self.index):
-                if (reason := said.get(f"{_FOLDER}/failed/{index}")) is not None:
-                    self._end(f"{self._name(index)} failed: {reason}")
-                if (stop := said.get(f"{_FOLDER}/stop/{index}")) and not (told_stop or said_stop):
-                    told_stop = True
-                    self._on_stop(int(stop))
-                sign = said.get(f"{_FOLDER}/alive/{index}")
-                if sign != heard[index][0]:
-                    heard[index] = (sign, now)
-                elif now - heard[index][1] > self._silence and f"{_FOLDER}/left/{index}" not in said:
+                of = {what: said.get(f"{_FOLDER}/{what}/{index}") for what in ("failed", "left", "stop", "alive")}
+                if of["failed"] is not None:
+                    failed = json.loads(of["failed"])
+                    self._end(f"{self._name(index)} failed: {failed['reason']}", failed["status"])
+                if of["left"] is not None:
+                    self._end(f"{self._name(index)} has stopped")
+                if of["stop"] and not self._others_stop:
+                    self._others_stop = int(of["stop"])
+                    if not self._stop:
+                        self._on_stop(self._others_stop)
+                if of["alive"] != heard[index][0]:
+                    heard[index] = (of["alive"], now)
+                elif now - heard[index][1] > self._silence:
                     self._end(f"{self._name(index)} gave no sign of life for {self._silence:.0f} s")
+
+    def _watch_watch(self) -> None:
+        """Ends this process when the watch itself gets no answer: a host that vanished leaves it waiting."""
+        while not self._done.wait(self._period):
+            if time.monotonic() - self._looked > self._silence + self._period:
+                self._end(f"{self._name(0)} does not answer for {self._silence:.0f} s", answers=False)
 
     def _say(self, what: str, text: str) -> None:
         self._client.key_value_set(f"{_FOLDER}/{what}/{self.index}", text, allow_overwrite=True)
@@ -197,25 +217,24 @@ class Peers:
             error = error.__cause__ or error.__context__
         return False
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, status: int = AGAIN, *, answers: bool = True) -> None:
         """Ends this process, whatever its other threads wait for: nothing else gets them out of a collective."""
-        print(
-            f"error: {why}; {self._name(self.index)} stops too. The checkpoints before are complete: the same command "
-            "again resumes",
-            file=sys.stderr,
-            flush=True,
-        )
-        self._exit(AGAIN, others=self.count - 2)
+        if self._done.is_set():
+            return
+        advice = ". What was saved is complete: the same command again resumes" if status == AGAIN else ""
+        print(f"error: {why}; {self._name(self.index)} stops too{advice}", file=sys.stderr, flush=True)
+        self._exit(status, others=self.count - 2, answers=answers)
 
     def _fail(self, reason: str, status: int) -> None:
         with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone already
-            self._say("failed", reason)
+            self._say("failed", json.dumps({"reason": reason, "status": status}))
         self._exit(status, others=self.count - 1)
 
-    def _exit(self, status: int, others: int) -> None:
+    def _exit(self, status: int, others: int, *, answers: bool = True) -> None:
         """Ends this process; process 0, which the others ask, once so many `others` left or had the time to."""
         with contextlib.suppress(RuntimeError, ValueError):
-            self._say("left", "")
+            if answers:
+                self._say("left", "")
             deadline = time.monotonic() + _GRACE_SECONDS * self.is_first
             while time.monotonic() < deadline and len(self._client.key_value_dir_get(f"{_FOLDER}/left")) <= others:
                 time.sleep(0.1)

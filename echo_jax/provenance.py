@@ -17,12 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]  # of the repository, where the packa
 def record(workdir: Path, root: Path = ROOT) -> None:
     """Appends one line. Where there is neither a git checkout nor what launch.sh notes of the one that it ships,
     `git_sha` and `git_diff` are null."""
-    in_checkout = _git(root, "rev-parse", "--show-toplevel") == f"{root}\n"
-    sha, diff = (_git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")) if in_checkout else _shipped(root)
+    sha, diff = source(root)
     line = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.orig_argv,
-        "git_sha": sha and sha.strip(),
+        "git_sha": sha,
         "git_diff": diff,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -32,10 +31,14 @@ def record(workdir: Path, root: Path = ROOT) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _shipped(root: Path) -> tuple[str | None, str | None]:
-    """Commit, and the changes that were there beside it; they were not shipped."""
-    noted = [root / ".shipped" / name for name in ("commit", "diff")]
-    return tuple(path.read_text(errors="replace") if path.exists() else None for path in noted)
+def source(root: Path = ROOT) -> tuple[str | None, str | None]:
+    """Returns commit and uncommitted diff of the source; the diff of a shipped tree was not shipped."""
+    if _git(root, "rev-parse", "--show-toplevel") == f"{root}\n":
+        commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")
+    else:
+        noted = [root / ".shipped" / name for name in ("commit", "diff")]
+        commit, diff = (path.read_text(errors="replace") if path.exists() else None for path in noted)
+    return commit and commit.strip(), diff
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -90,7 +90,9 @@ class Collector:
                 collection.close()
                 self.retried = collection.retried
 
-        return self._together(collect)
+        trajectories = self._together(collect)
+        self._check_machines(trajectories, collection.fault)
+        return trajectories
 
     def scripted(
         self,
@@ -134,6 +136,18 @@ class Collector:
         if any(self._peers.gather(interrupted, "rollouts")):
             raise Interrupted(trajectories)
         return trajectories
+
+    def _check_machines(self, trajectories: Sequence[Trajectory], fault: str) -> None:
+        """Raises `RolloutError` if of all processes none had a rollout that could be scored."""
+        scored = sum(t.scored for t in trajectories)
+        everywhere = self._peers.gather([len(trajectories), scored, fault], "faults")
+        made, scored = (sum(numbers) for numbers in zip(*((own[0], own[1]) for own in everywhere), strict=True))
+        if made and not scored:
+            causes = "; ".join(dict.fromkeys(own[2] for own in everywhere if own[2]))
+            raise RolloutError(
+                f"all {made} rollouts failed on this machine; mend the cause, then run the same command again. "
+                f"The last one: {causes or 'no cause'}"
+            )
 
     def _start(self, job: Job) -> tuple[Episode, Environment]:
         episode = episode_lib.start(self._renderer, self._rules, job.task.prompt, job.task.tools)
@@ -236,13 +250,13 @@ class _Collection:
             for future in [future for future in self._waiting if future.done()]:
                 self._collect(self._waiting.pop(future), future.result())
                 on_finish(len(self._done))
-        if self._jobs and not any(trajectory.scored for trajectory in self._done.values()):
-            faults = [environment.fault for environment in self._environments.values() if environment.fault]
-            raise RolloutError(
-                f"all {len(self._jobs)} rollouts failed on this machine; mend the cause, then run the same command "
-                f"again. The last one: {faults[-1] if faults else 'no cause'}"
-            )
         return [self._done[i] for i in range(len(self._jobs))]
+
+    @property
+    def fault(self) -> str:
+        """Why the last rollout that the machine failed could not be scored."""
+        faults = [environment.fault for environment in self._environments.values() if environment.fault]
+        return faults[-1] if faults else ""
 
     def close(self) -> None:
         """Ends what still runs, so that no sandbox outlives a collection that was stopped."""

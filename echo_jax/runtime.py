@@ -5,6 +5,7 @@ collector, saved rollouts.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import grain
@@ -14,6 +15,7 @@ import numpy as np
 
 from echo_jax import config as config_lib
 from echo_jax import peers as peers_lib
+from echo_jax import provenance
 from echo_jax.advantages import ADVANTAGES, groups_of
 from echo_jax.calls import GRAMMARS
 from echo_jax.checkpoint import CheckpointError
@@ -260,6 +262,14 @@ def start_peers(config: ml_collections.ConfigDict, user_errors: tuple[type[Excep
     return peers_lib.start(**limits, user_errors=user_errors)
 
 
+def _code(peers: Peers) -> dict[str, str | None]:
+    """What has to be the same for all processes beside the config."""
+    if peers.count == 1:
+        return {}
+    commit, diff = provenance.source()
+    return {"jax": jax.__version__, "commit": commit, "diff": diff and hashlib.sha256(diff.encode()).hexdigest()}
+
+
 def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runtime:
     """Builds the parts. Everything that can be wrong with a config or a host is found here.
 
@@ -272,7 +282,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
     peers = peers or Peers()
     validate(config)
     given = {f"config.{name}": str(value) for name, value in config_lib.flat(config).items()}
-    peers.same(given | {"jax": jax.__version__}, "start all of them with the same code and command")
+    peers.same(given | _code(peers), "start all of them with the same code and command")
     tokenizer = Tokenizer(config.tokenizer.path)
     mixture = dict(config.task.mixture)
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}

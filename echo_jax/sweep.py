@@ -38,11 +38,10 @@ from rich.table import Table
 from echo_jax.cli import run_program
 from echo_jax.config import ConfigError, load_config_file
 from echo_jax.metrics import MetricsError, read_metrics
+from echo_jax.peers import AGAIN, TAKEN
 
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
 TRAIN = (sys.executable, "-m", "echo_jax.train")
-TAKEN = 69  # exit status of a run that belongs to another owner
-AGAIN = 75  # exit status of a run that the same command continues
 _TAIL_LINES = 20
 _KILL_SECONDS = 15.0  # after a second interruption, for what is left of a run
 _LONGEST_NAME = 150

@@ -41,7 +41,7 @@ from echo_jax.evaluate import Evaluator
 from echo_jax.metrics import MetricsWriter, read_metrics
 from echo_jax.models.transformer import init_params
 from echo_jax.objective import MODES, TokenWeights, weigh
-from echo_jax.peers import AGAIN, Peers
+from echo_jax.peers import AGAIN, TAKEN, Peers
 from echo_jax.profiler import Profiler
 from echo_jax.progress import Progress
 from echo_jax.rollout import Collector, Interrupted, Job
@@ -54,9 +54,6 @@ from echo_jax.update import Update, UpdateError
 SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
 DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
 DEMONSTRATION_ORDER_SEED = 11
-
-
-TAKEN = 69  # exit status (EX_UNAVAILABLE): the run is another's
 
 
 class TrainError(RuntimeError):
@@ -78,6 +75,8 @@ class Trainer:
         self.collector = collector
         self.engine = runtime.make_engine()
         self.evaluator = Evaluator(runtime, collector, self.engine, workdir)
+        if self._writes:
+            trajectory_lib.remove_shares(workdir / "rollouts")
         self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
         self.warm_steps = self.config.warm_start.num_steps
         self.last_step = self.warm_steps + self.config.num_steps
@@ -208,6 +207,7 @@ class Trainer:
         """Returns the parameters that RL began with, which the KL is taken to; the workdir keeps them."""
         with Checkpointer(self.workdir / "reference", keep=1) as saved:
             if self.step == self.warm_steps and saved.latest_step() is None:
+                self.checkpointer.wait()  # orbax knows saves of one step apart by nothing else: one at a time
                 saved.save(self.step, self.state.params, {})
             return saved.restore(self.runtime.abstract_params)[0]
 

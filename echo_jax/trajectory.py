@@ -115,8 +115,8 @@ def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> 
 
 
 def save_shares(path: Path, own: Sequence[Trajectory], *, vocab_size: int, peers: Peers) -> None:
-    """Saves the trajectories of all processes in one file, by rollout: each writes its own beside it, process 0 joins
-    them. The folder is one that all see."""
+    """Saves the trajectories of all processes in one file, by group and rollout: each writes its own beside it, process
+    0 joins them. The folder is one that all see."""
     if peers.count == 1:
         save(path, own, vocab_size=vocab_size)
         return
@@ -125,10 +125,16 @@ def save_shares(path: Path, own: Sequence[Trajectory], *, vocab_size: int, peers
     peers.gather(None, f"{path.name} written by all")
     if peers.is_first:
         everyone = [t for part in parts for t in load(part, vocab_size=vocab_size)]
-        save(path, sorted(everyone, key=lambda t: t.rollout), vocab_size=vocab_size)
+        save(path, sorted(everyone, key=lambda t: (t.group, t.rollout)), vocab_size=vocab_size)
         for part in parts:
             part.unlink()
     peers.gather(None, f"{path.name} joined")
+
+
+def remove_shares(folder: Path) -> None:
+    """Removes what `save_shares` left of files that were never joined."""
+    for part in folder.glob(".*-*.jsonl.gz"):
+        part.unlink()
 
 
 def load(path: Path, *, vocab_size: int) -> list[Trajectory]:

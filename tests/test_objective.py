@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from synthetic import ECHO, OPTIONS, make_trajectory, trajectories, varied
 
+from echo_jax.advantages import advantages_of
 from echo_jax.loss import denominators, echo_loss
 from echo_jax.objective import MODES, SCHEDULES, Objective, mode_at, scheduled_weight, weigh
 from echo_jax.packing import pack
@@ -247,3 +248,16 @@ def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():
             getattr(few, name)[short.role == A], getattr(many, name)[long.role == A], err_msg=name
         )
     assert few.policy_denominator.sum() == many.policy_denominator.sum()
+
+
+@pytest.mark.parametrize("mode", ["grpo", "echo", "env_only"])
+def test_a_process_without_rollouts_has_no_weights(mode):
+    """Every rule, on none: a step may have fewer rollouts than there are processes."""
+    selection = Selection(top_entropy=0.5, dedupe=True)
+    objective = Objective(
+        1.0, 1.0, mode=mode, selection=selection, reward_adaptive=True, filter_zero_variance=True, mask_overlong=True,
+        min_valid_calls=0.5, clean_parse=True,
+    )  # fmt: skip
+    assert weigh([], advantages_of([]), objective) == []
+    packed = pack([], [], length=16, rows=2, micro_batches=1)
+    assert packed.micro_batches == 0

@@ -384,6 +384,36 @@ def test_a_machine_on_which_every_rollout_fails_is_an_error_with_its_cause(colle
         collector.rollouts(jobs_of(5), engine)
 
 
+class WithAnother(Peers):
+    """Two processes, of which the other one answers what it always does."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self._answer = answer
+
+    def gather(self, value, what="result"):
+        return [value, self._answer[what]]
+
+
+def test_a_host_that_fails_its_share_fails_no_run_whose_other_hosts_can_score(collector, engine, monkeypatch):
+    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
+    well, ill = {"rollouts": False, "faults": [3, 3, ""]}, {"rollouts": False, "faults": [3, 0, "theirs"]}
+    monkeypatch.setattr(collector, "_peers", WithAnother(well))
+    assert not any(t.scored for t in collector.rollouts(jobs_of(2), engine))
+    monkeypatch.setattr(collector, "_peers", WithAnother(ill))
+    with pytest.raises(RolloutError, match="all 5 rollouts failed.*theirs"):
+        collector.rollouts(jobs_of(2), engine)
+
+
+def test_all_are_interrupted_when_another_process_is(collector, engine, monkeypatch):
+    monkeypatch.setattr(collector, "_peers", WithAnother({"rollouts": True, "a step": True}))
+    with pytest.raises(Interrupted) as interrupted:
+        collector.rollouts(jobs_of(2), engine)
+    assert len(interrupted.value.finished) == 2
+    with pytest.raises(Interrupted):
+        collector.check_stop()
+
+
 def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
     """Else an agent could leave the baseline of its group at will."""
 

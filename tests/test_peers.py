@@ -256,8 +256,10 @@ def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_pat
 def test_a_run_goes_on_with_another_number_of_processes(uninterrupted, tmp_path):
     """On recorded rollouts, so that only rounding can differ; without a KL, which is all rounding at its start."""
     recorded = uninterrupted / "rollouts" / "step_000025.jsonl.gz"
-    replay = (f"--config.rollout.replay={recorded}", "--config.warm_start.num_steps=0", "--config.num_steps=9",
-              "--config.optimizer.learning_rate=1e-2", "--config.loss.kl_weight=0.0", "--config.checkpoint.every=3")  # fmt: skip
+    replay = (
+        f"--config.rollout.replay={recorded}", "--config.warm_start.num_steps=0", "--config.num_steps=9",
+        "--config.optimizer.learning_rate=1e-2", "--config.loss.kl_weight=0.0", "--config.checkpoint.every=3",
+    )  # fmt: skip
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     statuses, outputs = finish(train(whole, *replay, count=1))
     assert statuses == [0], outputs

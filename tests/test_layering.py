@@ -35,6 +35,7 @@ RANKS = [
     {"runtime"},
     {"world_model", "update"},
     {"evaluate"},
+    {"trainer"},
     {"train", "sweep", "view", "compile", "tasks.__main__"},
 ]
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}

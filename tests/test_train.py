@@ -453,6 +453,21 @@ def test_a_disk_that_fills_in_mid_run_loses_nothing_before_the_last_checkpoint(t
     assert "10" in run.stdout.splitlines()
 
 
+def test_a_run_of_another_owner_is_left_alone(tmp_path):
+    """Of two pods that take one run at once, one gets it, and finds it again."""
+    workdir = tmp_path / "w"
+    config_lib.claim_workdir(tiny.get_config(), workdir)
+    train.claim_for("pod-a", workdir)
+    train.claim_for("pod-a", workdir)
+    with pytest.raises(train.Taken, match="belongs to the owner 'pod-a', not to 'pod-b'"):
+        train.claim_for("pod-b", workdir)
+    status, output = finish(start(workdir, "--owner=pod-b"))
+    assert status == train.TAKEN == 69
+    assert f"delete {workdir}/owner" in output
+    assert "Traceback" not in output
+    assert not (workdir / "metrics.jsonl").exists()
+
+
 def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
     workdir = tmp_path / "w"
     config_lib.claim_workdir(tiny.get_config(), workdir)

@@ -127,13 +127,26 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
     return 0
 
 
+@contextlib.contextmanager
+def _closing(trainer: Trainer, peers: Peers) -> Iterator[None]:
+    """Closes the trainer, which waits for a save under way, and so for the other processes: they may not come to it
+    where one of them failed."""
+    try:
+        yield
+    except BaseException:
+        if peers.count == 1:
+            trainer.close()
+        raise
+    trainer.close()
+
+
 def _run(runtime: Runtime, workdir: Path) -> int:
     """Trains to the end, or until it is stopped; returns the exit status."""
     peers = runtime.peers
     say = print if peers.is_first else lambda text: None
     with runtime.make_collector() as collector, stop_on_signal(collector, peers) as received:
         trainer = Trainer(runtime, collector, workdir)
-        with contextlib.closing(trainer):
+        with _closing(trainer, peers):
             if peers.is_first:
                 provenance.record(workdir)
             if trainer.step:

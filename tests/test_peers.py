@@ -229,12 +229,13 @@ def test_without_process_0_the_other_ends_too(tmp_path):
 
 
 def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_path):
-    """Something else fills the disk after step 9; the last checkpoint is of step 8."""
+    """Something else fills the disk once the checkpoint of step 8 is there, but for what metrics take."""
     port, workdir = free_port(), tmp_path / "w"
     train_one = " ".join([sys.executable, "-m", "echo_jax.train", f"--workdir={workdir}", *SMALL])
     script = f"""
     export JAX_NUM_CPU_DEVICES=1 JAX_COORDINATOR_ADDRESS=localhost:{port} JAX_NUM_PROCESSES=2
-    (until grep -qs '"step": 9' {workdir}/metrics.jsonl; do sleep 0.02; done; cat /dev/zero >{tmp_path}/filler) 2>&- &
+    (until [ -d {workdir}/checkpoints/8 ]; do sleep 0.02; done
+     cat /dev/zero >{tmp_path}/filler; truncate -s -150000 {tmp_path}/filler) 2>&- &
     JAX_PROCESS_ID=1 {train_one} & other=$!
     JAX_PROCESS_ID=0 {train_one}; first=$?
     wait $other; echo "statuses $first $?"
@@ -247,7 +248,8 @@ def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_pat
     assert statuses, run.stdout + run.stderr
     assert set(statuses.groups()) <= {"1", str(AGAIN)}
     assert "1" in statuses.groups(), run.stderr
-    assert "resumes from" in run.stderr
+    assert "no space left on the disk" in run.stderr
+    assert "resumes from step 8" in run.stderr
     assert "8" in run.stdout.splitlines()
     saved = tmp_path.parent / "saved"
     resumed_as_if_nothing_had_happened(saved, uninterrupted)

@@ -152,5 +152,7 @@ def _train_repetitions_once(trajectories, weights, pool: Pool) -> None:
     for entry in sorted(pool([entry for entry, _ in found])):
         first.setdefault((entry[0], entry[-1]), entry)
     for entry, (i, own) in found:
-        if first.pop((entry[0], entry[-1]), None) != entry:
+        if first[entry[0], entry[-1]] == entry:
+            first[entry[0], entry[-1]] = []  # trained here; not in another with the same place, as a replay may have
+        else:
             weights[i][own] = 0.0

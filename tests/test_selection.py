@@ -89,6 +89,14 @@ def test_a_repeated_observation_is_trained_once_in_its_group():
     assert kept == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 1]]
 
 
+def test_a_repetition_is_trained_once_in_whatever_order_the_rollouts_lie():
+    """Once, when the first was forgotten as soon as a repetition was met, neither was trained."""
+    one = make_trajectory([9, 1, 5, 6], [P, A, O, O])
+    two = make_trajectory([9, 2, 5, 6], [P, A, O, O], rollout=1)
+    assert [w.tolist() for w in choose([two, one], dedupe=True)] == [[0] * 4, [0, 0, 1, 1]]
+    assert [w.tolist() for w in choose([one, one], dedupe=True)] == [[0, 0, 1, 1], [0] * 4]  # as a replay may have it
+
+
 def test_deduping_does_not_drop_what_only_a_branch_of_the_rollout_repeats_in_its_shared_prefix():
     stem = make_trajectory([9, 1, 5, 6], [P, A, O, O])
     branch = make_trajectory([9, 1, 5, 6, 1, 7], [P, A, O, O, A, O], shared=4)

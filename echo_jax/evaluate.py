@@ -61,7 +61,7 @@ class Evaluator:
         self._engine.set_params(params, version)
         jobs = [
             Job(runtime.heldout_tasks[task], group=task, rollout=FIRST_EVAL_ROLLOUT + task * samples + sample)
-            for task in range(peers.index, episodes, peers.count)
+            for task in peers.share(range(episodes))
             for sample in range(samples)
         ]
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
@@ -81,7 +81,7 @@ class Evaluator:
         runtime, peers = self._runtime, self._runtime.peers
         path = self._workdir / "rollouts" / "heldout_transcripts.jsonl.gz"
         if not peers.first(path.exists):
-            own = range(peers.index, runtime.config.eval.transcripts, peers.count)
+            own = peers.share(range(runtime.config.eval.transcripts))
             jobs = [Job(runtime.heldout_tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in own]
             made = self._collector.scripted(jobs, [i % 2 == 0 for i in own], TRANSCRIPT_SEED)
             trajectory_lib.save_shares(path, made, vocab_size=runtime.vocab_size, peers=peers)

@@ -130,7 +130,8 @@ def weigh(
     terms = MODES[objective.mode]
     in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories], bool)
     selected = select(trajectories, objective.selection, in_observation, pool)
-    rewards = rewards_by_group(trajectories, pool)
+    of_groups = objective.reward_adaptive or objective.filter_zero_variance
+    rewards = rewards_by_group(trajectories, pool) if of_groups else {}
     lambdas = _lambdas(trajectories, rewards, objective) * ("observation" in terms)
     in_policy = _in_policy_term(trajectories, rewards, objective) & ("policy" in terms)
 

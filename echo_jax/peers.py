@@ -99,6 +99,10 @@ class Peers:
         """Returns the values of all processes in one list."""
         return [value for own in self.gather(list(values), what) for value in own]
 
+    def share(self, everything: Sequence[Any]) -> Sequence[Any]:
+        """Returns what of it this process gets, dealt out in turn."""
+        return everything[self.index :: self.count]
+
     def first(self, make: Callable[[], Any], what: str = "process 0") -> Any:
         """Returns what `make` returns on process 0, the only one that calls it."""
         return self.gather(make() if self.is_first else None, what)[0]
@@ -139,7 +143,7 @@ class Peers:
             return
         if self._of_a_collective(error):  # most likely another is gone: the watch finds out which, and ends us
             time.sleep(self._silence + 2 * self._period)
-        if isinstance(error, self._user_errors) and isinstance(error, Exception):
+        if isinstance(error, self._user_errors):
             reason = str(error)
             print(f"error: {reason}", file=sys.stderr)
         else:

@@ -139,13 +139,12 @@ class Collector:
 
     def _check_machines(self, trajectories: Sequence[Trajectory], fault: str) -> None:
         """Raises `RolloutError` if of all processes none had a rollout that could be scored."""
-        scored = sum(t.scored for t in trajectories)
-        everywhere = self._peers.gather([len(trajectories), scored, fault], "faults")
-        made, scored = (sum(numbers) for numbers in zip(*((own[0], own[1]) for own in everywhere), strict=True))
-        if made and not scored:
-            causes = "; ".join(dict.fromkeys(own[2] for own in everywhere if own[2]))
+        own = [len(trajectories), sum(t.scored for t in trajectories), fault]
+        made, scored, faults = zip(*self._peers.gather(own, "faults"), strict=True)
+        if any(made) and not any(scored):
+            causes = "; ".join(dict.fromkeys(filter(None, faults)))
             raise RolloutError(
-                f"all {made} rollouts failed on this machine; mend the cause, then run the same command again. "
+                f"all {sum(made)} rollouts failed on this machine; mend the cause, then run the same command again. "
                 f"The last one: {causes or 'no cause'}"
             )
 

@@ -50,7 +50,7 @@ class Trainer:
         self.collector = collector
         self.engine = runtime.make_engine()
         self.evaluator = Evaluator(runtime, collector, self.engine, workdir)
-        if self._writes:
+        if self.peers.is_first:
             trajectory_lib.remove_shares(workdir / "rollouts")
         self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
         self.warm_steps = self.config.warm_start.num_steps
@@ -60,12 +60,10 @@ class Trainer:
         self.saved_step = self.checkpointer.latest_step()
         self.recorded_step = self.step  # a step is complete once its metrics are written
         self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
-        self.metrics = MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0) if self._writes else None
-        self.console = Console(quiet=not self._writes)
-
-    @property
-    def _writes(self) -> bool:
-        return self.peers.is_first
+        self.metrics = (
+            MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0) if self.peers.is_first else None
+        )
+        self.console = Console(quiet=not self.peers.is_first)
 
     def run(self) -> None:
         """Goes from wherever the workdir stands to the end of the run."""
@@ -100,7 +98,7 @@ class Trainer:
                 self.collector.check_stop()
                 start = time.perf_counter()
                 first = self.step * warm.batch
-                own = self._share(range(first, first + warm.batch))
+                own = self.peers.share(range(first, first + warm.batch))
                 # A demonstration that comes twice in a batch is two sequences, not branches of one rollout.
                 chosen = [dataclasses.replace(stream[i], rollout=i) for i in own]
                 weights = weigh(chosen, np.zeros(len(chosen)), objective)
@@ -162,10 +160,6 @@ class Trainer:
 
     # Parts of a step.
 
-    def _share(self, everything: range) -> range:
-        """Returns what of it this process does."""
-        return everything[self.peers.index :: self.peers.count]
-
     def _updated(self, update: Update, trajectories: list[Trajectory], weights, **options) -> dict[str, float]:
         """Advances state and step by an update; returns its metrics."""
         try:
@@ -192,7 +186,7 @@ class Trainer:
         rollout = self.config.rollout
         first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
         first_rollout = self.step * self.runtime.rollouts_per_step
-        group_of = {i: i // rollout.group_size for i in self._share(range(self.runtime.rollouts_per_step))}
+        group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.runtime.rollouts_per_step))}
         tasks = {group: self.runtime.train_tasks[first_task + group] for group in set(group_of.values())}
         jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
         self.engine.set_params(self.state.params, self.step)
@@ -219,7 +213,7 @@ class Trainer:
             for i in groups[(first + k) % len(groups)]
         ]
         rollouts = list(dict.fromkeys((t.group, t.rollout) for t in chosen))  # with all their branches
-        own = set(rollouts[self.peers.index :: self.peers.count])
+        own = set(self.peers.share(rollouts))
         return [t for t in chosen if (t.group, t.rollout) in own]
 
     def _demonstrations(self) -> list[Trajectory]:
@@ -231,7 +225,7 @@ class Trainer:
         if not self.peers.first(path.exists):
             seed = _fold(self.config.seed, DEMONSTRATION_SEED)
             solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
-            own = self._share(range(warm.demonstrations))
+            own = self.peers.share(range(warm.demonstrations))
             jobs = [Job(self.runtime.train_tasks[i], group=i, rollout=i) for i in own]
             with Progress("demonstrations", total=len(jobs), console=self.console) as progress:
                 made = self.collector.scripted(jobs, solve[own].tolist(), seed, progress.update)

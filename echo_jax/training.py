@@ -58,14 +58,19 @@ class Training:
         """Those that the mesh spans: each samples, packs and brings its share of an update."""
         return processes_of(self.mesh)
 
+    @property
+    def own_rows(self) -> int:
+        """Those of a micro-batch that one process brings."""
+        return self.rows // self.processes
+
     def share(self, count: int) -> int:
         """Returns the most that one process gets of `count` things dealt out in turn."""
         return -(-count // self.processes)
 
     def capacity(self, at_most: int) -> int:
         """Returns the micro-batches that hold any `at_most` trajectories of one process."""
-        rows, pack = self.rows // self.processes, self.config.pack
-        return packing.capacity(at_most, self.config.rollout.max_tokens, rows=rows, length=pack.length)
+        tokens, length = self.config.rollout.max_tokens, self.config.pack.length
+        return packing.capacity(at_most, tokens, rows=self.own_rows, length=length)
 
     def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         o = self.config.optimizer
@@ -154,8 +159,7 @@ class Training:
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
         """Packs one process's trajectories into the one shape that holds any `at_most` of them."""
         length, capacity = self.config.pack.length, self.capacity(at_most)
-        rows = self.rows // self.processes
-        return packing.pack(trajectories, weights, length=length, rows=rows, micro_batches=capacity)
+        return packing.pack(trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity)
 
 
 def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Training:

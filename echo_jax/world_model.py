@@ -54,13 +54,13 @@ class Scorer:
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]):
         runtime, peers = self._runtime, self._runtime.peers
-        rows, length = runtime.rows // peers.count, runtime.config.pack.length
+        rows, length = runtime.own_rows, runtime.config.pack.length
         longest = max(len(t.ids) for t in trajectories)
         if longest > self.longest:
             raise TrajectoryError(
                 f"a trajectory has {longest} tokens; a row of config.pack.length = {length} takes {self.longest}"
             )
-        own = trajectories[peers.index :: peers.count]
+        own = peers.share(trajectories)
         weights = weigh(own, np.zeros(len(own)), Objective(observation_weight=1.0, temperature=1.0))
         most = packing.capacity(runtime.share(len(trajectories)), longest, rows=rows, length=length)
         packed = packing.pack(own, weights, length=length, rows=rows, micro_batches=most)

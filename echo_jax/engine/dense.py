@@ -31,12 +31,11 @@ class Placement:
     """Brings parameters from the mesh of the training to that of the engine: one jitted cast and reshard."""
 
     local: Mesh  # this process's devices, `data` over lanes and `tensor`
-    everywhere: Mesh  # those of all processes, each laid out like `local`
-    shardings: dict  # of the parameters, on `everywhere`
+    shardings: dict  # of the parameters, on the devices of all processes, each laid out like `local`
     dtypes: dict  # what the model would cast each to at its use
 
     @classmethod
-    def on(cls, mesh: Mesh, graphdef, config: ModelConfig) -> "Placement":
+    def on(cls, mesh: Mesh, config: ModelConfig) -> "Placement":
         devices = list(mesh.devices.flat)  # each process's side by side
         own = [d for d in devices if d.process_index == jax.process_index()]
         sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
@@ -46,7 +45,6 @@ class Placement:
         abstract = abstract_params(config, everywhere)[1]
         return cls(
             local,
-            everywhere,
             shardings=jax.tree.map(lambda x: x.sharding, abstract),
             dtypes=jax.tree_util.tree_map_with_path(lambda path, x: used_dtype(path, x.dtype, config), abstract),
         )
@@ -101,7 +99,7 @@ class DenseEngine:
           lanes: sessions at once, rounded up to what the devices share evenly.
           mesh: of the training; the engine uses those of its devices that are this process's.
         """
-        self._placement = Placement.on(mesh or make_mesh(1, 1, 1, jax.local_devices()), graphdef, model_config)
+        self._placement = Placement.on(mesh or make_mesh(1, 1, 1, jax.local_devices()), model_config)
         shards = self._placement.local.shape["data"]
         self.lanes = lanes = -(-lanes // shards) * shards
         self.max_tokens = max_tokens

@@ -10,6 +10,7 @@ dtype and fingerprint of every leaf, and `restore` compares all of them.
 
 import errno
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -257,6 +258,14 @@ def _differences(saved: Mapping[str, tuple], wanted: Mapping[str, Any]) -> Itera
                 f"{name}: {saved[name][1]}{list(saved[name][0])} in the checkpoint, "
                 f"{wanted[name].dtype}{list(wanted[name].shape)} in this run"
             )
+
+
+def fingerprint(tree: PyTree) -> str:
+    """Returns a hash of all leaves of a pytree of `jax.Array`, their paths and shapes; "" for an empty one."""
+    leaves = _named_leaves(tree)
+    marks = jax.device_get({name: _fingerprint(leaf) for name, leaf in leaves.items()})
+    said = [(name, leaf.shape, str(leaf.dtype), int(marks[name])) for name, leaf in leaves.items()]
+    return hashlib.sha256(repr(said).encode()).hexdigest() if said else ""
 
 
 @jax.jit

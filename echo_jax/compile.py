@@ -28,6 +28,7 @@ from echo_jax import hlo
 from echo_jax.cli import run_program
 from echo_jax.config import ConfigError, load_config_file
 from echo_jax.flops import train_flops
+from echo_jax.models import lora
 from echo_jax.runtime import validate
 from echo_jax.sharding import sharding_of
 from echo_jax.tokenizer import Tokenizer, TokenizerError
@@ -99,7 +100,7 @@ def lower_train_step(training: Training) -> jax.stages.Lowered:
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows), batch_lib.empty(1, 1, 1))
     optimizer, state = training.make_optimizer(config.optimizer.learning_rate), training.abstract_state()
     step = make_train_step(training.graphdef, state, optimizer, training.mesh, training.loss_options())
-    return step.lower(state, batch)
+    return step.lower(state, lora.split(training.abstract_params)[1], batch)
 
 
 def _described(training: Training, topology: str, seconds: float) -> dict:

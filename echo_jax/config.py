@@ -41,7 +41,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.task.rooms.map_seed = 0  # one fixed map a seed; tasks are start/goal pairs on it
 
     c.model = ml_collections.ConfigDict()
-    c.model.vocab_size = 0  # rows of the embedding; 0: as many as the tokenizer has pieces
+    # Published weights to begin with: a folder of safetensors with its config.json, or a .gguf file; empty: random.
+    c.model.weights = ""
+    c.model.vocab_size = 0  # rows of the embedding; 0: as many as the weights have, or the tokenizer has pieces
     c.model.num_layers = 3
     c.model.embed_dim = 128
     c.model.num_heads = 4
@@ -49,11 +51,29 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.head_dim = 32
     c.model.ffn_dim = 384
     c.model.rope_theta = 10_000.0
+    c.model.rope_scaling = ml_collections.ConfigDict()  # to contexts longer than those of pretraining
+    c.model.rope_scaling.kind = "none"  # none | llama3 | yarn
+    c.model.rope_scaling.factor = 1.0  # new context over old
+    c.model.rope_scaling.original_length = 8192  # tokens of the old context
+    c.model.rope_scaling.low_frequency_factor = 1.0  # llama3: waves that turn less often in it are stretched,
+    c.model.rope_scaling.high_frequency_factor = 4.0  # those that turn more often are kept
+    c.model.rope_scaling.beta_fast = 32.0  # yarn: the same bounds
+    c.model.rope_scaling.beta_slow = 1.0
+    c.model.rope_scaling.attention_factor = 0.0  # yarn: of queries and keys; 0: 0.1 ln(factor) + 1
     c.model.norm_eps = 1e-6
+    c.model.qkv_bias = False  # biases of queries, keys and values (Qwen2.5)
+    c.model.qk_norm = False  # RMSNorm of each head's queries and keys (Qwen3)
     c.model.tie_embeddings = True
-    c.model.compute_dtype = "float32"  # matmuls: float32 or bfloat16; parameters stay float32
+    c.model.compute_dtype = "float32"  # matmuls: float32 | bfloat16
+    # Of parameters at rest: float32 | bfloat16. bfloat16 loses small updates: meant for weights that adapters freeze.
+    c.model.param_dtype = "float32"
     c.model.remat = "full"  # full | dots | none: what the backward pass computes again, see models/transformer.py
     c.model.attention = "xla"  # xla | splash (TPU only; rows of a multiple of 512 tokens)
+
+    c.lora = ml_collections.ConfigDict()  # train low-rank adapters of each layer's matrices, and nothing else
+    c.lora.rank = 0  # 0: no adapters, the whole model is trained
+    c.lora.alpha = 32.0  # an adapter counts alpha / rank
+    c.lora.targets = ("query", "key", "value", "attention_out", "gate", "up", "down")
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.path = ""  # a SentencePiece model; empty: the small one shipped with the package
@@ -190,6 +210,7 @@ def load_config_file(path: Path) -> ModuleType:
 # What `validate` checks field by field.
 _MAY_BE_ZERO = (
     "model.vocab_size",
+    "lora.rank",
     "mesh.fsdp",
     "pack.rows",
     "seed",
@@ -215,6 +236,7 @@ _NOT_NEGATIVE = (
     "warm_start.learning_rate",
     "optimizer.learning_rate",
     "optimizer.weight_decay",
+    "model.rope_scaling.attention_factor",
 )
 _POSITIVE = (
     "rollout.temperature",
@@ -226,7 +248,13 @@ _POSITIVE = (
     "sandbox.score_seconds",
     "optimizer.clip_norm",
     "model.rope_theta",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.low_frequency_factor",
+    "model.rope_scaling.high_frequency_factor",
+    "model.rope_scaling.beta_fast",
+    "model.rope_scaling.beta_slow",
     "model.norm_eps",
+    "lora.alpha",
 )
 _WEIGHTS = ("loss.class_weights.", "loss.tool_weights.")
 _SHARE = ("warm_start.success_rate", "warm_start.min_reward", "loss.min_valid_calls")

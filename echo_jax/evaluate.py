@@ -24,6 +24,7 @@ from echo_jax.checkpoint import Checkpointer
 from echo_jax.cli import run_program
 from echo_jax.config import check_workdir
 from echo_jax.engine.dense import DenseEngine
+from echo_jax.policy import restore
 from echo_jax.rollout import Collector, Job
 from echo_jax.rollout_metrics import Summary, rollout_metrics, summaries
 from echo_jax.runtime import Runtime
@@ -118,17 +119,17 @@ def evaluate(args: flags.FlagValues, runtime: Runtime) -> dict:
     config, workdir = runtime.config, Path(args.workdir)
     check_workdir(config, workdir)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        state, saved = checkpointer.restore(runtime.abstract_state())
-    result = {"step": saved["step"]}
+        policy = restore(checkpointer, runtime)
+    result = {"step": policy.step}
     if args.trajectories:
         trajectories = trajectory_lib.load(Path(args.trajectories), vocab_size=runtime.vocab_size)
         result |= {"trajectories": args.trajectories, "count": len(trajectories)}
-        result |= compare(Scorer(runtime), state.params, trajectories, SHUFFLE_SEED)
+        result |= compare(Scorer(runtime), policy.params, trajectories, SHUFFLE_SEED)
     else:
         episodes = args.episodes or config.eval.episodes
         with runtime.make_collector() as collector:
             evaluator = Evaluator(runtime, collector, runtime.make_engine(), workdir)
-            metrics = evaluator(state.params, saved["step"], episodes=episodes, samples=args.samples)
+            metrics = evaluator(policy.params, policy.step, episodes=episodes, samples=args.samples)
         result |= {"episodes": episodes, "samples": args.samples} | metrics
     return result
 

@@ -1,5 +1,7 @@
-"""AdamW behind a global-norm clip, with a linear warm-up to a constant learning rate."""
+"""AdamW behind a global-norm clip, with a linear warm-up to a constant learning rate. Matrices decay; the scales of
+norms and biases do not."""
 
+import jax
 import optax
 
 
@@ -9,5 +11,10 @@ def make_optimizer(
     # Update n of the warm-up has n / (warmup_steps + 1) of the learning rate: none is spent on a rate of 0.
     schedule = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decays),
     )
+
+
+def _decays(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("_norm", "_bias")), params)

@@ -25,7 +25,10 @@ from echo_jax.environment import Machine, ScoreError
 from echo_jax.episode import Rules, start
 from echo_jax.kernels import attention
 from echo_jax.metrics import MetricsError
-from echo_jax.models.transformer import REMAT
+from echo_jax.models.pretrained import check_fields, check_tensors
+from echo_jax.models.rope import SCALINGS
+from echo_jax.models.sources import Source, WeightsError, open_source
+from echo_jax.models.transformer import LINEAR, REMAT
 from echo_jax.objective import (
     MODES,
     OBSERVATION_NORMALIZERS,
@@ -50,6 +53,7 @@ from echo_jax.trajectory import load as load_trajectories
 USER_ERRORS = (
     ConfigError,
     TokenizerError,
+    WeightsError,
     sandbox.SandboxError,
     CheckpointError,
     MetricsError,
@@ -69,6 +73,8 @@ CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": REMAT,
     "model.attention": attention.IMPLEMENTATIONS,
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.rope_scaling.kind": SCALINGS,
     "loss.mode": RL_MODES,
     "loss.policy": [name for name in POLICY_LOSSES if name != "imitation"],
     "loss.advantage": ("auto", *ADVANTAGES),
@@ -89,6 +95,7 @@ class Runtime(Training):
     heldout_tasks: grain.MapDataset
     imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
+    source: Source | None  # of model.weights; None: weights are random
     peers: Peers
 
     def make_engine(self) -> DenseEngine:
@@ -218,6 +225,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
             f"the mode one of {', '.join(RL_MODES)}",
         )
+    targets = config.lora.targets
+    require(
+        bool(targets) and set(targets) <= LINEAR.keys() and len(set(targets)) == len(targets),
+        f"config.lora.targets = {targets}: some of {', '.join(LINEAR)}, each once",
+    )
     steps = config.system.profile_steps
     require(
         not steps or (len(steps) == 2 and all(isinstance(s, int) for s in steps) and 1 <= steps[0] <= steps[1]),
@@ -254,6 +266,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
         load_filter(loss.observation_filter)
     except SelectionError as error:
         raise ConfigError(f"config.loss.observation_filter: {error}") from error
+
+
+def _weights(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[Source | None, int]:
+    """Returns the published weights that a config names, and the rows of the embedding.
+
+    Raises:
+      WeightsError: they are of another model than the config's, or of another vocabulary than the tokenizer's.
+    """
+    if not config.model.weights:
+        return None, tokenizer.vocab_size
+    path = Path(config.model.weights)
+    source = open_source(path)
+    rows = check_fields(source, path, config.model)
+    if rows < tokenizer.vocab_size:
+        raise WeightsError(
+            f"{path}: model.embed_tokens.weight has {rows} rows, the tokenizer {config.tokenizer.path or '(built-in)'} "
+            f"has {tokenizer.vocab_size} pieces: it is of another vocabulary"
+        )
+    return source, rows
 
 
 def start_peers(config: ml_collections.ConfigDict, user_errors: tuple[type[Exception], ...] = USER_ERRORS) -> Peers:
@@ -293,7 +324,10 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
             sandbox.probe(config.sandbox.backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    training = build_training(config, tokenizer.vocab_size, jax.devices())
+    source, rows = _weights(config, tokenizer)
+    training = build_training(config, rows, jax.devices())
+    if source is not None:
+        check_tensors(source, Path(config.model.weights), training.model_config)
     renderer = Renderer(tokenizer)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
     _check_tasks(config, renderer, [train_tasks[i] for i in range(16)])
@@ -304,5 +338,6 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         imitated=_imitated(config, tokenizer.vocab_size),
         replay=_replay(config, tokenizer.vocab_size),
+        source=source,
         peers=peers,
     )

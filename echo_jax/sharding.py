@@ -19,6 +19,7 @@ MESH_AXIS_OF = {
     "head_dim": None,
     "ffn": "tensor",
     "norm": None,
+    "rank": None,
 }
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from echo_jax.batch import Batch, micro_batches_in_use
 from echo_jax.loss import HeadOptions, LossOptions, add_sums, denominators, echo_loss, score
+from echo_jax.models import lora
 from echo_jax.models.transformer import bind
 from echo_jax.policy_loss import Clip
 from echo_jax.sharding import replicated, sharding_of
@@ -20,7 +21,7 @@ from echo_jax.sharding import replicated, sharding_of
 
 @flax.struct.dataclass
 class TrainState:
-    """All that an update changes."""
+    """All that an update changes. With adapters `params` are these alone, and the frozen rest is given beside it."""
 
     step: jax.Array  # int32: updates done since the run began or, in RL, since the step it began at
     params: dict
@@ -30,14 +31,23 @@ class TrainState:
 def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, step: int = 0) -> TrainState:
     """Returns a state with a fresh optimizer, its moments laid out like the parameters."""
     shardings = opt_state_shardings(params, optimizer, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    opt_state = jax.jit(_initial(optimizer), out_shardings=shardings)(params)
     start = jax.jit(lambda: jnp.int32(step), out_shardings=replicated(mesh))()
     return TrainState(step=start, params=params, opt_state=opt_state)
 
 
+def _in_float32(params):
+    """Gradients, moments and updates are float32, whatever the parameters are kept in."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
+def _initial(optimizer: optax.GradientTransformation):
+    return lambda params: optimizer.init(_in_float32(params))
+
+
 def opt_state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh):
     """Returns the optimizer state's shardings: a moment lies where its parameter lies, the rest is replicated."""
-    abstract = jax.eval_shape(optimizer.init, params)
+    abstract = jax.eval_shape(_initial(optimizer), params)
     return optax.tree.map_params(
         optimizer,
         lambda _, param: param.sharding,
@@ -50,7 +60,7 @@ def opt_state_shardings(params, optimizer: optax.GradientTransformation, mesh: M
 
 def abstract_state(abstract_params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns the state as ShapeDtypeStructs with shardings, to restore a checkpoint into."""
-    shapes = jax.eval_shape(optimizer.init, abstract_params)
+    shapes = jax.eval_shape(_initial(optimizer), abstract_params)
     shardings = opt_state_shardings(abstract_params, optimizer, mesh)
     opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
@@ -70,15 +80,16 @@ def _forward(graphdef, params, micro: Batch, mesh: Mesh | None) -> tuple[jax.Arr
     return model(micro.tokens, micro.positions, micro.segment_ids, mesh), model.head()
 
 
-def loss_and_grads(graphdef, params, batch: Batch, mesh: Mesh, options: LossOptions):
+def loss_and_grads(graphdef, params, frozen, batch: Batch, mesh: Mesh, options: LossOptions):
     """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches, batch [M, B, T].
 
+    `frozen`: parameters without a gradient, as `lora.split` takes them apart.
     The trip count of the loop is how many of them hold anything on any process; its shapes are fixed.
     """
     inverse_denominators = denominators(batch)
 
     def micro_loss(params, micro):
-        hidden, head_weights = _forward(graphdef, params, micro, options.head.mesh)
+        hidden, head_weights = _forward(graphdef, lora.join(params, frozen), micro, options.head.mesh)
         return echo_loss(hidden, head_weights, micro, inverse_denominators, options)
 
     def accumulate(i, carry):
@@ -88,19 +99,20 @@ def loss_and_grads(graphdef, params, batch: Batch, mesh: Mesh, options: LossOpti
         return add_sums(sums, more_sums), jax.tree.map(jnp.add, grads, more_grads)
 
     shapes = jax.eval_shape(micro_loss, params, jax.tree.map(lambda x: x[0], batch))[1]
-    zeros = ({name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, jax.tree.map(jnp.zeros_like, params))
+    no_grads = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+    zeros = ({name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, no_grads)
     return jax.lax.fori_loop(0, micro_batches_in_use(batch), accumulate, zeros)
 
 
 def make_train_step(
     graphdef, abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, options: LossOptions
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted update; it donates the state and lays the next one out like `abstract`, so it compiles
-    once."""
+) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted update, (state, frozen parameters, batch) -> next state and metric sums; it donates the state
+    and lays the next one out like `abstract`, so it compiles once."""
 
-    def train_step(state: TrainState, batch: Batch):
-        sums, grads = loss_and_grads(graphdef, state.params, batch, mesh, options)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    def train_step(state: TrainState, frozen, batch: Batch):
+        sums, grads = loss_and_grads(graphdef, state.params, frozen, batch, mesh, options)
+        updates, opt_state = optimizer.update(grads, state.opt_state, _in_float32(state.params))
         params = optax.apply_updates(state.params, updates)
         sums["train/gradient_norm"] = optax.tree.norm(grads)
         sums["train/update_norm"] = optax.tree.norm(updates)
@@ -111,16 +123,16 @@ def make_train_step(
 
 
 def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted comparison of the two terms' gradients, (params, batch) -> norms and cosine: two more backward
-    passes, for a look now and then."""
+    """Returns the jitted comparison of the two terms' gradients, (params, frozen parameters, batch) -> norms and
+    cosine: two more backward passes, for a look now and then."""
 
-    def term_gradients(params, batch: Batch):
+    def term_gradients(params, frozen, batch: Batch):
         nothing = jnp.zeros_like(batch.policy_weight)
         parts = {
             "policy": batch.replace(observation_weight=nothing),
             "observation": batch.replace(policy_weight=nothing, kl_weight=nothing),
         }
-        grads = {name: loss_and_grads(graphdef, params, part, mesh, options)[1] for name, part in parts.items()}
+        grads = {name: loss_and_grads(graphdef, params, frozen, part, mesh, options)[1] for name, part in parts.items()}
         norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}
         product = norms["policy"] * norms["observation"]
         dot = optax.tree.vdot(grads["policy"], grads["observation"])

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from echo_jax import policy
 from echo_jax import trajectory as trajectory_lib
 from echo_jax.advantages import groups_of
 from echo_jax.checkpoint import Checkpointer, check_free_space
 from echo_jax.evaluate import Evaluator
 from echo_jax.metrics import MetricsWriter
-from echo_jax.models.transformer import init_params
+from echo_jax.models import lora
 from echo_jax.objective import MODES, TokenWeights, weigh
 from echo_jax.profiler import Profiler
 from echo_jax.progress import Progress
@@ -56,7 +57,7 @@ class Trainer:
         self.warm_steps = self.config.warm_start.num_steps
         self.last_step = self.warm_steps + self.config.num_steps
         self.step = 0
-        self.state = self._restore_or_init()
+        self.state, self.frozen = self._restore_or_init()
         self.saved_step = self.checkpointer.latest_step()
         self.recorded_step = self.step  # a step is complete once its metrics are written
         self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
@@ -64,6 +65,11 @@ class Trainer:
             MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0) if self.peers.is_first else None
         )
         self.console = Console(quiet=not self.peers.is_first)
+
+    @property
+    def params(self) -> dict:
+        """All parameters of the policy."""
+        return lora.join(self.state.params, self.frozen)
 
     def run(self) -> None:
         """Goes from wherever the workdir stands to the end of the run."""
@@ -91,7 +97,7 @@ class Trainer:
         objective = runtime.imitation_objective()
         stream = grain.MapDataset.source(demonstrations)
         stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
-        update = Update(runtime, runtime.imitation_options(), warm.learning_rate)
+        update = Update(runtime, runtime.imitation_options(), warm.learning_rate, frozen=self.frozen)
         at_most = runtime.share(warm.batch)
         with Progress("warm start", total=self.warm_steps, start=self.step, console=self.console) as progress:
             while self.step < self.warm_steps:
@@ -120,6 +126,7 @@ class Trainer:
             passes=optimizer.updates_per_batch,
             recompute=loss.old_logprobs == "recomputed",
             reference=self._reference() if loss.kl_weight else None,
+            frozen=self.frozen,
         )
         if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
             fresh = runtime.make_optimizer(optimizer.learning_rate)
@@ -178,7 +185,7 @@ class Trainer:
             if self.step == self.warm_steps and saved.latest_step() is None:
                 self.checkpointer.wait()  # orbax knows saves of one step apart by nothing else: one at a time
                 saved.save(self.step, self.state.params, {})
-            return saved.restore(self.runtime.abstract_params)[0]
+            return saved.restore(self.runtime.abstract_trained)[0]
 
     def _rollouts(self) -> list[Trajectory]:
         if self.runtime.replay:
@@ -189,7 +196,7 @@ class Trainer:
         group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.runtime.rollouts_per_step))}
         tasks = {group: self.runtime.train_tasks[first_task + group] for group in set(group_of.values())}
         jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
-        self.engine.set_params(self.state.params, self.step)
+        self.engine.set_params(self.params, self.step)
         name = f"interrupted_{self.step:06d}"  # what was made of this step's rollouts when the run was stopped
         path = self._rollouts_file(name)
         kept = self.peers.first(path.exists)
@@ -234,7 +241,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         start = time.perf_counter()
-        metrics = self.evaluator(self.state.params, self.step, episodes=self.config.eval.episodes)
+        metrics = self.evaluator(self.params, self.step, episodes=self.config.eval.episodes)
         return metrics | {"time/evaluate": time.perf_counter() - start}
 
     def _record(self, metrics: dict[str, float]) -> None:
@@ -251,7 +258,7 @@ class Trainer:
     def save(self) -> None:
         """Saves a checkpoint of this step, in the background, unless there is one."""
         if self.saved_step != self.step:
-            self.checkpointer.save(self.step, self.state, {"step": self.step})
+            policy.save(self.checkpointer, self.step, self.state, self.frozen)
             self.saved_step = self.step
 
     def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
@@ -261,18 +268,17 @@ class Trainer:
     def _rollouts_file(self, name: str) -> Path:
         return self.workdir / "rollouts" / f"{name}.jsonl.gz"
 
-    def _restore_or_init(self) -> TrainState:
-        abstract = self.runtime.abstract_state()
+    def _restore_or_init(self) -> tuple[TrainState, dict]:
         newest = self.checkpointer.latest_step()
         self.peers.same({f"the newest checkpoint of {self.workdir}": newest}, "all must see one and the same workdir")
         if newest is not None:
-            state, saved = self.checkpointer.restore(abstract)
-            self.step = saved["step"]
-            return state
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+            restored = policy.restore(self.checkpointer, self.runtime)
+            self.step = restored.step
+            return restored.state, restored.frozen
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.runtime.abstract_state()))
         check_free_space(self.workdir, size, self.config.checkpoint.keep)
-        _, params = init_params(self.runtime.model_config, self.config.seed, self.runtime.mesh)
-        return init_state(params, self.runtime.make_optimizer(0.0), self.runtime.mesh)
+        trained, frozen = policy.begin(self.runtime)
+        return init_state(trained, self.runtime.make_optimizer(0.0), self.runtime.mesh), frozen
 
 
 def nothing_trained(trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights]) -> int:

@@ -16,6 +16,8 @@ from echo_jax import packing
 from echo_jax.advantages import Pool, advantages_of, alone
 from echo_jax.config import ConfigError
 from echo_jax.loss import HeadOptions, LossOptions
+from echo_jax.models import lora
+from echo_jax.models.rope import RopeScaling
 from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.objective import Objective, mode_at, scheduled_weight
 from echo_jax.optimizer import make_optimizer
@@ -34,6 +36,11 @@ class Training:
     model_config: ModelConfig
     graphdef: object
     abstract_params: dict
+
+    @property
+    def abstract_trained(self) -> dict:
+        """Shapes of the parameters that are trained: all, or the adapters."""
+        return lora.split(self.abstract_params)[0]
 
     @property
     def vocab_size(self) -> int:
@@ -85,7 +92,7 @@ class Training:
 
     def abstract_state(self) -> TrainState:
         """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
-        return abstract_state(self.abstract_params, self.make_optimizer(0.0), self.mesh)
+        return abstract_state(self.abstract_trained, self.make_optimizer(0.0), self.mesh)
 
     def imitation_objective(self) -> Objective:
         """Returns the objective of the warm start: the same whatever RL ablates, so that all arms begin alike."""
@@ -162,6 +169,13 @@ class Training:
         return packing.pack(trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity)
 
 
+def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
+    """Returns what the model's code takes of a config."""
+    fields = {name: value for name, value in config.model.items() if name != "weights"}
+    fields |= {"vocab_size": vocab_size, "rope_scaling": RopeScaling(**config.model.rope_scaling)}
+    return ModelConfig(**fields, lora=lora.Lora(**config.lora))
+
+
 def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Training:
     """Builds it for the first devices that the mesh of the config takes; `vocab_size` is the tokenizer's.
 
@@ -178,7 +192,7 @@ def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: 
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    model_config = ModelConfig(**{**config.model, "vocab_size": own})
+    model_config = describe_model(config, own)
     _check_divides(config, own, mesh)
     graphdef, params = abstract_params(model_config, mesh)
     training = Training(config, mesh, model_config, graphdef, params)

@@ -16,6 +16,7 @@ import numpy as np
 from echo_jax.batch import to_mesh
 from echo_jax.flops import train_flops, utilisation
 from echo_jax.loss import LossOptions, finish_metrics
+from echo_jax.models import lora
 from echo_jax.objective import TokenWeights
 from echo_jax.runtime import Runtime
 from echo_jax.train_step import TrainState, make_logprobs, make_term_gradients, make_train_step
@@ -40,7 +41,8 @@ class Update:
     learning_rate: float
     passes: int = 1  # over each batch
     recompute: bool = False  # the log-probs that the ratio is taken to, under the policy before the update
-    reference: dict | None = None  # parameters that a KL is taken to
+    reference: dict | None = None  # trained parameters that a KL is taken to
+    frozen: dict = dataclasses.field(default_factory=dict)  # parameters beside those that are trained
 
     @functools.cached_property
     def _train_step(self):
@@ -77,13 +79,13 @@ class Update:
         packed = self.runtime.pack(trajectories, weights, at_most=at_most)
         batch = to_mesh(packed.batch, self.runtime.mesh)
         if self.recompute:
-            batch = batch.replace(old_logprob=self._logprobs(state.params, batch))
+            batch = batch.replace(old_logprob=self._logprobs(lora.join(state.params, self.frozen), batch))
         if self.reference is not None:
-            batch = batch.replace(reference_logprob=self._logprobs(self.reference, batch))
-        norms = jax.device_get(self._term_gradients(state.params, batch)) if compare_gradients else {}
+            batch = batch.replace(reference_logprob=self._logprobs(lora.join(self.reference, self.frozen), batch))
+        norms = jax.device_get(self._term_gradients(state.params, self.frozen, batch)) if compare_gradients else {}
         sums = []
         for _ in range(self.passes):
-            state, own = self._train_step(state, batch)
+            state, own = self._train_step(state, self.frozen, batch)
             sums.append(own)
         metrics = mean_of_passes([finish_metrics(own) for own in jax.device_get(sums)])
         loss, norm = metrics["loss/total"], metrics["train/gradient_norm"]

@@ -41,7 +41,7 @@ def three_updates(mesh, peers: Peers) -> dict[str, np.ndarray]:
     head = dataclasses.replace(OPTIONS.head, mesh=mesh if mesh.size > 1 else None)
     options = dataclasses.replace(OPTIONS, head=head)
     first = jax.jit(
-        lambda params, batch: loss_and_grads(graphdef, params, batch, mesh, options), out_shardings=replicated(mesh)
+        lambda params, batch: loss_and_grads(graphdef, params, {}, batch, mesh, options), out_shardings=replicated(mesh)
     )
     sums, grads = first(params, batch)
     found = {f"gradient/{name}": value for name, value in _named(grads).items()}
@@ -49,7 +49,7 @@ def three_updates(mesh, peers: Peers) -> dict[str, np.ndarray]:
     step = make_train_step(graphdef, abstract_state(params, optimizer, mesh), optimizer, mesh, options)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
     for _ in range(3):
-        state, _ = step(state, batch)
+        state, _ = step(state, {}, batch)
     everywhere = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     found |= {f"parameters/{name}": value for name, value in _named(everywhere(state.params)).items()}
     return jax.device_get(found | {"loss": sums["loss/total"]})

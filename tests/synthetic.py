@@ -156,7 +156,7 @@ def initial(config, mesh):
 def _jitted(config, mesh, options):
     """One function a configuration, so that tests share its compilations."""
     graphdef, _ = abstract_params(config, mesh)
-    return jax.jit(lambda params, batch: loss_and_grads(graphdef, params, batch, mesh, options))
+    return jax.jit(lambda params, batch: loss_and_grads(graphdef, params, {}, batch, mesh, options))
 
 
 def relative_difference(a, b) -> float:

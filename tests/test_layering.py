@@ -33,7 +33,7 @@ RANKS = [
     {"engine", "episode", "train_step", "environment", "rollout_metrics"},
     {"rollout", "training"},
     {"runtime"},
-    {"world_model", "update"},
+    {"world_model", "update", "policy"},
     {"evaluate"},
     {"trainer"},
     {"train", "sweep", "view", "compile", "tasks.__main__"},

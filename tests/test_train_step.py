@@ -202,7 +202,7 @@ def three_updates(batches):
     for chosen, advantages in batches:
         weights = weigh(chosen, advantages, ECHO)
         packed = pack(chosen, weights, length=40, rows=2, micro_batches=4)
-        state, sums = step(state, to_mesh(packed.batch, MESH))
+        state, sums = step(state, {}, to_mesh(packed.batch, MESH))
         losses.append(float(sums["loss/total"]))
     return step, state, losses
 

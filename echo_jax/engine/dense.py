@@ -9,7 +9,6 @@ Each process has an engine on its own devices, so that no process waits for anot
 spread over as many of them as divide its heads, the lanes over the rest.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from echo_jax.models import lora
 from echo_jax.models.transformer import ModelConfig, abstract_params, bind, init_cache, used_dtype
 from echo_jax.sharding import make_mesh, replicated, sharding_of
 from echo_jax.trajectory import Sampled
@@ -26,43 +26,46 @@ from echo_jax.trajectory import Sampled
 CACHE_AXES = ("layers", "batch", "time", "kv_heads", "head_dim")
 
 
-@dataclasses.dataclass(frozen=True)
 class Placement:
-    """Brings parameters from the mesh of the training to that of the engine: one jitted cast and reshard."""
+    """Brings parameters from the mesh of the training to that of the engine: one jitted cast and reshard. What is
+    frozen is brought once."""
 
-    local: Mesh  # this process's devices, `data` over lanes and `tensor`
-    shardings: dict  # of the parameters, on the devices of all processes, each laid out like `local`
-    dtypes: dict  # what the model would cast each to at its use
-
-    @classmethod
-    def on(cls, mesh: Mesh, config: ModelConfig) -> "Placement":
+    def __init__(self, mesh: Mesh, config: ModelConfig):
         devices = list(mesh.devices.flat)  # each process's side by side
         own = [d for d in devices if d.process_index == jax.process_index()]
         sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
         tensor = math.gcd(len(own), *sizes)
-        local = make_mesh(len(own) // tensor, 1, tensor, own)
-        everywhere = make_mesh(len(devices) // tensor, 1, tensor, devices)
-        abstract = abstract_params(config, everywhere)[1]
-        return cls(
-            local,
-            shardings=jax.tree.map(lambda x: x.sharding, abstract),
-            dtypes=jax.tree_util.tree_map_with_path(lambda path, x: used_dtype(path, x.dtype, config), abstract),
+        self.local = make_mesh(len(own) // tensor, 1, tensor, own)  # this process's: `data` over lanes and `tensor`
+        # On the devices of all processes, each laid out like `local`, and of the dtype that the model uses.
+        everywhere = abstract_params(config, make_mesh(len(devices) // tensor, 1, tensor, devices))[1]
+        placed = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, used_dtype(path, x.dtype, config), sharding=x.sharding),
+            everywhere,
         )
+        self._bring_trained, self._bring_frozen = map(_bring, lora.split(placed))
+        self._frozen: tuple[dict, dict] = {}, {}  # as given, and here
 
-    def __call__(self, params):
-        return jax.tree.map(self._own, self._cast(params))
+    def __call__(self, params: dict) -> dict:
+        trained, frozen = lora.split(params)
+        given = self._frozen[0]
+        if not given or any(a is not b for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(given), strict=True)):
+            self._frozen = frozen, self._own(self._bring_frozen(frozen))
+        return lora.join(self._own(self._bring_trained(trained)), self._frozen[1])
 
-    @functools.cached_property
-    def _cast(self):
-        def cast(params):
-            return jax.tree.map(lambda x, dtype: x.astype(dtype), params, self.dtypes)
+    def _own(self, tree: dict) -> dict:
+        return jax.tree.map(self._own_shards, tree)
 
-        return jax.jit(cast, out_shardings=self.shardings)
-
-    def _own(self, x: jax.Array) -> jax.Array:
+    def _own_shards(self, x: jax.Array) -> jax.Array:
         shards = [shard.data for shard in x.addressable_shards]
         sharding = NamedSharding(self.local, x.sharding.spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+
+def _bring(placed: dict):
+    def cast(params):
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), params, placed)
+
+    return jax.jit(cast, out_shardings=jax.tree.map(lambda x: x.sharding, placed))
 
 
 @flax.struct.dataclass
@@ -99,7 +102,7 @@ class DenseEngine:
           lanes: sessions at once, rounded up to what the devices share evenly.
           mesh: of the training; the engine uses those of its devices that are this process's.
         """
-        self._placement = Placement.on(mesh or make_mesh(1, 1, 1, jax.local_devices()), model_config)
+        self._placement = Placement(mesh or make_mesh(1, 1, 1, jax.local_devices()), model_config)
         shards = self._placement.local.shape["data"]
         self.lanes = lanes = -(-lanes // shards) * shards
         self.max_tokens = max_tokens

@@ -1,10 +1,12 @@
 """A decoder-only transformer: RoPE, RMSNorm, grouped-query attention, SwiGLU; layers stacked, scanned, rematerialised.
 
-In: token ids. Out: hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's
-door: `init_params` gives a graph definition and a plain pytree, and everything above works on those.
+Llama 3 and SmolLM2, Qwen2.5 (biases) and Qwen3 (norms of queries and keys) are settings of it. In: token ids. Out:
+hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's door: `init_params`
+gives a graph definition and a plain pytree, and everything above works on those.
 """
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -14,7 +16,22 @@ from jax.sharding import Mesh
 
 from echo_jax.kernels.attention import cached_attention, packed_attention
 from echo_jax.kernels.embedding import embed
+from echo_jax.models import lora
+from echo_jax.models.lora import Lora
+from echo_jax.models.rope import NO_SCALING, RopeScaling, frequencies, rotate
 from echo_jax.sharding import sharding_of
+
+# The matrices of a layer: logical axes that go in, and those that come out.
+LINEAR = {
+    "query": (("embed",), ("heads", "head_dim")),
+    "key": (("embed",), ("kv_heads", "head_dim")),
+    "value": (("embed",), ("kv_heads", "head_dim")),
+    "attention_out": (("heads", "head_dim"), ("embed",)),
+    "gate": (("embed",), ("ffn",)),
+    "up": (("embed",), ("ffn",)),
+    "down": (("ffn",), ("embed",)),
+}
+BIASED = ("query", "key", "value")  # with `qkv_bias`
 
 # Logical axes of each parameter by name; parameters of the stacked layers have "layers" in front.
 PARAM_AXES = {
@@ -22,14 +39,13 @@ PARAM_AXES = {
     "lm_head": ("vocab", "embed"),
     "final_norm": ("norm",),
     "attention_norm": ("norm",),
-    "query": ("embed", "heads", "head_dim"),
-    "key": ("embed", "kv_heads", "head_dim"),
-    "value": ("embed", "kv_heads", "head_dim"),
-    "attention_out": ("heads", "head_dim", "embed"),
     "ffn_norm": ("norm",),
-    "gate": ("embed", "ffn"),
-    "up": ("embed", "ffn"),
-    "down": ("ffn", "embed"),
+    "query_norm": ("norm",),
+    "key_norm": ("norm",),
+    **{name: ins + outs for name, (ins, outs) in LINEAR.items()},
+    **{f"{name}_bias": LINEAR[name][1] for name in BIASED},
+    **{name + lora.A: (*ins, "rank") for name, (ins, _) in LINEAR.items()},
+    **{name + lora.B: ("rank", *outs) for name, (_, outs) in LINEAR.items()},
 }
 
 
@@ -58,6 +74,26 @@ class ModelConfig:
     compute_dtype: str
     remat: str  # key of REMAT
     attention: str  # of attention.IMPLEMENTATIONS
+    rope_scaling: RopeScaling = NO_SCALING
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    param_dtype: str = "float32"  # of all but the adapters, which are float32
+    lora: Lora = lora.NO_ADAPTERS
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a parameter, that of one layer."""
+        head_norm = {"query_norm": (self.head_dim,), "key_norm": (self.head_dim,)}
+        size_of = {
+            "vocab": self.vocab_size,
+            "embed": self.embed_dim,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "ffn": self.ffn_dim,
+            "norm": self.embed_dim,
+            "rank": self.lora.rank,
+        }
+        return head_norm.get(name) or tuple(size_of[axis] for axis in PARAM_AXES[name])
 
 
 @flax.struct.dataclass
@@ -75,20 +111,10 @@ def init_cache(config: ModelConfig, lanes: int, slots: int) -> KVCache:
 
 
 def rms_norm(x, scale, eps):
-    """x [..., D] normalised in f32, times 1 + scale (scale starts at zero)."""
+    """x [..., D] normalised in f32, times scale (arXiv 1910.07467, eq. 4)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * (1.0 + scale)).astype(x.dtype)
-
-
-def rotate(x, positions, theta):
-    """Rotary position embedding, halves convention (arXiv 2104.09864). x [..., H, K], positions [...]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return (x32 * scale).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -96,38 +122,62 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        d, h, g, k, f = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn_dim
         residual_scale = (2 * config.num_layers) ** -0.5
-        self.attention_norm = nnx.Param(jnp.zeros(d))
-        self.query = _normal(rngs, (d, h, k), d**-0.5)
-        self.key = _normal(rngs, (d, g, k), d**-0.5)
-        self.value = _normal(rngs, (d, g, k), d**-0.5)
-        self.attention_out = _normal(rngs, (h, k, d), (h * k) ** -0.5 * residual_scale)
-        self.ffn_norm = nnx.Param(jnp.zeros(d))
-        self.gate = _normal(rngs, (d, f), d**-0.5)
-        self.up = _normal(rngs, (d, f), d**-0.5)
-        self.down = _normal(rngs, (f, d), f**-0.5 * residual_scale)
+        self.attention_norm = _ones(config, "attention_norm")
+        self.ffn_norm = _ones(config, "ffn_norm")
+        for name in LINEAR:
+            scale = _fan_in(config, name) ** -0.5 * (residual_scale if name in ("attention_out", "down") else 1.0)
+            setattr(self, name, _normal(config, rngs, name, scale))
+        if config.qkv_bias:
+            for name in BIASED:
+                bias = f"{name}_bias"
+                setattr(self, bias, nnx.Param(jnp.zeros(config.sizes(bias), config.param_dtype)))
+        if config.qk_norm:
+            self.query_norm = _ones(config, "query_norm")
+            self.key_norm = _ones(config, "key_norm")
+        for name in config.lora.targets if config.lora.rank else ():
+            a, b = config.sizes(name + lora.A), config.sizes(name + lora.B)
+            setattr(self, name + lora.A, nnx.Param(lora.init_a(rngs.params(), a, _fan_in(config, name))))
+            setattr(self, name + lora.B, nnx.Param(jnp.zeros(b)))
 
     def __call__(self, x, positions, attend):
         """x [..., D], positions [...] -> x [..., D], and whatever `attend` returns beside its output."""
         config = self.config
         h = rms_norm(x, self.attention_norm[...], config.norm_eps)
-        q = rotate(jnp.einsum("...d,dhk->...hk", h, self._weight(self.query)), positions, config.rope_theta)
-        k = rotate(jnp.einsum("...d,dgk->...gk", h, self._weight(self.key)), positions, config.rope_theta)
-        v = jnp.einsum("...d,dgk->...gk", h, self._weight(self.value))
-        y, extra = attend(q, k, v)
-        x = x + jnp.einsum("...hk,hkd->...d", y, self._weight(self.attention_out))
+        q, k, v = (self._linear(h, name) for name in ("query", "key", "value"))
+        if config.qk_norm:
+            q = rms_norm(q, self.query_norm[...], config.norm_eps)
+            k = rms_norm(k, self.key_norm[...], config.norm_eps)
+        rope = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        y, extra = attend(rotate(q, positions, rope), rotate(k, positions, rope), v)
+        x = x + self._linear(y, "attention_out")
         h = rms_norm(x, self.ffn_norm[...], config.norm_eps)
-        gate = jax.nn.silu(jnp.einsum("...d,df->...f", h, self._weight(self.gate)))
-        up = jnp.einsum("...d,df->...f", h, self._weight(self.up))
-        return x + jnp.einsum("...f,fd->...d", gate * up, self._weight(self.down)), extra
+        return x + self._linear(jax.nn.silu(self._linear(h, "gate")) * self._linear(h, "up"), "down"), extra
 
-    def _weight(self, param):
-        return param[...].astype(self.config.compute_dtype)
+    def _linear(self, x, name: str):
+        """x times a matrix, with its bias and what its adapter adds, if it has them."""
+        weight = lambda name: getattr(self, name)[...].astype(self.config.compute_dtype)  # noqa: E731
+        inputs = len(LINEAR[name][0])
+        y = jnp.tensordot(x, weight(name), inputs)
+        if hasattr(self, f"{name}_bias"):
+            y = y + weight(f"{name}_bias")
+        if hasattr(self, name + lora.A):
+            low = jnp.tensordot(x, weight(name + lora.A), inputs)
+            y = y + self.config.lora.scale * jnp.tensordot(low, weight(name + lora.B), 1)
+        return y
 
 
-def _normal(rngs, shape, scale):
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+def _fan_in(config: ModelConfig, name: str) -> int:
+    ins, _ = LINEAR[name]
+    return math.prod(config.sizes(name)[: len(ins)])
+
+
+def _normal(config: ModelConfig, rngs: nnx.Rngs, name: str, scale: float):
+    return nnx.Param((scale * jax.random.normal(rngs.params(), config.sizes(name))).astype(config.param_dtype))
+
+
+def _ones(config: ModelConfig, name: str):
+    return nnx.Param(jnp.ones(config.sizes(name), config.param_dtype))
 
 
 class Transformer(nnx.Module):
@@ -135,10 +185,10 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), config.embed_dim**-0.5)
+        self.embedding = _normal(config, rngs, "embedding", config.embed_dim**-0.5)
         if not config.tie_embeddings:
-            self.lm_head = _normal(rngs, (config.vocab_size, config.embed_dim), config.embed_dim**-0.5)
-        self.final_norm = nnx.Param(jnp.zeros(config.embed_dim))
+            self.lm_head = _normal(config, rngs, "lm_head", config.embed_dim**-0.5)
+        self.final_norm = _ones(config, "final_norm")
         stack = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(lambda rngs: Block(config, rngs)))
         self.layers = stack(rngs)
 
@@ -194,12 +244,21 @@ class Transformer(nnx.Module):
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh):
     """Returns (graph definition, parameters on the mesh): the same numbers on every mesh."""
+    return _init(config, seed, mesh, lambda params: params)
+
+
+def init_adapters(config: ModelConfig, seed: int, mesh: Mesh):
+    """Returns the adapters alone, as `init_params` would make them: for a model whose weights come from elsewhere."""
+    return _init(config, seed, mesh, lambda params: lora.split(params)[0])[1]
+
+
+def _init(config: ModelConfig, seed: int, mesh: Mesh, part):
     graphdef, abstract = abstract_params(config, mesh)
 
     def init():
-        return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=seed)), nnx.Param))
+        return part(nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=seed)), nnx.Param)))
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, part(abstract))
     return graphdef, jax.jit(init, out_shardings=shardings)()
 
 

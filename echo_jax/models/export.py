@@ -1,0 +1,117 @@
+"""Trained weights, as a folder that transformers loads and servers serve; and adapters, in PEFT's layout.
+
+In: parameters on a mesh. Out: safetensors, an index of them, config.json. One tensor at a time comes to the host, and
+no more than one file's stay there.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from echo_jax.models import lora
+from echo_jax.models.families import LAYER_NAMES, published_shape, tensor_names
+from echo_jax.models.sources import INDEX, SINGLE, import_safetensors
+from echo_jax.models.transformer import LINEAR, ModelConfig
+
+FILE_BYTES = 2 << 30  # of tensors in one file, unless a single one is larger
+
+
+def write_weights(
+    params: dict,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    dtype: str,
+    file_bytes: int = FILE_BYTES,
+    on_tensor: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Writes the tensors of a model, adapters merged into the matrices that they adapt, rounded to `dtype`.
+
+    With several processes all of them call it, and process 0 writes.
+    """
+    files = list(_files(config, np.dtype(jax.numpy.dtype(dtype)).itemsize, file_bytes))
+    layers = lora.merge(params["layers"], config.lora) if config.lora.rank else params["layers"]
+    done, where = 0, {}
+    for number, names in enumerate(files, start=1):
+        name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = {}
+        for published, (parameter, layer) in names.items():
+            x = params[parameter] if layer is None else layers[parameter]
+            tensors[published] = to_published(_fetch(x, layer), parameter).astype(jax.numpy.dtype(dtype))
+            done += 1
+            on_tensor(done)
+        where |= dict.fromkeys(names, name)
+        _save(tensors, folder / name)
+    if len(files) > 1 and jax.process_index() == 0:
+        total = sum(np.prod(published_shape(config, p)) for p, _ in tensor_names(config).values())
+        size = int(total) * np.dtype(jax.numpy.dtype(dtype)).itemsize
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2))
+
+
+def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict[str, tuple[str, int | None]]]:
+    """Yields the tensors of each file."""
+    chosen, size = {}, 0
+    for name, place in tensor_names(config).items():
+        own = int(np.prod(published_shape(config, place[0]))) * itemsize
+        if chosen and size + own > file_bytes:
+            yield chosen
+            chosen, size = {}, 0
+        chosen[name] = place
+        size += own
+    yield chosen
+
+
+def write_adapter(params: dict, config: ModelConfig, folder: Path, *, base: str) -> None:
+    """Writes the adapters alone as PEFT keeps them. `base`: the name of the weights that they adapt."""
+    tensors = {}
+    for name in config.lora.targets:
+        inputs, module = len(LINEAR[name][0]), LAYER_NAMES[name].removesuffix(".weight")
+        for layer in range(config.num_layers):
+            stem = f"base_model.model.model.layers.{layer}.{module}"
+            a, b = (_fetch(params["layers"][name + part], layer) for part in (lora.A, lora.B))
+            tensors[f"{stem}.lora_A.weight"] = _matrix(a, inputs)
+            tensors[f"{stem}.lora_B.weight"] = _matrix(b, 1)
+    _save(tensors, folder / "adapter_model.safetensors")
+    described: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [LAYER_NAMES[name].split(".")[1] for name in config.lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    if jax.process_index() == 0:
+        (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def to_published(x: np.ndarray, parameter: str) -> np.ndarray:
+    """Returns a parameter of one layer in the layout of its published tensor; `pretrained.py` goes the other way."""
+    if parameter in LINEAR:
+        return _matrix(x, len(LINEAR[parameter][0]))
+    return x if parameter in ("embedding", "lm_head") else x.reshape(-1)
+
+
+def _matrix(x: np.ndarray, inputs: int) -> np.ndarray:
+    """Returns [what comes out, what goes in] of an array whose first `inputs` dimensions go in."""
+    return np.ascontiguousarray(x.reshape(int(np.prod(x.shape[:inputs])), -1).T)
+
+
+def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
+    """Brings a whole array, or one layer of a stack, to every host."""
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    take = lambda x, layer: x if layer is None else x[layer]  # noqa: E731
+    return np.asarray(jax.jit(take, out_shardings=everywhere)(x, layer).addressable_data(0))
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    if jax.process_index() == 0:
+        import_safetensors().numpy.save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,185 @@
+"""The published models that transformer.py covers: their config.json, and the names of their tensors.
+
+In: a config.json, or what a GGUF file says of itself, as a dictionary of its keys. Out: fields of `config.model`; and
+back. Names of tensors are transformers' own: `model.layers.0.self_attn.q_proj.weight`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from echo_jax.models.rope import NO_SCALING, RopeScaling
+from echo_jax.models.transformer import BIASED, LINEAR, ModelConfig
+
+# What tells them apart is read off `qkv_bias` and `qk_norm`.
+FAMILIES = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# config.model field -> its key in config.json
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+_ROPE = {
+    "factor": "factor",
+    "original_length": "original_max_position_embeddings",
+    "low_frequency_factor": "low_freq_factor",
+    "high_frequency_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
+_ROPE_OF = {  # which of them each kind has
+    "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+    "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor"),
+}
+_ODD_ROPE = {"mscale": None, "mscale_all_dim": None, "truncate": True}  # variants of yarn -> what they are without
+# What would change the arithmetic -> the only value that is computed here
+_UNSUPPORTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "num_experts": None,
+}
+
+_LINEAR_NAMES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+LAYER_NAMES = {
+    "attention_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "query_norm": "self_attn.q_norm.weight",
+    "key_norm": "self_attn.k_norm.weight",
+    **{name: f"{own}.weight" for name, own in _LINEAR_NAMES.items()},
+    **{f"{name}_bias": f"{_LINEAR_NAMES[name]}.bias" for name in BIASED},
+}
+TOP_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+
+
+class FamilyError(ValueError):
+    """A published model is none that transformer.py computes; the message says what of it."""
+
+
+def family_of(config: ModelConfig) -> str:
+    """Returns the published family whose arithmetic this config has.
+
+    Raises:
+      FamilyError: none has it.
+    """
+    for family, features in FAMILIES.items():
+        if all(getattr(config, name) == value for name, value in features.items()):
+            return family
+    raise FamilyError(
+        f"no published family has qkv_bias = {config.qkv_bias} with qk_norm = {config.qk_norm}; there are "
+        + ", ".join(f"{family} ({features})" for family, features in FAMILIES.items())
+    )
+
+
+def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `config.model` that a config.json decides, `rope_scaling` as a dictionary.
+
+    Raises:
+      FamilyError: a key is missing, or has a value that transformer.py does not compute.
+    """
+    family = published.get("model_type")
+    if family not in FAMILIES:
+        raise FamilyError(f"model_type = {family!r}; there are {', '.join(FAMILIES)}")
+    for key, supported in _UNSUPPORTED.items():
+        if (value := published.get(key, supported)) not in (supported, None):
+            raise FamilyError(f"{key} = {value!r} is not supported, only {supported!r}")
+    published = {"num_key_value_heads": published.get("num_attention_heads")} | dict(published)
+    if missing := [key for key in _SIZES.values() if published.get(key) is None]:
+        raise FamilyError(f"it does not say {', '.join(missing)}")
+    fields = {field: published[key] for field, key in _SIZES.items()}
+    fields["head_dim"] = published.get("head_dim") or fields["embed_dim"] // fields["num_heads"]
+    fields["tie_embeddings"] = bool(published.get("tie_word_embeddings", False))
+    # transformers 5 keeps base and scaling together.
+    rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    fields["rope_theta"] = float(rope.get("rope_theta") or published.get("rope_theta") or 10_000.0)
+    fields["rope_scaling"] = dataclasses.asdict(_scaling(rope, published.get("max_position_embeddings")))
+    return fields | FAMILIES[family]
+
+
+def _scaling(rope: Mapping[str, Any], length: int | None) -> RopeScaling:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return NO_SCALING
+    if kind not in _ROPE_OF:
+        raise FamilyError(f"a rope scaling of type {kind!r} is not supported, only {', '.join(_ROPE_OF)}")
+    if odd := {key: rope[key] for key, plain in _ODD_ROPE.items() if rope.get(key, plain) not in (plain, None)}:
+        raise FamilyError(f"a rope scaling with {odd} is not supported")
+    given = {field: rope.get(_ROPE[field]) for field in _ROPE_OF[kind]}
+    given["original_length"] = given["original_length"] or length
+    given = {field: value for field, value in given.items() if value is not None}
+    if missing := {"factor", "original_length"} - given.keys():
+        raise FamilyError(f"its rope scaling does not say {', '.join(sorted(_ROPE[field] for field in missing))}")
+    types = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
+    return RopeScaling(kind=kind, **{field: types[field](value) for field, value in given.items()})
+
+
+def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
+    """Returns the config.json of a model, of which `model_fields` gives the same fields again."""
+    family = family_of(config)
+    published = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **{key: getattr(config, field) for field, key in _SIZES.items()},
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": max_length,
+        "rope_theta": config.rope_theta,
+    }
+    if config.rope_scaling.kind != "none":
+        scaling = config.rope_scaling
+        fields = [f for f in _ROPE_OF[scaling.kind] if f != "attention_factor" or scaling.attention_factor]
+        published["rope_scaling"] = {
+            "rope_type": scaling.kind,
+            **{_ROPE[field]: getattr(scaling, field) for field in fields},
+        }
+    return published
+
+
+def tensor_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """Returns published name -> (parameter, layer or None), of all tensors that a model has."""
+    top = {TOP_NAMES[name]: (name, None) for name in TOP_NAMES if name != "lm_head" or not config.tie_embeddings}
+    biases = BIASED if config.qkv_bias else ()
+    norms = ("attention_norm", "ffn_norm", *(("query_norm", "key_norm") if config.qk_norm else ()))
+    parameters = (*norms, *LINEAR, *(f"{name}_bias" for name in biases))
+    return top | {
+        f"model.layers.{layer}.{LAYER_NAMES[name]}": (name, layer)
+        for layer in range(config.num_layers)
+        for name in parameters
+    }
+
+
+def published_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+    """Returns the shape of a parameter's published tensor: of a matrix, [what comes out, what goes in]."""
+    sizes = config.sizes(name)
+    if name not in LINEAR:
+        return sizes if name in ("embedding", "lm_head") else (math.prod(sizes),)
+    split = len(LINEAR[name][0])
+    return (math.prod(sizes[split:]), math.prod(sizes[:split]))

@@ -1,0 +1,155 @@
+"""Published weights, from their files into sharded arrays.
+
+In: a `Source`, a model's config, a mesh. Out: parameters on the mesh. A process reads only the slices that its devices
+hold, one layer of one parameter at a time, so the host never holds more than the largest tensor.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from echo_jax.models import lora
+from echo_jax.models.families import FamilyError, model_fields, published_shape, tensor_names
+from echo_jax.models.sources import Source, WeightsError, open_source
+from echo_jax.models.transformer import LINEAR, ModelConfig, abstract_params
+
+SHOWN = 8  # problems of a message
+
+
+def fields_of(path: str | Path) -> dict:
+    """Returns the fields of `config.model` that published weights decide, for a config file to assign.
+
+    Raises:
+      WeightsError: there are none, or transformer.py does not compute such a model.
+    """
+    return _fields(open_source(Path(path)), Path(path))
+
+
+def _fields(source: Source, path: Path) -> dict:
+    try:
+        return model_fields(source.config)
+    except FamilyError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def check_fields(source: Source, path: Path, model: ml_collections.ConfigDict) -> int:
+    """Returns how many rows the embedding has; raises `WeightsError`, listing the fields, if `config.model` says other
+    than the weights."""
+    fields = _fields(source, path)
+    given = model.to_dict() | {"vocab_size": model.vocab_size or fields["vocab_size"]}
+    differing = [
+        f"config.model.{name} = {given[name]!r}, there {value!r}"
+        for name, value in fields.items()
+        if given[name] != value
+    ]
+    if differing:
+        raise WeightsError(_listed(f"{path} holds another model than config.model describes", differing))
+    return fields["vocab_size"]
+
+
+def check_tensors(source: Source, path: Path, config: ModelConfig) -> None:
+    """Raises `WeightsError`, listing all of them, if tensors are missing, unknown or of another shape."""
+    wanted = tensor_names(config)
+    problems = []
+    for name, (parameter, _) in wanted.items():
+        shape = published_shape(config, parameter)
+        if name not in source.tensors:
+            problems.append(f"{name} is missing; it should have the shape {list(shape)}")
+        elif (found := source.tensors[name]).shape != shape:
+            problems.append(f"{found.file.name}: {name} has the shape {list(found.shape)}, not {list(shape)}")
+    for name, tensor in source.tensors.items():
+        tied = name == "lm_head.weight" and config.tie_embeddings  # the embedding, written twice
+        if name not in wanted and not tied and not name.endswith("rotary_emb.inv_freq"):
+            problems.append(f"{tensor.file.name}: {name} is no tensor of this model")
+    if problems:
+        raise WeightsError(_listed(f"{path} does not fit this model", problems))
+
+
+def _listed(head: str, problems: list[str]) -> str:
+    more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n  ".join([f"{head}:", *problems[:SHOWN], *more])
+
+
+def load_params(
+    source: Source,
+    config: ModelConfig,
+    mesh: Mesh,
+    on_tensor: Callable[[int], None] = lambda done: None,
+) -> dict:
+    """Returns the parameters, without adapters, of a source that `check_tensors` passed.
+
+    Args:
+      on_tensor: is told how many tensors have been read.
+    """
+    abstract = lora.without(abstract_params(config, mesh)[1])
+    names = tensor_names(config)
+    layers: dict[str, jax.Array] = {}
+    top: dict[str, jax.Array] = {}
+    for done, (name, (parameter, layer)) in enumerate(names.items(), start=1):
+        if layer is None:
+            leaf = abstract[parameter]
+            top[parameter] = _cast(leaf)(_place(source, name, parameter, leaf.shape, leaf.sharding))
+        else:
+            leaf = abstract["layers"][parameter]
+            if layer == 0:
+                layers[parameter] = _zeros(leaf)
+            one = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+            value = _place(source, name, parameter, leaf.shape[1:], one)
+            layers[parameter] = _put(leaf.sharding)(layers[parameter], value, layer)
+        on_tensor(done)
+    return top | {"layers": layers}
+
+
+def _place(source: Source, name: str, parameter: str, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """Returns one tensor as an array of `shape`; each slice is read once, however many devices hold it."""
+    read: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in read:
+            read[key] = _read(source, name, parameter, shape, index)
+        return read[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _read(source: Source, name: str, parameter: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """Reads the slice `index` of a parameter from its published tensor, where a matrix stands transposed and what
+    goes in, and what comes out, is one dimension each."""
+    bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+    own = tuple(stop - start for start, stop in bounds)
+    if parameter not in LINEAR:
+        flat = [_flat(bounds, shape)] if len(source.tensors[name].shape) == 1 else [slice(*b) for b in bounds]
+        return source.read(name, tuple(flat)).reshape(own)
+    split = len(LINEAR[parameter][0])
+    ins, outs = _flat(bounds[:split], shape[:split]), _flat(bounds[split:], shape[split:])
+    return source.read(name, (outs, ins)).T.reshape(own)
+
+
+def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
+    """Returns the slice of several dimensions made one; only the first of them is ever spread over devices."""
+    inner = int(np.prod(shape[1:]))
+    return slice(bounds[0][0] * inner, bounds[0][1] * inner)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jax.numpy.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+
+
+def _cast(leaf: jax.ShapeDtypeStruct):
+    return jax.jit(lambda x: x.astype(leaf.dtype), out_shardings=leaf.sharding)
+
+
+@functools.cache
+def _put(sharding: NamedSharding):
+    """Returns the jitted write of one layer into a stack that is donated, so that no second stack is made."""
+
+    def put(stack, x, layer):
+        return stack.at[layer].set(x.astype(stack.dtype))
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)

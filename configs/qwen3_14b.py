@@ -1,13 +1,14 @@
-"""The shapes of Qwen3-14B (huggingface.co/Qwen/Qwen3-14B) and the paper's setup, for the compiler so far.
+"""Qwen3-14B (huggingface.co/Qwen/Qwen3-14B) and the paper's setup; the folder with its weights comes behind a colon.
 
+python -m echo_jax.train --config=configs/qwen3_14b.py:/data/Qwen3-14B --workdir=runs/qwen3_14b
 python -m echo_jax.compile --config=configs/qwen3_14b.py --topology=v5p:4x4x4
 """
 
 from configs import qwen3_8b
 
 
-def get_config():
-    c = qwen3_8b.get_config()
+def get_config(weights=""):
+    c = qwen3_8b.get_config(weights)
     c.model.num_layers = 40
     c.model.embed_dim = 5120
     c.model.num_heads = 40

@@ -1,13 +1,14 @@
-"""The shapes of Qwen3-32B (huggingface.co/Qwen/Qwen3-32B) and the paper's setup, for the compiler so far.
+"""Qwen3-32B (huggingface.co/Qwen/Qwen3-32B) and the paper's setup; the folder with its weights comes behind a colon.
 
+python -m echo_jax.train --config=configs/qwen3_32b.py:/data/Qwen3-32B --workdir=runs/qwen3_32b
 python -m echo_jax.compile --config=configs/qwen3_32b.py --topology=v5p:4x4x4
 """
 
 from configs import qwen3_8b
 
 
-def get_config():
-    c = qwen3_8b.get_config()
+def get_config(weights=""):
+    c = qwen3_8b.get_config(weights)
     c.model.num_layers = 64
     c.model.embed_dim = 5120
     c.model.num_heads = 64

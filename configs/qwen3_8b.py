@@ -1,13 +1,15 @@
-"""The shapes of Qwen3-8B (huggingface.co/Qwen/Qwen3-8B) and the paper's setup, for the compiler so far.
+"""Qwen3-8B (huggingface.co/Qwen/Qwen3-8B) and the paper's setup; the folder with its weights comes behind a colon.
 
+python -m echo_jax.train --config=configs/qwen3_8b.py:/data/Qwen3-8B --workdir=runs/qwen3_8b
 python -m echo_jax.compile --config=configs/qwen3_8b.py --topology=v5p:4x4x4
 """
 
 from echo_jax.config import default_config
 
 
-def get_config():
+def get_config(weights=""):
     c = default_config()
+    c.model.weights = weights
     c.model.vocab_size = 151_936
     c.model.num_layers = 36
     c.model.embed_dim = 4096
@@ -17,6 +19,7 @@ def get_config():
     c.model.ffn_dim = 12288
     c.model.rope_theta = 1_000_000.0
     c.model.tie_embeddings = False
+    c.model.qk_norm = True
     c.model.compute_dtype = "bfloat16"
     c.model.attention = "splash"
     c.task.mixture = {"shell": 1.0}

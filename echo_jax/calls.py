@@ -2,13 +2,13 @@
 
 `plain`, for small models: `NAME argument`, one call a turn; where a tool needs several arguments, all but the last take
 one line each. `json`, as Qwen and Hermes write them: any number of
-`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, none inside reasoning.
+`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, none inside reasoning. `llama`, as Llama 3: one bare object.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jsonschema
@@ -44,6 +44,10 @@ class Grammar(Protocol):
         """Returns a turn that makes this call."""
         ...
 
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Returns what to tell an agent of how it calls tools, described as for a chat template."""
+        ...
+
 
 class Plain:
     def parse(self, text, tools):
@@ -58,6 +62,14 @@ class Plain:
 
     def write(self, call):
         return f"{call.tool} " + "\n".join(call.arguments[name] for name in TOOLS[call.tool].parameters["required"])
+
+    def instructions(self, tools):
+        lines = [
+            f"{tool['function']['name']} {' '.join(map(str.upper, tool['function']['parameters']['required']))}: "
+            f"{tool['function']['description']}"
+            for tool in tools
+        ]
+        return "Act by writing one call of a tool and nothing else:\n" + "\n".join(lines)
 
 
 class Json:
@@ -74,6 +86,14 @@ class Json:
         body = json.dumps({"name": call.tool, "arguments": dict(call.arguments)}, ensure_ascii=False)
         return f"<tool_call>\n{body}\n</tool_call>"
 
+    def instructions(self, tools):
+        return (
+            "You may call these tools, described in <tools></tools>:\n<tools>\n"
+            + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+            + "\n</tools>\nFor each call write its name and arguments as a JSON object in <tool_call></tool_call>:\n"
+            '<tool_call>\n{"name": <name>, "arguments": <object of arguments>}\n</tool_call>'
+        )
+
     def _checked(self, part: re.Match, tools: Collection[str]) -> Call | Malformed:
         try:
             return self._attempt(part, tools)
@@ -83,24 +103,51 @@ class Json:
     def _attempt(self, part: re.Match, tools: Collection[str]) -> Call | Malformed:
         if not part["close"]:
             return Malformed("unclosed", "a tool call without </tool_call>")
+        return _object(part["body"], "arguments", tools)
+
+
+class Llama:
+    """One call a turn: `{"name": …, "parameters": {…}}` and nothing else, as Llama 3 is asked to write."""
+
+    def parse(self, text, tools):
+        if not text.lstrip().startswith("{"):
+            return [Malformed("no_call", "no tool call")]
         try:
-            call = json.loads(part["body"])
-        except ValueError as error:
-            return Malformed("invalid_json", f"invalid JSON: {error}")
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return Malformed("missing_name", "a tool call is an object with a name")
-        name, arguments = call["name"], call.get("arguments", {})
-        if name not in tools:
-            return _unknown(tools)
-        error = jsonschema.exceptions.best_match(
-            jsonschema.Draft202012Validator(TOOLS[name].parameters).iter_errors(arguments)
+            return [_object(text, "parameters", tools)]
+        except RecursionError:
+            return [Malformed("invalid_json", "invalid JSON: nested too deeply")]
+
+    def write(self, call):
+        return json.dumps({"name": call.tool, "parameters": dict(call.arguments)}, ensure_ascii=False)
+
+    def instructions(self, tools):
+        return (
+            "Call one of these functions with a JSON object of its name and parameters, and nothing else:\n"
+            '{"name": <name>, "parameters": <object of parameters>}\n'
+            + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         )
-        if error is not None:
-            return Malformed("invalid_arguments", f"{name}: {error.message[:200]}")
-        return Call(name, arguments)
 
 
-GRAMMARS: dict[str, Grammar] = {"plain": Plain(), "json": Json()}
+def _object(text: str, key: str, tools: Collection[str]) -> Call | Malformed:
+    """Reads one call, an object whose arguments are under `key`."""
+    try:
+        call = json.loads(text)
+    except ValueError as error:
+        return Malformed("invalid_json", f"invalid JSON: {error}")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return Malformed("missing_name", "a tool call is an object with a name")
+    name, arguments = call["name"], call.get(key, {})
+    if name not in tools:
+        return _unknown(tools)
+    error = jsonschema.exceptions.best_match(
+        jsonschema.Draft202012Validator(TOOLS[name].parameters).iter_errors(arguments)
+    )
+    if error is not None:
+        return Malformed("invalid_arguments", f"{name}: {error.message[:200]}")
+    return Call(name, arguments)
+
+
+GRAMMARS: dict[str, Grammar] = {"plain": Plain(), "json": Json(), "llama": Llama()}
 
 
 def _unknown(tools: Collection[str]) -> Malformed:

@@ -29,9 +29,9 @@ from echo_jax.cli import run_program
 from echo_jax.config import ConfigError, load_config_file
 from echo_jax.flops import train_flops
 from echo_jax.models import lora
-from echo_jax.runtime import validate
+from echo_jax.runtime import find_tokenizer, validate
 from echo_jax.sharding import sharding_of
-from echo_jax.tokenizer import Tokenizer, TokenizerError
+from echo_jax.tokenizer import TokenizerError
 from echo_jax.train_step import make_train_step
 from echo_jax.training import Training, build_training
 
@@ -68,7 +68,7 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
     """
     validate(config)
     devices = tpu_devices(topology)
-    training = build_training(config, Tokenizer(config.tokenizer.path).vocab_size, devices)
+    training = build_training(config, find_tokenizer(config).vocab_size, devices)
     if training.mesh.size != len(devices):
         shape = dict(training.mesh.shape)
         raise ConfigError(f"a mesh of {shape} has {training.mesh.size} chips, {topology} has {len(devices)}")

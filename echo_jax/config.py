@@ -76,7 +76,15 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora.targets = ("query", "key", "value", "attention_out", "gate", "up", "down")
 
     c.tokenizer = ml_collections.ConfigDict()
-    c.tokenizer.path = ""  # a SentencePiece model; empty: the small one shipped with the package
+    # A SentencePiece model, a .gguf file, or a folder with a tokenizer.json; empty: that of model.weights, or else the
+    # small one shipped with the package.
+    c.tokenizer.path = ""
+
+    c.render = ml_collections.ConfigDict()
+    # The chat format: builtin (of models from nothing) | qwen3 | llama_3 | template (the one that the tokenizer has).
+    c.render.format = "builtin"
+    c.render.thinking = True  # qwen3: False begins each turn with an empty reasoning
+    c.render.system = ""  # the system message, where a format has one
 
     c.rollout = ml_collections.ConfigDict()
     c.rollout.groups = 8  # tasks a step
@@ -88,7 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0  # of sampling, in training and evaluation
     c.rollout.tool_threads = 8  # tool calls at work at once; as many sandboxes as rollouts are open
     c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
-    c.rollout.grammar = "plain"  # of tool calls: plain | json, see calls.py
+    c.rollout.grammar = "plain"  # of tool calls: plain | json | llama, see calls.py
     c.rollout.max_seconds = 60.0  # that the tool calls of one rollout may run, all together
     c.rollout.max_format_errors = 4  # turns on end without a call that could run, before a rollout is ended
     c.rollout.replay = ""  # a file of saved rollouts to train on, off-policy, in place of sampling

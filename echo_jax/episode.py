@@ -63,6 +63,7 @@ class Episode:
     outcome: Outcome = Outcome.RUNNING
     turns: int = 0
     pending: tuple[Call | Malformed, ...] = ()  # attempts of the last turn that have no observation yet
+    answered: bool = False  # whether one of them has
     answer: str | None = None
     attempts: tuple[Attempt, ...] = ()  # those that were dealt with
     format_errors: int = 0  # turns on end
@@ -91,12 +92,13 @@ def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] 
     Raises:
       ValueError: the prompt alone leaves no room to act.
     """
-    rendered = renderer.prompt(prompt) + renderer.generation_prompt()
+    available = (*tools, "submit")
+    rendered = renderer.prompt(prompt, available) + renderer.generation_prompt()
     if len(rendered.ids) >= rules.max_tokens:
         raise ValueError(
             f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}"
         )
-    return _append(Episode(renderer, rules, (*tools, "submit")), rendered)
+    return _append(Episode(renderer, rules, available), rendered)
 
 
 def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
@@ -127,6 +129,7 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
         logprobs=episode.logprobs + turn.logprobs,
         entropies=episode.entropies + turn.entropies,
         turns=episode.turns + 1,
+        answered=False,
         policy_version=turn.policy_version,
     )
     if not turn.stopped:
@@ -196,10 +199,10 @@ def _observe(episode: Episode, parts: list[Part], tool: int = 0) -> Episode:
     """Appends an observation, unless the episode ends for want of room."""
     if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1 and not episode.pending:
         parts = [*parts, Part("last turn", Role.WARNING)]
-    observation = episode.renderer.observation(parts)
+    observation = episode.renderer.observation(parts, first=not episode.answered, last=not episode.pending)
     if len(episode.ids) + len(observation.ids) > episode.rules.max_tokens:
         return _end(episode, Outcome.MAX_TOKENS)
-    return _append(episode, observation, tool)
+    return dataclasses.replace(_append(episode, observation, tool), answered=True)
 
 
 def _note(episode: Episode, status: str, tool: str = "", *details) -> Episode:

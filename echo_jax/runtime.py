@@ -37,13 +37,14 @@ from echo_jax.objective import (
 )
 from echo_jax.peers import PeerError, Peers
 from echo_jax.policy_loss import CLIPPED, KL_ESTIMATORS, POLICY_LOSSES
-from echo_jax.render import Renderer
+from echo_jax.render import FORMATS, Renderer, RenderError, make_renderer
 from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout import Collector, RolloutError
 from echo_jax.selection import SelectionError, load_filter
 from echo_jax.tasks.stream import make_families, task_stream
 from echo_jax.tasks.task import Task
-from echo_jax.tokenizer import Tokenizer, TokenizerError
+from echo_jax.tokenizer import BytePairs, Tokenizer, TokenizerError
+from echo_jax.tokenizer import load as load_tokenizer
 from echo_jax.tools import TOOL_IDS, TOOLS, sandbox
 from echo_jax.training import Training, build_training
 from echo_jax.trajectory import Trajectory, TrajectoryError
@@ -54,6 +55,7 @@ USER_ERRORS = (
     ConfigError,
     TokenizerError,
     WeightsError,
+    RenderError,
     sandbox.SandboxError,
     CheckpointError,
     MetricsError,
@@ -70,6 +72,7 @@ RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase of
 DUAL_CLIPPED = [name for name, loss in POLICY_LOSSES.items() if loss.surrogate in CLIPPED]
 CHOICES = {
     "rollout.grammar": GRAMMARS,
+    "render.format": ("builtin", *FORMATS),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": REMAT,
     "model.attention": attention.IMPLEMENTATIONS,
@@ -106,7 +109,7 @@ class Runtime(Training):
             lanes=self.rollouts_at_once,
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
-            stop_id=self.renderer.stop_id,
+            stop_ids=self.renderer.stop_ids,
             seed=self.config.seed,
             mesh=self.mesh,
         )
@@ -287,6 +290,23 @@ def _weights(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[S
     return source, rows
 
 
+def find_tokenizer(config: ml_collections.ConfigDict) -> Tokenizer:
+    """Returns the tokenizer that a config names, or that of the weights which it names.
+
+    Raises:
+      TokenizerError: it cannot serve, or it is of another vocabulary than the one that comes with the weights.
+    """
+    weights, path = config.model.weights, config.tokenizer.path
+    comes_along = bool(weights) and (Path(weights).suffix == ".gguf" or (Path(weights) / "tokenizer.json").is_file())
+    if comes_along and path:
+        tokenizer, theirs = load_tokenizer(path), load_tokenizer(weights)
+        other = "another kind" if not isinstance(tokenizer, BytePairs) else tokenizer.differs_from(theirs)
+        if other:
+            raise TokenizerError(f"{path} is of another vocabulary than the tokenizer of {weights}: {other}")
+        return tokenizer
+    return load_tokenizer(weights if comes_along else path)
+
+
 def start_peers(config: ml_collections.ConfigDict, user_errors: tuple[type[Exception], ...] = USER_ERRORS) -> Peers:
     """Joins the other processes of this run; comes before any use of JAX's devices."""
     limits = {name: config.system[name] for name in ("silence_seconds", "barrier_seconds")}
@@ -314,7 +334,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
     validate(config)
     given = {f"config.{name}": str(value) for name, value in config_lib.flat(config).items()}
     peers.same(given | _code(peers), "start all of them with the same code and command")
-    tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer = find_tokenizer(config)
     mixture = dict(config.task.mixture)
     parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
     try:
@@ -328,7 +348,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
     training = build_training(config, rows, jax.devices())
     if source is not None:
         check_tensors(source, Path(config.model.weights), training.model_config)
-    renderer = Renderer(tokenizer)
+    renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
     _check_tasks(config, renderer, [train_tasks[i] for i in range(16)])
     return Runtime(

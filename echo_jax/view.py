@@ -20,6 +20,7 @@ from echo_jax import trajectory as trajectory_lib
 from echo_jax.cli import run_program
 from echo_jax.roles import Role
 from echo_jax.tokenizer import Tokenizer, TokenizerError
+from echo_jax.tokenizer import load as load_tokenizer
 from echo_jax.trajectory import Trajectory, TrajectoryError
 
 STYLES = {Role.ACTION: "bold green", Role.OBSERVATION: "cyan", Role.PROMPT: "bold", Role.SCAFFOLD: "dim"}
@@ -54,7 +55,7 @@ def show(trajectory: Trajectory, tokenizer: Tokenizer, console: Console) -> None
 
 
 def main(args: flags.FlagValues) -> None:
-    tokenizer = Tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     trajectories = trajectory_lib.load(Path(args.trajectories), vocab_size=tokenizer.vocab_size)
     console = Console(highlight=False, soft_wrap=True)
     rewards = [t.reward for t in trajectories if t.scored]

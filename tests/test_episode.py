@@ -19,17 +19,17 @@ from echo_jax.episode import (
     start,
     to_trajectory,
 )
-from echo_jax.render import Part, Renderer
+from echo_jax.render import BuiltinRenderer, Part
 from echo_jax.roles import Role
-from echo_jax.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from echo_jax.tokenizer import CONTROL_SYMBOLS, SentencePieces
 from echo_jax.tools import TOOL_IDS
 from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.trajectory import Attempt, Sampled
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
-TOKENIZER = Tokenizer()
-RENDERER = Renderer(TOKENIZER)
-STOP = RENDERER.stop_id
+TOKENIZER = SentencePieces()
+RENDERER = BuiltinRenderer(TOKENIZER)
+STOP = RENDERER.stop_ids[0]
 ROOMY = Rules(max_turns=4, max_tokens=400, max_turn_tokens=100)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from echo_jax.environment import Machine
 from echo_jax.episode import Rules
-from echo_jax.render import Renderer
+from echo_jax.render import BuiltinRenderer
 from echo_jax.rollout import Collector, Job
 from echo_jax.tasks.task import Task
-from echo_jax.tokenizer import Tokenizer
+from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -24,7 +24,9 @@ def test_the_family_of_ones_own_is_solved_by_its_script_and_in_no_other_way():
     exec(code, names)
     family = names["SumFamily"]()
     jobs = [Job(family.make("heldout", i), group=i, rollout=i) for i in range(8)]
-    with Collector(Renderer(Tokenizer()), Rules(4, 400, 100), Machine(Limits()), tool_threads=2) as collector:
+    with Collector(
+        BuiltinRenderer(SentencePieces()), Rules(4, 400, 100), Machine(Limits()), tool_threads=2
+    ) as collector:
         assert [t.reward for t in collector.scripted(jobs, [True] * 8, 0)] == [1.0] * 8
         assert [t.reward for t in collector.scripted(jobs, [False] * 8, 0)] == [0.0] * 8
 

@@ -3,13 +3,13 @@
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from echo_jax.render import Part, Rendered, Renderer
+from echo_jax.render import BuiltinRenderer, Part, Rendered
 from echo_jax.roles import Role
-from echo_jax.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from echo_jax.tokenizer import CONTROL_SYMBOLS, SentencePieces
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
-TOKENIZER = Tokenizer()
-RENDERER = Renderer(TOKENIZER)
+TOKENIZER = SentencePieces()
+RENDERER = BuiltinRenderer(TOKENIZER)
 CONTROL_IDS = {TOKENIZER.task, TOKENIZER.assistant, TOKENIZER.tool, TOKENIZER.note, TOKENIZER.end}
 
 bodies = st.one_of(
@@ -89,8 +89,8 @@ def test_a_notice_is_never_trained_as_an_observation():
 def test_a_demonstrators_turn_is_all_action_and_reads_back(text):
     rendered = RENDERER.action(text)
     assert set(rendered.roles) == {Role.ACTION}
-    assert rendered.ids[-1] == RENDERER.stop_id
-    assert rendered.ids.count(RENDERER.stop_id) == 1
+    assert rendered.ids[-1] == RENDERER.stop_ids[0]
+    assert rendered.ids.count(RENDERER.stop_ids[0]) == 1
     assert bytes_of(RENDERER.turn_text(rendered.ids)) == bytes_of(text)
 
 

@@ -24,19 +24,19 @@ from echo_jax.episode import Rules
 from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.models.transformer import abstract_params, bind
 from echo_jax.peers import Peers
-from echo_jax.render import Renderer
+from echo_jax.render import BuiltinRenderer
 from echo_jax.roles import Role
 from echo_jax.rollout import ATTEMPTS, Collector, Interrupted, Job, RolloutError
 from echo_jax.rollout_metrics import rollout_metrics, summaries
 from echo_jax.sharding import make_mesh
 from echo_jax.tasks.task import Script, Task
-from echo_jax.tokenizer import Tokenizer
+from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools import cgroup
 from echo_jax.tools.sandbox import Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
 from echo_jax.trajectory import DTYPES
 
-TOKENIZER = Tokenizer()
-RENDERER = Renderer(TOKENIZER)
+TOKENIZER = SentencePieces()
+RENDERER = BuiltinRenderer(TOKENIZER)
 RULES = Rules(max_turns=4, max_tokens=96, max_turn_tokens=12)
 LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
 LANES, TEMPERATURE = 3, 0.9
@@ -96,6 +96,9 @@ def caller():
     graphdef, abstract = abstract_params(CALLER, make_mesh(1, 1, 1))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0.0, 0.1, x.shape).astype(x.dtype), abstract)
+    params["final_norm"] += 1.0
+    for name in ("attention_norm", "ffn_norm"):
+        params["layers"][name] += 1.0
     codes: dict[int, int] = {}
     for text, strength in HABITS.items():
         turn = [TOKENIZER.assistant, *TOKENIZER.encode(text), TOKENIZER.end]
@@ -111,7 +114,7 @@ def caller():
 def shared():
     engine = DenseEngine(
         caller()[0], CALLER, lanes=LANES, max_tokens=RULES.max_tokens, temperature=TEMPERATURE,
-        stop_id=RENDERER.stop_id, seed=0,
+        stop_ids=RENDERER.stop_ids, seed=0,
     )  # fmt: skip
     engine.set_params(caller()[1], 5)
     return engine

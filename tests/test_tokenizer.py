@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from echo_jax.tasks.words import WORDS
-from echo_jax.tokenizer import CONTROL_SYMBOLS, DEFAULT_MODEL, Tokenizer, TokenizerError
+from echo_jax.tokenizer import CONTROL_SYMBOLS, DEFAULT_MODEL, SentencePieces, TokenizerError
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
-TOKENIZER = Tokenizer()
+TOKENIZER = SentencePieces()
 CONTROL_IDS = {TOKENIZER.task, TOKENIZER.assistant, TOKENIZER.tool, TOKENIZER.note, TOKENIZER.end, TOKENIZER.pad}
 Piece = model_pb2.ModelProto.SentencePiece
 
@@ -103,7 +103,7 @@ def test_every_word_of_the_tasks_is_one_piece(before):
 def test_a_missing_model_is_named_with_the_way_out(tmp_path):
     for path in (tmp_path / "none.model", tmp_path):
         with pytest.raises(TokenizerError, match=rf"no tokenizer model at {path}.*leave tokenizer.path empty"):
-            Tokenizer(path)
+            SentencePieces(path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
@@ -112,7 +112,7 @@ def test_a_damaged_model_is_refused_wherever_it_is_cut(tmp_path, kept):
     path = tmp_path / "cut.model"
     path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
     with pytest.raises(TokenizerError, match=str(path)):
-        Tokenizer(path)
+        SentencePieces(path)
 
 
 def test_a_model_that_ends_before_its_settings_is_refused(tmp_path):
@@ -123,14 +123,14 @@ def test_a_model_that_ends_before_its_settings_is_refused(tmp_path):
         model.ClearField("normalizer_spec")
 
     with pytest.raises(TokenizerError):
-        Tokenizer(edited_model(tmp_path / "m.model", edit))
+        SentencePieces(edited_model(tmp_path / "m.model", edit))
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "text.model"
     path.write_bytes(b"an ordinary text\n" * 100)
     with pytest.raises(TokenizerError, match="is not a SentencePiece model|lacks the control"):
-        Tokenizer(path)
+        SentencePieces(path)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 )
 def test_a_foreign_model_is_refused_and_the_cause_named(tmp_path, edit, message):
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer(edited_model(tmp_path / "foreign.model", edit))
+        SentencePieces(edited_model(tmp_path / "foreign.model", edit))
 
 
 def test_an_unchanged_copy_of_the_model_is_accepted(tmp_path):
-    assert Tokenizer(edited_model(tmp_path / "same.model", lambda model: None)).encode("bash ls") == TOKENIZER.encode(
-        "bash ls"
-    )
+    same = SentencePieces(edited_model(tmp_path / "same.model", lambda model: None))
+    assert same.encode("bash ls") == TOKENIZER.encode("bash ls")

@@ -92,7 +92,7 @@ class DenseEngine:
         lanes: int,
         max_tokens: int,
         temperature: float,
-        stop_id: int,
+        stop_ids: tuple[int, ...],
         seed: int,
         steps_per_call: int = 8,
         mesh: Mesh | None = None,
@@ -100,13 +100,14 @@ class DenseEngine:
         """
         Args:
           lanes: sessions at once, rounded up to what the devices share evenly.
+          stop_ids: any of them ends a turn.
           mesh: of the training; the engine uses those of its devices that are this process's.
         """
         self._placement = Placement(mesh or make_mesh(1, 1, 1, jax.local_devices()), model_config)
         shards = self._placement.local.shape["data"]
         self.lanes = lanes = -(-lanes // shards) * shards
         self.max_tokens = max_tokens
-        self._stop_id = stop_id
+        self._stop_ids = stop_ids
         everywhere = replicated(self._placement.local)
         spread = sharding_of(self._placement.local, CACHE_AXES)
         self._cache = jax.jit(init_cache, static_argnums=(0, 1, 2), out_shardings=spread)(
@@ -126,7 +127,7 @@ class DenseEngine:
         self._turn_start = zeros(lanes)
         self._params, self._version = None, 0
         program = functools.partial(
-            _run_lanes, graphdef=graphdef, temperature=temperature, stop_id=stop_id, max_steps=steps_per_call
+            _run_lanes, graphdef=graphdef, temperature=temperature, stop_ids=stop_ids, max_steps=steps_per_call
         )
         # Placed like what comes out of the program, the cache goes in always alike: one program serves all calls.
         self.compiled = jax.jit(program, donate_argnums=2, out_shardings=(everywhere, spread))
@@ -175,7 +176,7 @@ class DenseEngine:
             ids, logprobs, entropies = (
                 tuple(field[lane, turn].tolist()) for field in (self._host.ids, self._host.logprob, self._host.entropy)
             )
-            finished[int(lane)] = Sampled(ids, logprobs, entropies, ids[-1] == self._stop_id, self._version)
+            finished[int(lane)] = Sampled(ids, logprobs, entropies, ids[-1] in self._stop_ids, self._version)
         return finished
 
     def cancel(self) -> None:
@@ -184,7 +185,7 @@ class DenseEngine:
             self.open(lane, rollout=0)
 
 
-def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_id, max_steps):
+def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_ids, max_steps):
     """Up to `max_steps` tokens for every lane with a budget. Returns the lanes and the cache."""
     slots = lanes.ids.shape[1]
     rows = jnp.arange(lanes.ids.shape[0])
@@ -211,7 +212,8 @@ def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         samples = running & (fed == lanes.known)  # else the next id is known already
         at = jnp.where(samples, fed, slots)
-        budget = jnp.where(samples & (sampled == stop_id), 0, lanes.budget - samples)
+        stops = jnp.isin(sampled, jnp.asarray(stop_ids))
+        budget = jnp.where(samples & stops, 0, lanes.budget - samples)
         lanes = lanes.replace(
             ids=lanes.ids.at[rows, at].set(sampled, mode="drop"),
             logprob=lanes.logprob.at[rows, at].set(logprob, mode="drop"),

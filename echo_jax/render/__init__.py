@@ -1,80 +1,36 @@
-"""Turns text into ids that know their writer: the built-in chat format.
+"""Turns text into ids that know their writer: the built-in chat format, and those of published models."""
 
-    <|task|> what the agent reads <|assistant|> bash ls <|end|> <|tool|> output <|note|> exit 2 <|end|> <|assistant|>
-    ...
+from echo_jax.render.base import Part, Rendered, Renderer
+from echo_jax.render.builtin import BuiltinRenderer
+from echo_jax.render.chat import FORMATS, ChatRenderer, RenderError
+from echo_jax.tokenizer import BytePairs, Tokenizer
 
-Control symbols stand between all parts, so encoding the parts one by one is the same as encoding them in one pass, a
-body's tokens decode to exactly that body, and no tool output can imitate a notice of the harness.
-"""
-
-import dataclasses
-from collections.abc import Iterable
-
-from echo_jax.roles import Role
-from echo_jax.tokenizer import Tokenizer
+__all__ = ["FORMATS", "BuiltinRenderer", "ChatRenderer", "Part", "RenderError", "Rendered", "Renderer", "make_renderer"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """New tokens of a trajectory and who wrote each."""
+def make_renderer(tokenizer: Tokenizer, format: str, *, grammar: str, thinking: bool, system: str) -> Renderer:
+    """Returns the renderer of a format, `builtin` or one of FORMATS.
 
-    ids: tuple[int, ...]
-    roles: tuple[Role, ...]
+    Args:
+      grammar: of tool calls, of calls.GRAMMARS.
+      thinking: whether turns begin with reasoning, where a format knows that.
+      system: the system message; empty: none of our own.
 
-    def __add__(self, other: "Rendered") -> "Rendered":
-        return Rendered(self.ids + other.ids, self.roles + other.roles)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A stretch of an observation with one writer: a body (OBSERVATION) or a notice of the harness."""
-
-    text: str
-    role: Role
-
-
-class Renderer:
-    """The built-in chat format over a `Tokenizer`."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.stop_id = tokenizer.end
-        self.observation_header = (tokenizer.tool,)  # what every observation begins with, and no action should
-
-    def prompt(self, text: str) -> Rendered:
-        return self._scaffold(self.tokenizer.task) + self._text(text, Role.PROMPT)
-
-    def generation_prompt(self) -> Rendered:
-        """What stands before a turn of the agent."""
-        return self._scaffold(self.tokenizer.assistant)
-
-    def close_turn(self) -> Rendered:
-        """The close of a turn that was cut off: not sampled, never trained."""
-        return self._scaffold(self.tokenizer.end)
-
-    def action(self, text: str) -> Rendered:
-        """A demonstrator's turn, stop token included."""
-        return self._text(text, Role.ACTION) + Rendered((self.tokenizer.end,), (Role.ACTION,))
-
-    def observation(self, parts: Iterable[Part]) -> Rendered:
-        rendered = self._scaffold(self.tokenizer.tool)
-        for i, part in enumerate(parts):
-            if part.role != Role.OBSERVATION:
-                rendered += self._scaffold(self.tokenizer.note)
-            elif i:
-                rendered += self._scaffold(self.tokenizer.tool)
-            rendered += self._text(part.text, part.role)
-        return rendered + self._scaffold(self.tokenizer.end)
-
-    def turn_text(self, ids: Iterable[int]) -> str:
-        """What the agent wrote in a turn, its stop token left out."""
-        ids = tuple(ids)
-        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] == self.stop_id else ids)
-
-    def _text(self, text: str, role: Role) -> Rendered:
-        ids = tuple(self.tokenizer.encode(text))
-        return Rendered(ids, (role,) * len(ids))
-
-    @staticmethod
-    def _scaffold(token: int) -> Rendered:
-        return Rendered((token,), (Role.SCAFFOLD,))
+    Raises:
+      RenderError: the tokenizer does not fit the format, or an option means nothing to it.
+    """
+    if format != "builtin":
+        if not isinstance(tokenizer, BytePairs):
+            raise RenderError(
+                f"config.render.format = {format!r} is a published model's, the tokenizer is the built-in one or its "
+                "like: name the model's own in config.tokenizer.path, or its weights in config.model.weights"
+            )
+        return ChatRenderer(tokenizer, format, grammar=grammar, thinking=thinking, system=system)
+    if isinstance(tokenizer, BytePairs):
+        raise RenderError(
+            "config.render.format = 'builtin' has symbols that a published tokenizer lacks; choose one of "
+            + ", ".join(FORMATS)
+        )
+    if system or not thinking:
+        raise RenderError("config.render.system and thinking = False mean nothing to config.render.format = 'builtin'")
+    return BuiltinRenderer(tokenizer)

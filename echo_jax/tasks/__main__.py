@@ -17,11 +17,11 @@ from absl import app, flags
 
 from echo_jax.environment import Environment, Machine
 from echo_jax.episode import Rules
-from echo_jax.render import Renderer
+from echo_jax.render import BuiltinRenderer
 from echo_jax.rollout import Collector, Job, RolloutError
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.task import Family, Task
-from echo_jax.tokenizer import Tokenizer
+from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits, SandboxError
 
 RULES = Rules(max_turns=40, max_tokens=4096, max_turn_tokens=1024)
@@ -58,7 +58,7 @@ def show(task: Task) -> None:
 def check(tasks: Sequence[Task]) -> None:
     machine = Machine(Limits())
     started = time.monotonic()
-    with Collector(Renderer(Tokenizer()), RULES, machine, THREADS) as collector:
+    with Collector(BuiltinRenderer(SentencePieces()), RULES, machine, THREADS) as collector:
         jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(tasks)]
         trajectories = collector.scripted(jobs, solve=[True] * len(jobs), seed=0)
     seconds = (time.monotonic() - started) / len(tasks)

@@ -1,73 +1,28 @@
-"""Text to token ids and back, losslessly: any bytes a tool writes come back exactly.
+"""Text to token ids and back: any bytes a tool writes come back, and no text passes for a control symbol.
 
 In: str, where bytes that are not UTF-8 stand as surrogate escapes (`bytes.decode("utf-8", "surrogateescape")`).
-Out: ids. Control symbols mark who speaks; text never produces one, so no tool output can forge a turn.
+Out: ids. `load` takes what a user names: a SentencePiece model, or the tokenizer of a published model.
 """
 
-import re
 from pathlib import Path
 
-import sentencepiece
+from echo_jax.tokenizer.base import Tokenizer, TokenizerError
+from echo_jax.tokenizer.bpe import BytePairs
+from echo_jax.tokenizer.pieces import CONTROL_SYMBOLS, DEFAULT_MODEL, SentencePieces
 
-DEFAULT_MODEL = Path(__file__).with_name("small.model")
-CONTROL_SYMBOLS = ("<|task|>", "<|assistant|>", "<|tool|>", "<|note|>", "<|end|>")
-
-# SentencePiece writes a space as U+2581, so a literal U+2581 must travel as bytes; so must bytes that are no text.
-_AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
+__all__ = ["CONTROL_SYMBOLS", "DEFAULT_MODEL", "BytePairs", "SentencePieces", "Tokenizer", "TokenizerError", "load"]
 
 
-class TokenizerError(ValueError):
-    """The model file cannot serve: missing, damaged, or lossy."""
+def load(path: str | Path = "") -> SentencePieces | BytePairs:
+    """Returns the tokenizer of a SentencePiece `.model`, of a `.gguf` file, or of a folder with a tokenizer.json; the
+    built-in one for an empty path.
 
-
-class Tokenizer:
-    """A SentencePiece model built as experiments/tokenizer/train.py does (identity normalisation, byte fallback)."""
-
-    def __init__(self, path: str | Path = ""):
-        path = Path(path) if path else DEFAULT_MODEL
-        if not path.is_file():
-            raise TokenizerError(
-                f"there is no tokenizer model at {path}; leave tokenizer.path empty for the built-in one"
-            )
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise TokenizerError(f"{path} is not a SentencePiece model: {error}") from error
-        self.vocab_size = self._pieces.vocab_size()
-        names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
-        bytes_and_roles = {
-            name for i, name in enumerate(names) if self._pieces.is_byte(i) or self._pieces.is_control(i)
-        }
-        needed = (*CONTROL_SYMBOLS, *(f"<0x{b:02X}>" for b in range(256)))
-        missing = [name for name in needed if name not in bytes_and_roles]
-        if missing:
-            raise TokenizerError(
-                f"{path} lacks the control symbols or byte pieces {missing[:8]}; build it with "
-                "experiments/tokenizer/train.py"
-            )
-        self._byte_id = [names.index(f"<0x{b:02X}>") for b in range(256)]
-        self._bytes = [
-            bytes([int(name[3:5], 16)]) if self._pieces.is_byte(i) else name.replace("\u2581", " ").encode()
-            for i, name in enumerate(names)
-        ]
-        self.pad = self._pieces.pad_id()
-        self.task, self.assistant, self.tool, self.note, self.end = (names.index(s) for s in CONTROL_SYMBOLS)
-        probe = " a  b\t\n\n\0\u2581\ufb01\U0001f9ff\udcff " + "".join(CONTROL_SYMBOLS)
-        if (back := self.decode(self.encode(probe))) != probe:
-            raise TokenizerError(
-                f"{path} is lossy: {probe!r} comes back as {back!r}; build it with experiments/tokenizer/train.py"
-            )
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`; control symbols spelled out in it become plain pieces."""
-        ids = []
-        for i, part in enumerate(_AS_BYTES.split(text)):
-            if i % 2:
-                ids += [self._byte_id[b] for b in part.encode("utf-8", "surrogateescape")]
-            elif part:
-                ids += self._pieces.encode(part)
-        return ids
-
-    def decode(self, ids) -> str:
-        """Returns the text of `ids`: `decode(encode(text)) == text`. Control symbols come out by name."""
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", "surrogateescape")
+    Raises:
+      TokenizerError: there is none, or it cannot serve.
+    """
+    path = Path(path) if path else DEFAULT_MODEL
+    if path.suffix == ".gguf":
+        return BytePairs.of_gguf(path)
+    if path.suffix == ".json" or (path / "tokenizer.json").is_file():
+        return BytePairs.of_folder(path.parent if path.suffix == ".json" else path)
+    return SentencePieces(path)

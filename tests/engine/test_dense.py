@@ -33,7 +33,7 @@ def weights(config, shape=(1, 1, 1)):
 def new_engine(config=TINY, *, lanes=LANES, temperature=0.8, seed=0, steps_per_call=8, shape=(1, 1, 1)):
     graphdef, params = weights(config, shape)
     engine = DenseEngine(
-        graphdef, config, lanes=lanes, max_tokens=SLOTS, temperature=temperature, stop_id=STOP, seed=seed,
+        graphdef, config, lanes=lanes, max_tokens=SLOTS, temperature=temperature, stop_ids=(STOP,), seed=seed,
         steps_per_call=steps_per_call, mesh=make_mesh(*shape),
     )  # fmt: skip
     engine.set_params(params, 0)

@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_whole_model_by_the_chain_rule():
 
 def test_the_sampler_uses_the_adapter_and_brings_what_is_frozen_once():
     graphdef, _ = abstract_params(PARTLY, MESH)
-    engine = DenseEngine(graphdef, PARTLY, lanes=2, max_tokens=24, temperature=1.0, stop_id=0, seed=0, mesh=MESH)
+    engine = DenseEngine(graphdef, PARTLY, lanes=2, max_tokens=24, temperature=1.0, stop_ids=(0,), seed=0, mesh=MESH)
     trained, frozen = lora.split(random_params(PARTLY))
     placed = []
     for version in range(3):

@@ -9,15 +9,15 @@ import pytest
 
 from echo_jax.environment import Machine
 from echo_jax.episode import Rules
-from echo_jax.render import Renderer
+from echo_jax.render import BuiltinRenderer
 from echo_jax.roles import Role
 from echo_jax.rollout import Collector, Job
 from echo_jax.tasks.lookup import LINES, MIN_VALUES, TEMPLATES, LookupFamily
 from echo_jax.tasks.words import WORDS
-from echo_jax.tokenizer import Tokenizer
+from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits
 
-RENDERER = Renderer(Tokenizer())
+RENDERER = BuiltinRenderer(SentencePieces())
 RULES = Rules(max_turns=3, max_tokens=96, max_turn_tokens=24)  # the default config's
 LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
 FAMILY = LookupFamily(folders=3, files=6, words=96)

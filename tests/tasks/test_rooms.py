@@ -7,15 +7,15 @@ import pytest
 
 from echo_jax.environment import Machine
 from echo_jax.episode import Rules
-from echo_jax.render import Renderer
+from echo_jax.render import BuiltinRenderer
 from echo_jax.roles import Role
 from echo_jax.rollout import Collector, Job
 from echo_jax.tasks.rooms import EXITS, RoomsFamily, move
 from echo_jax.tasks.words import WORDS
-from echo_jax.tokenizer import Tokenizer
+from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits, Sandbox, SandboxError, Status
 
-RENDERER = Renderer(Tokenizer())
+RENDERER = BuiltinRenderer(SentencePieces())
 RULES = Rules(max_turns=8, max_tokens=160, max_turn_tokens=24)
 LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
 BACK = {"n": "s", "s": "n", "e": "w", "w": "e"}

@@ -1,0 +1,59 @@
+"""What every chat format does: text into ids that know their writer, and a sampled turn back into text."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from echo_jax.roles import Role
+from echo_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """New tokens of a trajectory and who wrote each."""
+
+    ids: tuple[int, ...]
+    roles: tuple[Role, ...]
+
+    def __add__(self, other: "Rendered") -> "Rendered":
+        return Rendered(self.ids + other.ids, self.roles + other.roles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stretch of an observation with one writer: a body (OBSERVATION) or a notice of the harness."""
+
+    text: str
+    role: Role
+
+
+class Renderer(Protocol):
+    """A trajectory is what these give, one behind the other, with sampled turns between: none is encoded again."""
+
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]  # any of them ends a sampled turn
+    observation_header: tuple[int, ...]  # what every observation has before its body, and no action should have
+
+    def prompt(self, text: str, tools: Sequence[str] = ()) -> Rendered:
+        """The task and, where a format does so, the tools that there are, by name."""
+        ...
+
+    def generation_prompt(self) -> Rendered:
+        """What stands before a turn of the agent."""
+        ...
+
+    def close_turn(self) -> Rendered:
+        """The close of a turn that was cut off: not sampled, never trained."""
+        ...
+
+    def action(self, text: str) -> Rendered:
+        """A demonstrator's turn, stop token included."""
+        ...
+
+    def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
+        """One answer to a turn. `first`, `last`: whether it is of those that the turn gets."""
+        ...
+
+    def turn_text(self, ids: Iterable[int]) -> str:
+        """What the agent wrote in a turn, its stop token left out."""
+        ...

@@ -1,0 +1,59 @@
+"""The built-in chat format, for models that start from nothing.
+
+    <|task|> what the agent reads <|assistant|> bash ls <|end|> <|tool|> output <|note|> exit 2 <|end|> <|assistant|>
+    ...
+
+Control symbols stand between all parts, so encoding the parts one by one is the same as encoding them in one pass, a
+body's tokens decode to exactly that body, and no tool output can imitate a notice of the harness.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from echo_jax.render.base import Part, Rendered
+from echo_jax.roles import Role
+from echo_jax.tokenizer import SentencePieces
+
+
+class BuiltinRenderer:
+    """The built-in format over the SentencePiece tokenizer."""
+
+    def __init__(self, tokenizer: SentencePieces):
+        self.tokenizer = tokenizer
+        self.stop_ids = (tokenizer.end,)
+        self.observation_header = (tokenizer.tool,)
+
+    def prompt(self, text: str, tools: Sequence[str] = ()) -> Rendered:
+        """`tools` are not described: an agent that starts from nothing learns them from demonstrations."""
+        return self._scaffold(self.tokenizer.task) + self._text(text, Role.PROMPT)
+
+    def generation_prompt(self) -> Rendered:
+        return self._scaffold(self.tokenizer.assistant)
+
+    def close_turn(self) -> Rendered:
+        return self._scaffold(self.tokenizer.end)
+
+    def action(self, text: str) -> Rendered:
+        return self._text(text, Role.ACTION) + Rendered((self.tokenizer.end,), (Role.ACTION,))
+
+    def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
+        """Each observation stands by itself, whichever of its turn's it is."""
+        rendered = self._scaffold(self.tokenizer.tool)
+        for i, part in enumerate(parts):
+            if part.role != Role.OBSERVATION:
+                rendered += self._scaffold(self.tokenizer.note)
+            elif i:
+                rendered += self._scaffold(self.tokenizer.tool)
+            rendered += self._text(part.text, part.role)
+        return rendered + self._scaffold(self.tokenizer.end)
+
+    def turn_text(self, ids: Iterable[int]) -> str:
+        ids = tuple(ids)
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+
+    def _text(self, text: str, role: Role) -> Rendered:
+        ids = tuple(self.tokenizer.encode(text))
+        return Rendered(ids, (role,) * len(ids))
+
+    @staticmethod
+    def _scaffold(token: int) -> Rendered:
+        return Rendered((token,), (Role.SCAFFOLD,))

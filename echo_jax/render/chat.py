@@ -1,0 +1,109 @@
+"""The chat formats of published models.
+
+In: a model's own tokenizer. Out: a `Renderer`. The templates are not written here: `qwen3` and `llama_3` are those of
+the package `renderers`, `template` is the Jinja template that comes with the tokenizer. Ours is to ask them for one
+piece of a conversation at a time, and to know of every token who wrote it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from echo_jax.calls import GRAMMARS
+from echo_jax.render.base import Part, Rendered
+from echo_jax.render.marks import Marks
+from echo_jax.render.published import Llama3, Qwen3
+from echo_jax.render.template import RenderError, Template
+from echo_jax.roles import Role
+from echo_jax.tokenizer import BytePairs
+from echo_jax.tools import describe
+
+__all__ = ["FORMATS", "ChatRenderer", "RenderError"]
+
+Token = tuple[int, Role]
+
+
+class Format(Protocol):
+    """A published format, one piece of a conversation at a time. Contents of messages are marked."""
+
+    stop_ids: tuple[int, ...]
+    grammar: str  # of tool calls, that it tells the agent of by itself when it is given tools; "": of none
+    trims: bool  # whether it takes spaces off the ends of prompts
+
+    def prompt(self, messages: list[dict], tools: list[dict] | None, marks: Marks) -> list[Token]: ...
+
+    def generation_prompt(self) -> list[int]: ...
+
+    def answer(self, content: str, marks: Marks, *, first: bool, last: bool) -> list[Token]:
+        """One message of role `tool`, from behind the stop token or behind the message before it."""
+        ...
+
+
+FORMATS = {"qwen3": Qwen3, "llama_3": Llama3, "template": Template}
+
+
+class ChatRenderer:
+    """A published format over its model's tokenizer.
+
+    A notice of the harness stands in brackets, on a line of its own: `[exit 2]`.
+    """
+
+    def __init__(self, tokenizer: BytePairs, format: str, *, grammar: str, thinking: bool = True, system: str = ""):
+        self.tokenizer = tokenizer
+        self._format: Format = FORMATS[format](tokenizer, thinking)
+        self._grammar, self._system = grammar, system
+        self.stop_ids = self._format.stop_ids
+        opening = self._format.generation_prompt()
+        self._opening = Rendered(tuple(opening), (Role.SCAFFOLD,) * len(opening))
+        before = self.observation([Part("x", Role.OBSERVATION)])
+        header = before.ids[: before.roles.index(Role.OBSERVATION)]
+        self.observation_header = tuple(i for i in header if tokenizer.is_added(i))[-1:]
+
+    def prompt(self, text: str, tools: Sequence[str] = ()) -> Rendered:
+        named = tools if self._format.grammar == self._grammar else ()
+        told = [self._system, "" if named or not tools else GRAMMARS[self._grammar].instructions(describe(tools))]
+        system = "\n\n".join(filter(None, told))
+        marks = Marks([text, system])
+        messages = [{"role": "system", "content": self._body(system, marks)}] if system else []
+        messages.append({"role": "user", "content": self._body(text, marks)})
+        return _rendered(self._format.prompt(messages, describe(named) if named else None, marks))
+
+    def _body(self, text: str, marks: Marks) -> str:
+        core = text.strip() if self._format.trims else text
+        return marks.body([Part(core, Role.PROMPT)])
+
+    def generation_prompt(self) -> Rendered:
+        return self._opening
+
+    def close_turn(self) -> Rendered:
+        return Rendered(self.stop_ids[:1], (Role.SCAFFOLD,))
+
+    def action(self, text: str) -> Rendered:
+        ids = (*self.tokenizer.encode_markup(text), self.stop_ids[0])
+        return Rendered(ids, (Role.ACTION,) * len(ids))
+
+    def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
+        spoken = _spoken(list(parts))
+        marks = Marks(part.text for part in spoken)
+        return _rendered(self._format.answer(marks.body(spoken), marks, first=first, last=last))
+
+    def turn_text(self, ids: Iterable[int]) -> str:
+        ids = tuple(ids)
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+
+
+def _spoken(parts: list[Part]) -> list[Part]:
+    """Returns the parts with each notice in brackets and on a line of its own."""
+    spoken: list[Part] = []
+    for i, part in enumerate(parts):
+        if part.role is Role.OBSERVATION:
+            spoken.append(part)
+            continue
+        written = spoken[-1].text if spoken else ""
+        before = "\n" if written and not written.endswith("\n") else ""
+        after = "\n" if i + 1 < len(parts) else ""
+        spoken.append(Part(f"{before}[{part.text}]{after}", part.role))
+    return spoken
+
+
+def _rendered(tokens: list[Token]) -> Rendered:
+    return Rendered(tuple(int(i) for i, _ in tokens), tuple(role for _, role in tokens))

@@ -1,0 +1,160 @@
+"""The chat template that comes with a tokenizer, in Jinja, as `transformers` runs it (ChatML and its like).
+
+A piece of a conversation is the difference of two texts: the template's of a short conversation with the piece, and of
+one without. A template of which the pieces do not add up is refused when the renderer is made.
+"""
+
+import datetime
+import json
+from typing import Any
+
+from echo_jax.render.base import Part
+from echo_jax.render.marks import Marks
+from echo_jax.roles import Role
+from echo_jax.tokenizer import BytePairs
+
+Token = tuple[int, Role]
+
+
+class RenderError(ValueError):
+    """A chat format cannot be used with this tokenizer or these options."""
+
+
+class Template:
+    """The tokenizer's own template. Tools are described by it if it takes any, else by us in the system message."""
+
+    trims = False
+
+    def __init__(self, tokenizer: BytePairs, thinking: bool):
+        self._tokenizer = tokenizer
+        if not thinking:
+            raise RenderError("config.render.thinking = False means nothing to config.render.format = 'template'")
+        if not tokenizer.template:
+            raise RenderError("config.render.format = 'template': the tokenizer comes with no chat template")
+        environment = _environment()
+        from jinja2 import TemplateError, meta
+
+        self._errors = TemplateError
+        try:
+            self._template = environment.from_string(tokenizer.template)
+            names = meta.find_undeclared_variables(environment.parse(tokenizer.template))
+        except TemplateError as error:
+            raise RenderError(f"the tokenizer's chat template is no Jinja: {error}") from error
+        self.grammar = "json" if "tools" in names and "<tool_call>" in tokenizer.template else ""
+        self._role = self._answering_role()
+        marks = Marks(())
+        after = self._conversation([""], marks)
+        stop = tokenizer.starts_with_added(after[self._turn_end(after, marks) :])
+        if stop is None:
+            raise RenderError("the tokenizer's chat template ends a turn of the agent without a token of its own")
+        self._stop = stop
+        self.stop_ids = tuple(dict.fromkeys((tokenizer.id_of(stop), tokenizer.end)))
+        asked, ready = (self._text([_USER], generation=generation) for generation in (False, True))
+        if not ready.startswith(asked) or len(ready) == len(asked):
+            raise RenderError("the tokenizer's chat template adds no generation prompt")
+        self._opening = self._encode(ready[len(asked) :], marks)
+        self._check()
+
+    def prompt(self, messages, tools, marks):
+        return self._encode(self._text(messages, tools=tools), marks)
+
+    def generation_prompt(self):
+        return [token for token, _ in self._opening]
+
+    def answer(self, content, marks, *, first, last):
+        before = [] if first else [""]
+        whole = self._conversation([*before, content], marks)
+        longer = self._conversation([*before, content, ""], marks)
+        end = len(whole) if last else self._cut(whole, longer)
+        text = whole if last else longer
+        if first:
+            start = self._turn_end(text, marks) + len(self._stop)
+        else:
+            start = self._cut(self._conversation(before, marks), text)
+        return self._encode(text[start:end], marks)
+
+    def _conversation(self, answers: list[str], marks: Marks) -> str:
+        """Returns the text of a question, a turn of the agent, and these answers to it."""
+        said = {"role": "assistant", "content": marks.body([Part("x", Role.ACTION)])}
+        return self._text([_USER, said, *({"role": self._role, "content": own} for own in answers)])
+
+    def _turn_end(self, text: str, marks: Marks) -> int:
+        """Returns where the agent's turn of a `_conversation` ends, before the stop token."""
+        turn = marks.body([Part("x", Role.ACTION)])
+        if turn not in text:
+            raise RenderError("the tokenizer's chat template changes a turn of the agent")
+        return text.index(turn) + len(turn)
+
+    def _cut(self, shorter: str, longer: str) -> int:
+        """Returns the length of what both begin with, not ending inside an added token."""
+        pairs = enumerate(zip(shorter, longer, strict=False))
+        cut = next((i for i, (a, b) in pairs if a != b), min(len(shorter), len(longer)))
+        for start in range(max(0, cut - 64), cut):
+            name = self._tokenizer.starts_with_added(longer[start:])
+            if name is not None and start + len(name) > cut:
+                return start
+        return cut
+
+    def _text(self, messages: list[dict], *, tools: list[dict] | None = None, generation: bool = False) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=generation,
+                **{name: self._tokenizer.name_of(name) for name in ("bos_token", "eos_token", "pad_token")},
+            )
+        except (self._errors, TypeError) as error:
+            raise RenderError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+
+    def _encode(self, text: str, marks: Marks) -> list[Token]:
+        ids, _ = marks.encode(self._tokenizer, text)
+        return [(int(i), Role.SCAFFOLD if i.role is None else i.role) for i in ids]
+
+    def _answering_role(self) -> str:
+        """Returns the role that carries a tool's answer: `tool`, or `user` where a template knows no tools."""
+        for role in ("tool", "user"):
+            self._role = role
+            try:
+                if "probe" in self._conversation(["probe"], Marks(())):
+                    return role
+            except RenderError:
+                continue
+        raise RenderError("the tokenizer's chat template takes no answer to a turn, of role tool or user")
+
+    def _check(self) -> None:
+        """Raises `RenderError` unless the pieces of a conversation add up to the whole."""
+        marks = Marks(())
+        answers = [marks.body([Part(own, Role.OBSERVATION)]) for own in ("a", "b c", "")]
+        whole = self._conversation(answers, marks)
+        end = self._turn_end(whole, marks) + len(self._stop)
+        pieces = []
+        for i, own in enumerate(answers):
+            pieces += self.answer(own, marks, first=i == 0, last=i == len(answers) - 1)
+        if pieces != self._encode(whole[end:], marks):
+            raise RenderError("the tokenizer's chat template is not stable: its answers to a turn depend on each other")
+
+
+_USER = {"role": "user", "content": "x"}
+
+
+def _environment():
+    """Returns Jinja as `transformers` sets it up."""
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise RenderError("chat templates need the package jinja2: pip install -e '.[hf]'") from error
+    from jinja2 import TemplateError
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False} | options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment

@@ -1,0 +1,314 @@
+"""The byte-level BPE of published models (Llama 3, Qwen, SmolLM2), through the `tokenizers` package.
+
+In: the files of a published model, or a GGUF file that holds their lists. Out: a tokenizer whose `encode` never gives
+an added token such as `<|im_end|>`, and `encode_spans`, which does so only where a template, not a tool, wrote it.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from echo_jax.tokenizer.base import TokenizerError
+
+_SURROGATES = re.compile("([\ud800-\udfff]+)")
+# What a published folder has of its tokenizer beside tokenizer.json.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# `tokenizer.ggml.pre` of a GGUF file -> how text is cut into words before merges
+PRE_TOKENIZERS = {
+    "smollm": [{"type": "Digits", "individual_digits": True}, _split(_GPT2), _BYTES],
+    "gpt-2": [_split(_GPT2), _BYTES],
+    "qwen2": [_split(_WORDS % r"\p{N}"), _BYTES],
+    "llama-bpe": [_split(_WORDS % r"\p{N}{1,3}"), _BYTES],
+}
+
+
+class Token(NamedTuple):
+    id: int
+    start: int  # character of the text where it begins
+
+
+class BytePairs:
+    """A tokenizer.json, and what is said of it beside it."""
+
+    def __init__(self, definition: dict[str, Any], said: dict[str, Any], origin: Path):
+        """
+        Args:
+          definition: a tokenizer.json.
+          said: a tokenizer_config.json.
+          origin: the file that errors name.
+        """
+        self._definition, self._said, self._origin = definition, said, origin
+        added = self._added()
+        try:
+            vocabulary = {n: i for n, i in definition["model"]["vocab"].items() if n not in added}
+            self._plain = self._build(vocabulary)
+        except Exception as error:  # `tokenizers` raises no narrower class
+            raise self._error(f"it is no tokenizer.json of a byte-level BPE: {error}") from error
+        self._id_of = vocabulary | added
+        self.vocab_size = 1 + max(self._id_of.values())
+        self._bytes = self._byte_table(vocabulary, added)
+        self._byte_id = self._byte_ids(vocabulary)
+        self._markup = _alternatives(added)
+        self._special = frozenset(a["id"] for a in definition["added_tokens"] if a["special"])
+        self._added_ids = frozenset(added.values())
+        self.template: str = said.get("chat_template") or ""
+        self.end = self._named("eos_token")
+        self.pad = self._named("pad_token", self.end)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """Reads the files of a published model.
+
+        Raises:
+          TokenizerError: one is missing or damaged, or it is no byte-level BPE.
+        """
+        said = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if (template := folder / "chat_template.jinja").is_file():
+            said["chat_template"] = template.read_text()
+        tokenizer = cls(_json(folder / "tokenizer.json"), said, folder / "tokenizer.json")
+        tokenizer._folder = folder
+        return tokenizer
+
+    @classmethod
+    def of_gguf(cls, path: Path) -> Self:
+        """Builds it again from the lists of a GGUF file.
+
+        Raises:
+          TokenizerError: the file cannot be read, or it is no byte-level BPE of a known kind.
+        """
+        fields = _gguf_fields(path)
+        get = lambda name, default=None: fields.get(f"tokenizer.ggml.{name}", default)  # noqa: E731
+        names, kinds, pre = get("tokens", []), get("token_type", []), get("pre")
+        if get("model") != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise TokenizerError(
+                f"{path}: its tokenizer is {get('model')!r} with {pre!r}; there can be 'gpt2' with one of "
+                f"{', '.join(PRE_TOKENIZERS)}. Name a folder with a tokenizer.json in config.tokenizer.path"
+            )
+        added = [
+            {"id": i, "content": name, "special": kind == 3, "normalized": False} | dict.fromkeys(_FLAGS, False)
+            for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+            if kind in (3, 4)  # control, user-defined
+        ]
+        definition = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+            "post_processor": None,
+            "decoder": _BYTES,
+            "model": {
+                "type": "BPE",
+                "vocab": {name: i for i, name in enumerate(names)},
+                "merges": get("merges", []),
+                "ignore_merges": pre == "llama-bpe",
+            },
+        }
+        token = lambda name: names[get(f"{name}_token_id")] if get(f"{name}_token_id") is not None else None  # noqa: E731
+        said = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": token("bos"),
+            "eos_token": token("eos"),
+            "pad_token": token("padding"),
+            "chat_template": fields.get("tokenizer.chat_template"),
+            "clean_up_tokenization_spaces": False,
+        }
+        return cls(definition, {name: value for name, value in said.items() if value is not None}, path)
+
+    _folder: Path | None = None
+
+    def encode(self, text: str) -> list[int]:
+        return [token.id for token in self.encode_spans([(text, False)])]
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Returns the ids of what an agent writes: markup such as `<tool_call>` becomes its token, what ends a turn or
+        changes the speaker does not."""
+        pieces, end = [], 0
+        for match in self._matches(text):
+            if self._id_of[match.group()] not in self._special:
+                pieces += [(text[end : match.start()], False), (match.group(), True)]
+                end = match.end()
+        return [token.id for token in self.encode_spans([*pieces, (text[end:], False)])]
+
+    def encode_spans(self, spans: Sequence[tuple[str, bool]]) -> list[Token]:
+        """Encodes (text, trusted) spans in one pass: merges cross their seams. An added token is recognised where all
+        of its characters are trusted; elsewhere its name is text."""
+        text = "".join(own for own, _ in spans)
+        trusted = [flag for own, flag in spans for _ in own]
+        tokens, end = [], 0
+        for match in self._matches(text):
+            if match.start() >= end and all(trusted[match.start() : match.end()]):
+                tokens += self._plainly(text[end : match.start()], end)
+                tokens.append(Token(self._id_of[match.group()], match.start()))
+                end = match.end()
+        return tokens + self._plainly(text[end:], end)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "surrogateescape")
+
+    def id_of(self, name: str) -> int | None:
+        """Returns the id of a token by its name."""
+        return self._id_of.get(name)
+
+    def name_of(self, field: str) -> str:
+        """Returns the name of a token such as `bos_token`; "" if there is none."""
+        value = self._said.get(field)
+        return (value.get("content") if isinstance(value, dict) else value) or ""
+
+    def is_added(self, token: int) -> bool:
+        return token in self._added_ids
+
+    def starts_with_added(self, text: str) -> str | None:
+        """Returns the added token that a text begins with."""
+        match = self._markup.match(text) if self._markup else None
+        return match.group() if match else None
+
+    def differs_from(self, other: "BytePairs") -> str:
+        """Returns a difference of two vocabularies in words; "" if there is none."""
+        if self._id_of == other._id_of:
+            return ""
+        odd = set(self._id_of.items()) ^ set(other._id_of.items())
+        name = min(odd, key=lambda pair: pair[1])[0]
+        here, there = (which._id_of.get(name, "unknown") for which in (self, other))
+        return f"{name!r} is {here} in one and {there} in the other"
+
+    def save(self, folder: Path) -> None:
+        if self._folder is not None:
+            for name in FILES:
+                if (self._folder / name).is_file():
+                    shutil.copyfile(self._folder / name, folder / name)
+            return
+        (folder / "tokenizer.json").write_text(json.dumps(self._definition, ensure_ascii=False))
+        (folder / "tokenizer_config.json").write_text(json.dumps(self._said, ensure_ascii=False, indent=2))
+
+    def _plainly(self, text: str, start: int) -> list[Token]:
+        """Encodes text in which nothing is an added token; bytes that are no text by the pieces of single bytes."""
+        tokens = []
+        for i, part in enumerate(_SURROGATES.split(text)):
+            if i % 2:
+                tokens += [
+                    Token(self._byte_id[b], start + k)
+                    for k, b in enumerate(part.encode("utf-8", "surrogateescape"))
+                    if b in self._byte_id
+                ]
+            elif part:
+                found = self._plain.encode(part, add_special_tokens=False)
+                pairs = zip(found.ids, found.offsets, strict=True)
+                tokens += [Token(own, start + first) for own, (first, _) in pairs]
+            start += len(part)
+        return tokens
+
+    def _matches(self, text: str) -> Iterable[re.Match]:
+        return self._markup.finditer(text) if self._markup else ()
+
+    def _added(self) -> dict[str, int]:
+        try:
+            added = self._definition["added_tokens"]
+            if odd := [a["content"] for a in added if any(a[flag] for flag in _FLAGS)]:
+                raise self._error(f"its added tokens {odd[:4]} take in what is beside them, which is not supported")
+            return {a["content"]: a["id"] for a in added}
+        except (KeyError, TypeError) as error:
+            raise self._error(f"it is no tokenizer.json: it lacks {error}") from error
+
+    def _build(self, vocabulary: dict[str, int]):
+        """Returns the same tokenizer without added tokens and what it would put around a text."""
+        model = self._definition["model"] | {"vocab": vocabulary}
+        plain = self._definition | {"added_tokens": [], "post_processor": None, "model": model}
+        return _tokenizers().Tokenizer.from_str(json.dumps(plain))
+
+    def _byte_table(self, vocabulary: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
+        byte_of = {character: byte for byte, character in _bytes_to_unicode().items()}
+        try:
+            table = {i: bytes(byte_of[character] for character in name) for name, i in vocabulary.items()}
+        except KeyError as error:
+            raise self._error(f"it is no byte-level BPE: its pieces have the character {error}") from error
+        return table | {i: name.encode() for name, i in added.items()}
+
+    def _byte_ids(self, vocabulary: dict[str, int]) -> dict[int, int]:
+        """Returns byte -> its piece. SmolLM2 has none for some, such as 0x04: they vanish, as in `tokenizers`."""
+        found = {byte: vocabulary[name] for byte, name in _bytes_to_unicode().items() if name in vocabulary}
+        missing = [chr(byte) for byte in range(ord(" "), 0x7F) if byte not in found]
+        if missing:
+            raise self._error(f"it is no byte-level BPE: {''.join(missing)!r} have no pieces")
+        return found
+
+    def _named(self, field: str, default: int | None = None) -> int:
+        name = self.name_of(field)
+        if name in self._id_of:
+            return self._id_of[name]
+        if default is None:
+            raise self._error(f"{field} = {name!r} is no token of it")
+        return default
+
+    def _error(self, cause: str) -> TokenizerError:
+        return TokenizerError(f"{self._origin}: {cause}")
+
+
+_FLAGS = ("lstrip", "rstrip", "single_word")
+
+
+def _alternatives(added: dict[str, int]) -> re.Pattern | None:
+    """Returns what finds added tokens, the longest at each place."""
+    names = sorted(added, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-ins of bytes, in which byte-level vocabularies are written."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TokenizerError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{path} holds no JSON object")
+    return found
+
+
+def _tokenizers():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise TokenizerError("published tokenizers need the package tokenizers: pip install -e '.[hf]'") from error
+    return tokenizers
+
+
+def _gguf_fields(path: Path) -> dict[str, Any]:
+    try:
+        import gguf
+    except ImportError as error:
+        raise TokenizerError("a GGUF file needs the package gguf: pip install -e '.[hf]'") from error
+    try:
+        return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise TokenizerError(f"{path} is damaged: {error}") from error

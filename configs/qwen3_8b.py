@@ -22,6 +22,7 @@ def get_config(weights=""):
     c.model.qk_norm = True
     c.model.compute_dtype = "bfloat16"
     c.model.attention = "splash"
+    c.render.format = "qwen3"
     c.task.mixture = {"shell": 1.0}
     # The paper's setup (arXiv 2605.24517).
     c.num_steps = 500

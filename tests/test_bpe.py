@@ -1,0 +1,198 @@
+"""Laws of published tokenizers: ids are the real tokenizer's, text never becomes an added token, bytes come back."""
+
+import json
+import re
+import unicodedata
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from published_tokenizers import KINDS, edit, write
+from tokenizers import Tokenizer as RealTokenizer
+
+from echo_jax import tokenizer as tokenizers
+from echo_jax.tokenizer import BytePairs, SentencePieces, TokenizerError
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+NAMES = sorted({name for special, plain, _ in KINDS.values() for name in special + plain})
+awkward = st.sampled_from(
+    [*NAMES, "<|im_", "end|>", "<", "\0", "\n", "\r\n", "\t", " ", "  ", "e\u0301", "\u00e9", "\u212b", "\u3000",
+     "\U0001f9ff", "12345", "don't", "DON'T", "exit status", "\ufeff", "\U000f0001"]
+)  # fmt: skip
+texts = st.lists(st.one_of(awkward, st.text(max_size=6)), max_size=10).map("".join)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """(ours, the real one) of each kind."""
+    folder = write(tmp_path_factory.mktemp("published") / request.param, request.param)
+    return tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def ids(tokens):
+    return [token.id for token in tokens]
+
+
+@PATIENT
+@given(text=texts)
+def test_what_a_template_wrote_has_the_ids_of_the_real_tokenizer(pair, text):
+    ours, real = pair
+    assert ids(ours.encode_spans([(text, True)])) == real.encode(text, add_special_tokens=False).ids
+
+
+@PATIENT
+@given(text=texts)
+def test_text_never_becomes_an_added_token(pair, text):
+    ours, real = pair
+    found = ours.encode(text)
+    assert not any(ours.is_added(i) for i in found)
+    if not any(name in text for name in NAMES):
+        assert found == real.encode(text, add_special_tokens=False).ids
+
+
+@PATIENT
+@given(text=texts)
+def test_text_comes_back_up_to_its_normal_form(pair, text):
+    ours, real = pair
+    once = ours.decode(ours.encode(text))
+    assert once == (text if real.normalizer is None else unicodedata.normalize("NFC", text))
+    assert ours.decode(ours.encode(once)) == once
+
+
+@PATIENT
+@given(data=st.binary(max_size=10))
+@example(data=bytes(range(128, 256)))
+@example(data=b"\xed\xb3\xbf")
+def test_bytes_that_are_no_text_come_back_exactly(pair, data):
+    ours, real = pair
+    text = data.decode("utf-8", "surrogateescape")
+    if real.normalizer is None or unicodedata.is_normalized("NFC", text):
+        assert ours.decode(ours.encode(text)).encode("utf-8", "surrogateescape") == data
+
+
+@PATIENT
+@given(data=st.data())
+def test_whatever_a_policy_samples_has_a_text(pair, data):
+    ours, _ = pair
+    sampled = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=20))
+    text = ours.decode(sampled)
+    assert isinstance(text, str)
+    for name in NAMES:
+        if ours.id_of(name) in sampled:
+            assert name in text
+
+
+@PATIENT
+@given(spans=st.lists(st.tuples(texts, st.booleans()), max_size=5))
+@example(spans=[("<|im_", True), ("end|>", False)])
+@example(spans=[("<|im_", True), ("end|>", True)])
+@example(spans=[("exit sta", True), ("tus", False)])
+def test_spans_are_one_pass_in_which_only_trusted_text_has_added_tokens(pair, spans):
+    ours, _ = pair
+    text = "".join(own for own, _ in spans)
+    trusted = [flag for own, flag in spans for _ in own]
+    tokens = ours.encode_spans(spans)
+    assert [token.start for token in tokens] == sorted(token.start for token in tokens)
+    for token in tokens:
+        if ours.is_added(token.id):
+            name = ours.decode([token.id])
+            assert text[token.start :].startswith(name)
+            assert all(trusted[token.start : token.start + len(name)])
+    if not any(trusted):
+        assert ids(tokens) == ours.encode(text)
+    if all(trusted):
+        assert ids(tokens) == ids(ours.encode_spans([(text, True)]))
+
+
+def test_merges_cross_the_seams_of_spans(pair):
+    ours, _ = pair
+    whole = ours.encode("exit status")
+    assert ids(ours.encode_spans([("exit st", True), ("atus", False)])) == whole
+    assert len(whole) < len(ours.encode("exit st")) + len(ours.encode("atus"))
+
+
+def test_a_name_inside_another_is_not_taken_for_it(tmp_path):
+    """The longest added token at a place is the one that is there."""
+
+    def change(said):
+        last = said["added_tokens"][-1]
+        said["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<|im_end|>x"})
+
+    folder = edit(write(tmp_path / "t", "chatml"), change)
+    ours, real = tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "a<|im_end|>xb<|im_end|>c"
+    assert ids(ours.encode_spans([(text, True)])) == real.encode(text, add_special_tokens=False).ids
+
+
+def test_an_agents_markup_becomes_tokens_but_never_an_end_of_turn(tmp_path):
+    ours = tokenizers.load(write(tmp_path / "t", "qwen3"))
+    found = ours.encode_markup('<tool_call>\n{"a": "<|im_end|>"}\n</tool_call>')
+    assert found[0] == ours.id_of("<tool_call>")
+    assert found[-1] == ours.id_of("</tool_call>")
+    assert ours.id_of("<|im_end|>") not in found
+    assert ours.decode(found) == '<tool_call>\n{"a": "<|im_end|>"}\n</tool_call>'
+
+
+def test_what_is_named_decides_the_kind(tmp_path):
+    folder = write(tmp_path / "t", "chatml")
+    assert isinstance(tokenizers.load(folder), BytePairs)
+    assert isinstance(tokenizers.load(folder / "tokenizer.json"), BytePairs)
+    assert isinstance(tokenizers.load(), SentencePieces)
+    with pytest.raises(TokenizerError, match="no tokenizer model at .*none"):
+        tokenizers.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_tokenizer_is_the_same(tmp_path, kind):
+    ours = tokenizers.load(write(tmp_path / "t", kind))
+    (tmp_path / "copy").mkdir()
+    ours.save(tmp_path / "copy")
+    copy = tokenizers.load(tmp_path / "copy")
+    assert ours.differs_from(copy) == ""
+    assert (copy.template, copy.end, copy.pad) == (ours.template, ours.end, ours.pad)
+
+
+def test_another_vocabulary_is_told_by_its_first_difference(tmp_path):
+    ours, other = (tokenizers.load(write(tmp_path / kind, kind)) for kind in ("chatml", "llama_3"))
+    assert re.fullmatch(r"'<\|.*\|>' is (\d+|unknown) in one and (\d+|unknown) in the other", ours.differs_from(other))
+
+
+def test_a_template_in_a_file_of_its_own_counts(tmp_path):
+    folder = write(tmp_path / "t", "chatml")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert tokenizers.load(folder).template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: said["added_tokens"][0].update(lstrip=True), r"\['<\|endoftext\|>'\] take in what is beside"),
+        (lambda said: said["model"].update(type="Unigram"), "it is no tokenizer.json of a byte-level BPE"),
+        (lambda said: said.pop("added_tokens"), "lacks 'added_tokens'"),
+        (lambda said: said.pop("model"), "it is no tokenizer.json of a byte-level BPE"),
+        (lambda said: said["model"]["vocab"].update({"\u2581the": 490}), "its pieces have the character '\u2581'"),
+        (lambda said: (said["model"]["vocab"].pop("Q"), said["model"].update(merges=[])), "'Q' have no pieces"),
+    ],
+    ids=["takes spaces in", "unigram", "no added tokens", "no model", "SentencePiece", "no Q"],
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_serve_is_refused_by_name(tmp_path, change, message):
+    folder = edit(write(tmp_path / "t", "chatml"), change)
+    with pytest.raises(TokenizerError, match=message) as raised:
+        tokenizers.load(folder)
+    assert str(folder / "tokenizer.json") in str(raised.value)
+
+
+def test_damaged_files_are_named(tmp_path):
+    folder = write(tmp_path / "t", "chatml")
+    whole = (folder / "tokenizer.json").read_text()
+    for text, message in ((whole[:-20], "is no JSON"), ("[]", "holds no JSON object"), ("{}", "lacks 'added_tokens'")):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(TokenizerError, match=message):
+            tokenizers.load(folder)
+    (folder / "tokenizer.json").write_text(whole)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|stop|>"}))
+    with pytest.raises(TokenizerError, match=r"eos_token = '<\|stop\|>' is no token of it"):
+        tokenizers.load(folder)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TokenizerError, match=r"x\.gguf is damaged"):
+        tokenizers.load(tmp_path / "x.gguf")

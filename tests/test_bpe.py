@@ -157,6 +157,17 @@ def test_another_vocabulary_is_told_by_its_first_difference(tmp_path):
     assert re.fullmatch(r"'<\|.*\|>' is (\d+|unknown) in one and (\d+|unknown) in the other", ours.differs_from(other))
 
 
+def test_special_tokens_and_templates_are_found_wherever_published_folders_have_them(tmp_path):
+    folder = write(tmp_path / "t", "chatml")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": said.pop("eos_token")}}))
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": said["chat_template"]}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": None, "chat_template": several}))
+    ours = tokenizers.load(folder)
+    assert ours.end == ours.pad == ours.id_of("<|im_end|>")
+    assert ours.template == said["chat_template"]
+
+
 def test_a_template_in_a_file_of_its_own_counts(tmp_path):
     folder = write(tmp_path / "t", "chatml")
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -71,7 +71,10 @@ class BytePairs:
         self._markup = _alternatives(added)
         self._special = frozenset(a["id"] for a in definition["added_tokens"] if a["special"])
         self._added_ids = frozenset(added.values())
-        self.template: str = said.get("chat_template") or ""
+        template = said.get("chat_template") or ""
+        if isinstance(template, list):  # several, by name
+            template = {own["name"]: own["template"] for own in template}.get("default", "")
+        self.template: str = template
         self.end = self._named("eos_token")
         self.pad = self._named("pad_token", self.end)
 
@@ -82,7 +85,10 @@ class BytePairs:
         Raises:
           TokenizerError: one is missing or damaged, or it is no byte-level BPE.
         """
-        said = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        said: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # what the second says counts
+            if (folder / name).is_file():
+                said |= _json(folder / name)
         if (template := folder / "chat_template.jinja").is_file():
             said["chat_template"] = template.read_text()
         tokenizer = cls(_json(folder / "tokenizer.json"), said, folder / "tokenizer.json")

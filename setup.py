@@ -2,8 +2,8 @@
 
 import setuptools
 
-# Published models: their weights, tokenizers and chat formats.
-HF = ["gguf>=0.19", "jinja2>=3.1", "renderers>=0.1.12", "safetensors>=0.5", "tokenizers>=0.21"]
+# Published models: their weights, tokenizers and chat formats. renderers imports httpx without asking for it.
+HF = ["gguf>=0.19", "httpx>=0.27", "jinja2>=3.1", "renderers>=0.1.12", "safetensors>=0.5", "tokenizers>=0.21"]
 
 setuptools.setup(
     name="echo_jax",

@@ -356,8 +356,8 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
         renderer=renderer,
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
-        imitated=_imitated(config, tokenizer.vocab_size),
-        replay=_replay(config, tokenizer.vocab_size),
+        imitated=_imitated(config, training.vocab_size),
+        replay=_replay(config, training.vocab_size),
         source=source,
         peers=peers,
     )

@@ -93,9 +93,11 @@ def _attributed(ids: Sequence[int], is_content: Sequence[bool]) -> list[Token]:
     for k, (own, content) in enumerate(zip(ids, is_content, strict=True)):
         if not content:
             tokens.append((int(own), Role.SCAFFOLD))
+        elif stamps[k] is not None:
+            tokens.append((int(own), stamps[k]))
         else:
             nearest = stamps[min(known, key=lambda other, k=k: abs(other - k))] if known else Role.OBSERVATION
-            tokens.append((int(own), stamps[k] if stamps[k] is not None else nearest))
+            tokens.append((int(own), nearest))
     return tokens
 
 

@@ -55,7 +55,7 @@ pass_on() {
 # Runs it once; sets `status`, and `said`: "W S" for each worker W that ended with status S.
 run_once() {
   local id command
-  id=$(date +%s)-$$
+  id=$(date +%s)-$$-$restart # two starts may fall into one second
   command="cd $tree && PYTHONPATH=\$PWD ECHO_JAX_CLUSTER=auto exec tpu_scripts/worker.sh --attempt=$id"
   command+=" $(quoted "--logs=$workdir/launch") -- \$HOME/echo_jax/venv/bin/python -m echo_jax.train $(quoted "$@")"
   command=$(on_worker all "$command" "${place[@]}")
@@ -71,10 +71,11 @@ run_once() {
   said=$(sed -n "s/^echo_jax: worker \(.*\) ended with status \(.*\) ($id)\$/\1 \2/p" "$output")
 }
 
+restart=1
 if ((dry_run)); then "${ship[@]}" --dry-run && run_once "$@" && exit; fi
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
-for ((restart = 1; ; restart++)); do
+for (( ; ; restart++)); do
   status=0 said='' state=''
   step "$(quoted "${ship[@]}")" || status=$?
   if ((status == 0 && !signals)); then run_once "$@"; fi

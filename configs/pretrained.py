@@ -2,7 +2,8 @@
 
 python -m echo_jax.train --config=configs/pretrained.py:FOLDER --workdir=runs/NAME
 
-The model's sizes are read from there, and its own chat template is used. `--config.lora.rank=32
+The model's sizes are read from there, and its own chat format is used; of Llama 3 models, name it:
+`--config.render.format=llama_3 --config.rollout.grammar=llama`. `--config.lora.rank=32
 --config.model.param_dtype=bfloat16` trains adapters alone. What is left to set is the size of a rollout and of a step.
 """
 
@@ -16,7 +17,8 @@ def get_config(weights=""):
     if weights:
         c.model.update(fields_of(weights))
     c.model.compute_dtype = "bfloat16"
-    c.render.format = "template"
+    c.render.format = "qwen3" if c.model.qk_norm else "template"
+    c.rollout.grammar = "json"
     c.task.mixture = {"shell": 1.0}
     c.rollout.max_turns = 8
     c.rollout.max_tokens = 2_048

@@ -110,7 +110,8 @@ class Llama:
     """One call a turn: `{"name": …, "parameters": {…}}` and nothing else, as Llama 3 is asked to write."""
 
     def parse(self, text, tools):
-        if not text.lstrip().startswith("{"):
+        text = text.lstrip().removeprefix("<|python_tag|>").lstrip()  # Llama 3.1 may begin a call with it
+        if not text.startswith("{"):
             return [Malformed("no_call", "no tool call")]
         try:
             return [_object(text, "parameters", tools)]

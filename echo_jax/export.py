@@ -5,7 +5,7 @@
 
 In: the newest checkpoint of a run. Out: safetensors, config.json, the tokenizer's files and generation_config.json;
 adapters are merged into the weights or, with `--adapter`, written alone in PEFT's layout. The folder appears when it is
-complete.
+complete. A run of several processes may be exported by several, as it is evaluated, or by one.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ from echo_jax.cli import run_program
 from echo_jax.config import check_workdir
 from echo_jax.models.export import write_adapter, write_weights
 from echo_jax.models.families import FamilyError, published_config, tensor_names
+from echo_jax.models.sources import read_json
+from echo_jax.peers import Peers
 from echo_jax.progress import Progress
 from echo_jax.runtime import Runtime
 
@@ -39,45 +41,60 @@ class ExportError(RuntimeError):
 
 @contextlib.contextmanager
 def complete(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which gets its name when all is written.
-
-    Raises:
-      ExportError: something has the name already.
-    """
-    if folder.exists():
-        raise ExportError(f"{folder} exists; choose another --output, or remove it")
+    """Yields a folder to write into, which gets its name when all is written, and is removed after an error."""
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     scratch.rename(folder)
 
 
-def export(config: ml_collections.ConfigDict, workdir: Path, output: Path, *, dtype: str, adapter: bool) -> str:
+def export(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    output: Path,
+    *,
+    dtype: str,
+    adapter: bool,
+    peers: Peers | None = None,
+) -> str:
     """Writes the newest checkpoint of a run to `output`; returns what to tell the user.
 
     Raises:
       ExportError, or one of runtime.USER_ERRORS: before anything is written.
     """
-    runtime = runtime_lib.build(config)
+    peers = peers or Peers()
+    runtime = runtime_lib.build(config, peers)
+    if adapter and not (config.lora.rank and config.model.weights):
+        raise ExportError(
+            f"config.lora.rank = {config.lora.rank}, config.model.weights = {config.model.weights!r}: this run has no "
+            "adapters of published weights; leave --adapter out"
+        )
     check_workdir(config, workdir)
-    if adapter and not config.lora.rank:
-        raise ExportError("config.lora.rank = 0: this run has no adapters; leave --adapter out")
+    if peers.first(output.exists):
+        raise ExportError(f"{output} exists; choose another --output, or remove it")
     try:
-        described = _described(runtime, dtype)
+        described = {"config.json": _described(runtime, dtype), GENERATION: _generation(runtime)}
     except FamilyError as error:
         raise ExportError(str(error)) from error
-    with complete(output) as folder, Checkpointer(workdir / "checkpoints") as checkpointer:
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
         policy = policy_lib.restore(checkpointer, runtime)
+    with complete(output) if peers.is_first else contextlib.nullcontext() as folder:
         if adapter:
             write_adapter(policy.params, runtime.model_config, folder, base=config.model.weights)
         else:
-            total = len(tensor_names(runtime.model_config))
-            with Progress("writing tensors", total=total, console=Console(stderr=True)) as progress:
+            total, console = len(tensor_names(runtime.model_config)), Console(stderr=True, quiet=not peers.is_first)
+            with Progress("writing tensors", total=total, console=console) as progress:
                 write_weights(policy.params, runtime.model_config, folder, dtype=dtype, on_tensor=progress.update)
-            _write_json(folder / "config.json", described)
-            _write_json(folder / GENERATION, _generation(runtime))
-        runtime.renderer.tokenizer.save(folder)
+        if peers.is_first:
+            for name, said in {} if adapter else described.items():
+                (folder / name).write_text(json.dumps(said, indent=2) + "\n")
+            runtime.renderer.tokenizer.save(folder)
+    peers.gather(None, "export")
     return f"step {policy.step} of {workdir} is in {output}"
 
 
@@ -94,7 +111,7 @@ def _generation(runtime: Runtime) -> dict[str, Any]:
     """Returns the generation_config.json of the published weights or, without one, what this run sampled with."""
     theirs = Path(runtime.config.model.weights) / GENERATION
     if runtime.source and theirs.is_file():
-        return json.loads(theirs.read_text())
+        return read_json(theirs)
     return {
         "do_sample": True,
         "temperature": runtime.config.rollout.temperature,
@@ -103,12 +120,13 @@ def _generation(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, said: dict[str, Any]) -> None:
-    path.write_text(json.dumps(said, indent=2) + "\n")
-
-
 def main(args: flags.FlagValues) -> None:
-    print(export(args.config, Path(args.workdir), Path(args.output), dtype=args.dtype, adapter=args.adapter))
+    user_errors = (*runtime_lib.USER_ERRORS, ExportError)
+    with runtime_lib.start_peers(args.config, user_errors) as peers:
+        workdir, output = Path(args.workdir), Path(args.output)
+        said = export(args.config, workdir, output, dtype=args.dtype, adapter=args.adapter, peers=peers)
+        if peers.is_first:
+            print(said)
 
 
 if __name__ == "__main__":

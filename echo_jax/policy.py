@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from echo_jax.checkpoint import Checkpointer, fingerprint
+from echo_jax.checkpoint import Checkpointer, CheckpointError, fingerprint
 from echo_jax.models import lora
 from echo_jax.models.families import tensor_names
 from echo_jax.models.pretrained import load_params
@@ -24,10 +24,14 @@ def begin(runtime: Runtime) -> tuple[dict, dict]:
     config, seed, mesh = runtime.model_config, runtime.config.seed, runtime.mesh
     if runtime.source is None:
         return lora.split(init_params(config, seed, mesh)[1])
-    console = Console(quiet=not runtime.peers.is_first)
-    with Progress("reading tensors", total=len(tensor_names(config)), console=console) as progress:
-        base = load_params(runtime.source, config, mesh, on_tensor=progress.update)
+    base = _published(runtime)
     return (init_adapters(config, seed, mesh), base) if config.lora.rank else (base, {})
+
+
+def _published(runtime: Runtime) -> dict:
+    total, console = len(tensor_names(runtime.model_config)), Console(quiet=not runtime.peers.is_first)
+    with Progress("reading tensors", total=total, console=console) as progress:
+        return load_params(runtime.source, runtime.model_config, runtime.mesh, on_tensor=progress.update)
 
 
 class Restored(NamedTuple):
@@ -52,7 +56,14 @@ def restore(checkpointer: Checkpointer, runtime: Runtime) -> Restored:
       WeightsError: what it trains beside is no longer what it was.
     """
     state, saved = checkpointer.restore(runtime.abstract_state())
-    frozen = begin(runtime)[1] if runtime.model_config.lora.rank else {}
+    frozen = {}
+    if runtime.model_config.lora.rank:
+        frozen = begin(runtime)[1] if runtime.source is None else _published(runtime)
+    if "frozen" not in saved:
+        raise CheckpointError(
+            f"the checkpoint of step {saved['step']} is of an earlier version, without a fingerprint of what is "
+            "frozen; choose a new --workdir"
+        )
     if fingerprint(frozen) != saved["frozen"]:
         raise WeightsError(
             f"the weights of {runtime.config.model.weights or 'the seed'} are not those that the adapters of step "

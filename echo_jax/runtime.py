@@ -43,7 +43,7 @@ from echo_jax.rollout import Collector, RolloutError
 from echo_jax.selection import SelectionError, load_filter
 from echo_jax.tasks.stream import make_families, task_stream
 from echo_jax.tasks.task import Task
-from echo_jax.tokenizer import BytePairs, Tokenizer, TokenizerError
+from echo_jax.tokenizer import Tokenizer, TokenizerError, differing, vocabulary
 from echo_jax.tokenizer import load as load_tokenizer
 from echo_jax.tools import TOOL_IDS, TOOLS, sandbox
 from echo_jax.training import Training, build_training
@@ -239,6 +239,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f"config.system.profile_steps = {steps}: it must be (first, last) RL steps from 1, or ()",
     )
     # An option that would do nothing is an error: its run would not be what its name says.
+    scaling, defaults = config.model.rope_scaling, config_lib.default_config()
+    unused = set(scaling) - {"kind", *SCALINGS[scaling.kind]}
+    idle = {name: scaling[name] for name in unused if scaling[name] != defaults.model.rope_scaling[name]}
+    require(not idle, f"config.model.rope_scaling.kind = {scaling.kind!r} has no {idle}")
+    for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
+        require(
+            scaling[low] < scaling[high],
+            f"config.model.rope_scaling.{low} = {scaling[low]} must be below {high} = {scaling[high]}",
+        )
+    idle = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
+    require(bool(config.lora.rank) or not idle, f"config.lora.rank = 0: there are no adapters that {idle} could be of")
     modes = {loss.mode, *(mode for _, mode in loss.mode_changes)}
     trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
     require(
@@ -297,14 +308,12 @@ def find_tokenizer(config: ml_collections.ConfigDict) -> Tokenizer:
       TokenizerError: it cannot serve, or it is of another vocabulary than the one that comes with the weights.
     """
     weights, path = config.model.weights, config.tokenizer.path
-    comes_along = bool(weights) and (Path(weights).suffix == ".gguf" or (Path(weights) / "tokenizer.json").is_file())
-    if comes_along and path:
-        tokenizer, theirs = load_tokenizer(path), load_tokenizer(weights)
-        other = "another kind" if not isinstance(tokenizer, BytePairs) else tokenizer.differs_from(theirs)
-        if other:
-            raise TokenizerError(f"{path} is of another vocabulary than the tokenizer of {weights}: {other}")
-        return tokenizer
-    return load_tokenizer(weights if comes_along else path)
+    if not path:
+        return load_tokenizer(weights)
+    tokenizer = load_tokenizer(path)
+    if weights and (theirs := vocabulary(weights)) and (difference := differing(tokenizer.vocabulary, theirs)):
+        raise TokenizerError(f"{path} is of another vocabulary than the tokenizer of {weights}: {difference}")
+    return tokenizer
 
 
 def start_peers(config: ml_collections.ConfigDict, user_errors: tuple[type[Exception], ...] = USER_ERRORS) -> Peers:
@@ -327,7 +336,10 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Runt
     Raises:
       PeerError: the processes have not got the same config or the same JAX.
       ConfigError: a field's value cannot work.
-      TokenizerError: the tokenizer's model cannot be used.
+      TokenizerError: the tokenizer cannot be used, or not with these weights.
+      WeightsError: the weights are damaged, or of another model than the config's.
+      RenderError: the tokenizer does not fit the chat format.
+      TrajectoryError: saved rollouts that are to be used are damaged.
       SandboxUnavailable: no sandbox works on this host.
     """
     peers = peers or Peers()

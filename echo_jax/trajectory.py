@@ -137,8 +137,12 @@ def remove_shares(folder: Path) -> None:
         part.unlink()
 
 
-def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
+def load(path: Path, *, vocab_size: int, padded: bool = False) -> list[Trajectory]:
     """Reads what `save` wrote.
+
+    Args:
+      padded: whether it may have been written with more ids than `vocab_size`, as of an embedding that has more rows
+        than its tokenizer has pieces.
 
     Raises:
       TrajectoryError: the file is damaged, of another format, or of another vocabulary.
@@ -151,8 +155,11 @@ def load(path: Path, *, vocab_size: int) -> list[Trajectory]:
             f"{path} is not a saved-rollouts file or is damaged ({error}). In the workdir of a run: delete it, "
             "then run the same command again, which makes it anew"
         ) from error
-    if header != _header(vocab_size):
-        raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {_header(vocab_size)}")
+    expected = _header(vocab_size)
+    if padded and isinstance(header, dict) and isinstance(rows := header.get("vocab_size"), int) and rows >= vocab_size:
+        expected = _header(vocab_size := rows)
+    if header != expected:
+        raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {expected}")
     try:
         trajectories = [_from_record(record) for record in records]
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:

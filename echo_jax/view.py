@@ -56,7 +56,7 @@ def show(trajectory: Trajectory, tokenizer: Tokenizer, console: Console) -> None
 
 def main(args: flags.FlagValues) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
-    trajectories = trajectory_lib.load(Path(args.trajectories), vocab_size=tokenizer.vocab_size)
+    trajectories = trajectory_lib.load(Path(args.trajectories), vocab_size=tokenizer.vocab_size, padded=True)
     console = Console(highlight=False, soft_wrap=True)
     rewards = [t.reward for t in trajectories if t.scored]
     mean = f", mean reward {np.mean(rewards):.3f}" if rewards else ""

@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 
+import gguf_files
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as RealTokenizer
 
 from echo_jax import tokenizer as tokenizers
 from echo_jax.tokenizer import BytePairs, SentencePieces, TokenizerError
+from echo_jax.tokenizer.bpe import _bytes_to_unicode
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 NAMES = sorted({name for special, plain, _ in KINDS.values() for name in special + plain})
@@ -140,6 +142,13 @@ def test_what_is_named_decides_the_kind(tmp_path):
     assert isinstance(tokenizers.load(), SentencePieces)
     with pytest.raises(TokenizerError, match="no tokenizer model at .*none"):
         tokenizers.load(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TokenizerError, match=r"empty has no tokenizer\.json and no tokenizer\.model"):
+        tokenizers.load(tmp_path / "empty")
+    assert tokenizers.vocabulary(tmp_path / "empty") == {}
+    tokenizers.load().save(tmp_path / "empty")
+    assert isinstance(tokenizers.load(tmp_path / "empty"), SentencePieces)
+    assert tokenizers.vocabulary(tmp_path / "empty") == tokenizers.load().vocabulary
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,13 +157,15 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, kind):
     (tmp_path / "copy").mkdir()
     ours.save(tmp_path / "copy")
     copy = tokenizers.load(tmp_path / "copy")
-    assert ours.differs_from(copy) == ""
+    assert copy.vocabulary == ours.vocabulary
     assert (copy.template, copy.end, copy.pad) == (ours.template, ours.end, ours.pad)
 
 
 def test_another_vocabulary_is_told_by_its_first_difference(tmp_path):
     ours, other = (tokenizers.load(write(tmp_path / kind, kind)) for kind in ("chatml", "llama_3"))
-    assert re.fullmatch(r"'<\|.*\|>' is (\d+|unknown) in one and (\d+|unknown) in the other", ours.differs_from(other))
+    found = tokenizers.differing(ours.vocabulary, other.vocabulary)
+    assert re.fullmatch(r"'<\|.*\|>' is (\d+|unknown) in one and (\d+|unknown) in the other", found)
+    assert tokenizers.differing(ours.vocabulary, dict(ours.vocabulary)) == ""
 
 
 def test_special_tokens_and_templates_are_found_wherever_published_folders_have_them(tmp_path):
@@ -191,6 +202,51 @@ def test_a_tokenizer_that_cannot_serve_is_refused_by_name(tmp_path, change, mess
     with pytest.raises(TokenizerError, match=message) as raised:
         tokenizers.load(folder)
     assert str(folder / "tokenizer.json") in str(raised.value)
+
+
+def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
+    folder = write(tmp_path / "t", "qwen3")
+    ours, definition = tokenizers.load(folder), json.loads((folder / "tokenizer.json").read_text())
+    found = tokenizers.load(gguf_files.write_tokenizer(tmp_path / "x.gguf", ours, definition, pre="qwen2", unused=7))
+    assert (found.vocabulary, found.vocab_size) == (ours.vocabulary, ours.vocab_size)
+    assert (found.template, found.end) == (ours.template, ours.end)
+    text = "e\u0301 <tool_call>exit status 2<|im_end|> DON'T 12345\r\n \U0001f9ff"
+    assert ids(found.encode_spans([(text, True)])) == ids(ours.encode_spans([(text, True)]))
+    assert found.encode_markup(text) == ours.encode_markup(text)
+    (tmp_path / "copy").mkdir()
+    found.save(tmp_path / "copy")
+    assert tokenizers.load(tmp_path / "copy").encode_markup(text) == ours.encode_markup(text)
+
+
+def test_llamas_words_that_are_pieces_are_not_merged_again(tmp_path):
+    """`ignore_merges`: a word of the vocabulary is one token even where no merge leads to it."""
+    folder = write(tmp_path / "t", "llama_3")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["zqx"] = last = 1 + max(tokenizers.load(folder).vocabulary.values())
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    for pre, expected in (("llama-bpe", [last]), ("gpt-2", None)):
+        path = gguf_files.write_tokenizer(tmp_path / pre, tokenizers.load(folder), definition, pre=pre, unused=0)
+        found = tokenizers.load(path.rename(path.with_suffix(".gguf"))).encode("zqx")
+        assert found == expected or (expected is None and len(found) == 3)
+
+
+def test_a_gguf_tokenizer_of_another_kind_is_refused_with_its_vocabulary_known(tmp_path):
+    folder = write(tmp_path / "t", "qwen3")
+    ours, definition = tokenizers.load(folder), json.loads((folder / "tokenizer.json").read_text())
+    path = gguf_files.write_tokenizer(tmp_path / "x.gguf", ours, definition, pre="deepseek", unused=7)
+    with pytest.raises(TokenizerError, match=r"x\.gguf: .*'gpt2' with 'deepseek'.*config\.tokenizer\.path"):
+        tokenizers.load(path)
+    assert tokenizers.vocabulary(path) == ours.vocabulary
+
+
+def test_bytes_without_a_piece_vanish_as_in_the_real_tokenizer(tmp_path):
+    lost = "\x04"
+    stand_in = next(name for byte, name in _bytes_to_unicode().items() if byte == ord(lost))
+    folder = edit(write(tmp_path / "t", "chatml"), lambda said: said["model"]["vocab"].pop(stand_in))
+    ours, real = tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
+    text = f"a{lost}b"
+    assert ours.encode(text) == real.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ours.encode(text)) == "ab"
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -91,6 +91,12 @@ def test_every_json_attempt_is_found_in_order_and_none_inside_reasoning(text, st
     assert all(a.message for a in attempts if isinstance(a, Malformed))
 
 
+@pytest.mark.parametrize("before", ["", " \n", "<|python_tag|>", " <|python_tag|> "])
+def test_llamas_call_may_have_its_mark_before_it(before):
+    llama, call = GRAMMARS["llama"], Call("bash", {"command": "ls"})
+    assert llama.parse(before + llama.write(call), ALL) == [call]
+
+
 def test_arguments_come_out_as_they_went_in():
     awkward = 'echo "é\\n\n" # \ud83e\udd91 \x00'
     assert JSON.parse(JSON.write(Call("bash", {"command": awkward})), ALL) == [Call("bash", {"command": awkward})]

@@ -1,5 +1,7 @@
 """Laws of published chat formats: pieces add up to the whole, every token has its writer, no text passes for a turn."""
 
+import json
+
 import jinja2
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from echo_jax import tokenizer as tokenizers
 from echo_jax.calls import GRAMMARS, Call
 from echo_jax.episode import Outcome, Phase, Rules, advance, start, to_trajectory
 from echo_jax.render import Part, RenderError, make_renderer
+from echo_jax.render.marks import Marks
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
 from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.trajectory import Sampled
@@ -266,7 +269,9 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
     [
         ("", "comes with no chat template"),
         ("{% for %}", "is no Jinja"),
-        ("{{ raise_exception('never') }}", "takes no answer to a turn"),
+        ("{{ raise_exception('never') }}", "takes no answer to a turn, .*: never"),
+        ("{{ 1 / 0 }}", "takes no answer to a turn, .*division by zero"),
+        (CHATML + "{{ strftime_now('%d') }}", "takes no answer to a turn, .*'strftime_now' is undefined"),
         (CHATML.replace("add_generation_prompt", "false"), "adds no generation prompt"),
         (CHATML.replace("message.content", "message.content | upper"), "takes no answer to a turn|changes a turn"),
         (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "ends a turn of the agent without a token"),
@@ -275,11 +280,69 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
             "is not stable",
         ),
     ],
-    ids=["none", "damaged", "raises", "no generation prompt", "changes text", "no stop token", "depends on its place"],
+    ids=["none", "damaged", "raises", "fails", "daily", "no generation prompt", "changes text", "no stop", "unstable"],
 )
 def test_a_template_that_cannot_serve_is_refused(tmp_path, template, message):
     with pytest.raises(RenderError, match=message):
         make(write(tmp_path / "t", "chatml", template=template), "template", grammar="plain")
+
+
+SEPARATED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.role != 'tool' or loop.last or loop.nextitem.role != 'tool' %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_two_answers_are_never_told_apart_inside_a_token(tmp_path):
+    """After `a` comes `<|im_end|>` or `<|im_start|>`: they begin alike."""
+    renderer = make(write(tmp_path / "t", "chatml", template=SEPARATED), "template", grammar="plain")
+    answer = lambda text, **place: renderer.observation([Part(text, Role.OBSERVATION)], **place)  # noqa: E731
+    made = answer("a", last=False) + answer("b", first=False)
+    start, end = (renderer.tokenizer.id_of(f"<|im_{name}|>") for name in ("start", "end"))
+    assert renderer.tokenizer.decode(made.ids) == "\n<|im_start|>tool\na<|im_start|>tool\nb<|im_end|>\n"
+    assert [i for i in made.ids if renderer.tokenizer.is_added(i)] == [start, start, end]
+
+
+def test_a_template_may_mark_what_the_agent_says(tmp_path):
+    marked = CHATML.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %}")
+    ours, plain = (
+        make(write(tmp_path / str(i), "chatml", template=template), "template", grammar="plain")
+        for i, template in enumerate((marked, CHATML))
+    )
+    part = [Part("oak", Role.OBSERVATION)]
+    assert (ours.prompt("x"), ours.observation(part)) == (plain.prompt("x"), plain.observation(part))
+
+
+def test_a_template_that_takes_spaces_off_gets_prompts_without(tmp_path):
+    trimming = CHATML.replace("message.content", "message.content | trim")
+    ours, plain = (
+        make(write(tmp_path / str(i), "chatml", template=template), "template", grammar="plain")
+        for i, template in enumerate((trimming, CHATML))
+    )
+    assert ours.prompt(" count \n").ids == ours.prompt("count").ids == plain.prompt("count").ids
+    assert plain.prompt(" count \n").ids != plain.prompt("count").ids
+
+
+def test_a_turn_ends_by_the_templates_token_and_by_that_of_the_tokenizer(tmp_path):
+    folder = write(tmp_path / "t", "chatml")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+    renderer = make(folder, "template", grammar="plain")
+    id_of = renderer.tokenizer.id_of
+    assert renderer.stop_ids == (id_of("<|im_end|>"), id_of("<|endoftext|>"))
+    assert renderer.turn_text((*renderer.tokenizer.encode("hi"), id_of("<|endoftext|>"))) == "hi"
+
+
+def test_a_tool_cannot_use_up_the_marks_of_its_writer(tmp_path):
+    renderer = make(write(tmp_path / "t", "chatml"), "template", grammar="plain")
+    hostile = "".join(map(chr, range(0xF0000, 0x110000, 3)))
+    rendered = renderer.observation([Part(hostile, Role.OBSERVATION), Part("exit 2", Role.BOILERPLATE)])
+    own = [i for i, role in zip(rendered.ids, rendered.roles, strict=True) if role == Role.OBSERVATION]
+    assert renderer.tokenizer.decode(own) == hostile
+    every = set(map(chr, range(0xF0000, 0x110000)))
+    marks = Marks([*every, "x"])
+    assert every.isdisjoint(marks.body([Part("x", role) for role in Role]))
 
 
 def test_formats_and_tokenizers_must_fit(tmp_path):

@@ -125,6 +125,28 @@ def test_an_option_that_would_do_nothing_is_an_error(fields, named):
         validate(config)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model.rope_scaling.factor": 4.0}, r"rope_scaling\.kind = 'none' has no \{'factor': 4\.0\}"),
+        ({"model.rope_scaling.kind": "llama3", "model.rope_scaling.beta_fast": 16.0}, "'llama3' has no {'beta_fast'"),
+        ({"model.rope_scaling.kind": "yarn", "model.rope_scaling.low_frequency_factor": 2.0}, "'yarn' has no {'low_"),
+        ({"lora.alpha": 64.0}, r"lora\.rank = 0: there are no adapters that \{'alpha': 64\.0\} could be of"),
+        ({"lora.targets": ("query",)}, r"lora\.rank = 0: .*\{'targets': \('query',\)\}"),
+        (
+            {"model.rope_scaling.kind": "llama3", "model.rope_scaling.low_frequency_factor": 4.0},
+            "low_frequency_factor = 4.0 must be below high_frequency_factor = 4.0",
+        ),
+        ({"model.rope_scaling.kind": "yarn", "model.rope_scaling.beta_slow": 64.0}, "must be below beta_fast = 32.0"),
+    ],
+)
+def test_an_option_of_a_model_that_would_do_nothing_is_an_error(fields, named):
+    config = default_config()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
 def test_whole_numbers_are_weights_too():
     config = default_config()
     config.loss.class_weights = {"body": 1, "boilerplate": 0}

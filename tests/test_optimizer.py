@@ -1,4 +1,4 @@
-"""The optimizer equals AdamW behind a global-norm clip, written out in numpy; scales of norms do not decay."""
+"""The optimizer equals AdamW behind a global-norm clip, written out in numpy; norms and biases do not decay."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ def written_out(gradients, params, *, warmup_steps, clip_norm):
             first[name] = B1 * first[name] + (1 - B1) * g
             second[name] = B2 * second[name] + (1 - B2) * g**2
             step = first[name] / (1 - B1**n) / (np.sqrt(second[name] / (1 - B2**n)) + 1e-8)
-            params[name] = params[name] - rate * (step + DECAY * params[name] * (name != "b_norm"))
+            params[name] = params[name] - rate * (step + DECAY * params[name] * (name == "a"))
     return params
 
 
@@ -31,7 +31,8 @@ def written_out(gradients, params, *, warmup_steps, clip_norm):
 def test_updates_equal_adamw_written_out(warmup_steps, clip_norm):
     # Broken on purpose: without the clip, with a rate of 0 first, with b1 and b2 exchanged, it differs by > 1e-4.
     rng = np.random.default_rng(0)
-    draw = lambda scale: {"a": scale * rng.normal(size=(3, 2)), "b_norm": scale * rng.normal(size=4)}  # noqa: E731
+    sizes = {"a": (3, 2), "b_norm": 4, "c_bias": 3}
+    draw = lambda scale: {name: scale * rng.normal(size=size) for name, size in sizes.items()}  # noqa: E731
     params = draw(1.0)
     gradients = [draw(scale) for scale in (0.01, 30.0, 0.1, 5.0, 0.01)]
     optimizer = make_optimizer(

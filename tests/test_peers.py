@@ -19,6 +19,7 @@ from test_train import comparable, wait_for_step
 
 from echo_jax.checkpoint import Checkpointer
 from echo_jax.metrics import read_metrics
+from echo_jax.models.sources import SINGLE
 from echo_jax.peers import AGAIN, PeerError, Peers, _arguments
 from echo_jax.sharding import make_mesh
 from echo_jax.tools import sandbox
@@ -206,6 +207,20 @@ def test_two_processes_evaluate_as_one(what, uninterrupted):
     assert two.keys() == one.keys()
     for key in one:
         assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-4, abs=1e-6)), key
+
+
+def test_two_processes_export_as_one(uninterrupted, tmp_path):
+    files = []
+    for count in (2, 1):
+        output = tmp_path / str(count)
+        arguments = ["-m", "echo_jax.export", f"--workdir={uninterrupted}", *SMALL, f"--output={output}"]
+        statuses, outputs = finish(start(arguments, count=count))
+        assert statuses == [0] * count, outputs
+        assert f"is in {output}" in outputs[0]
+        assert all(str(output) not in said for said in outputs[1:])
+        files.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert files[0] == files[1]
+    assert SINGLE in files[0]
 
 
 def test_a_killed_process_is_named_by_the_other_which_stops(uninterrupted, tmp_path):

@@ -1,16 +1,20 @@
 """Whole runs from published weights: they begin with them, train what they should, resume, and are written out."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import published_tokenizers
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
 from echo_jax import policy, runtime
-from echo_jax.checkpoint import Checkpointer
+from echo_jax.checkpoint import Checkpointer, CheckpointError
 from echo_jax.evaluate import Evaluator
 from echo_jax.export import ExportError, complete, export
 from echo_jax.metrics import read_metrics
@@ -18,6 +22,7 @@ from echo_jax.models import lora
 from echo_jax.models.export import write_weights
 from echo_jax.models.families import published_config
 from echo_jax.models.sources import SINGLE, WeightsError
+from echo_jax.tokenizer import TokenizerError
 from echo_jax.train import train
 
 TARGETS = ("query", "down")
@@ -30,6 +35,7 @@ def published(folder: Path, config) -> Path:
     built = runtime.build(config)
     folder.mkdir()
     write_weights(policy.begin(built)[0], built.model_config, folder, dtype="float32")
+    built.renderer.tokenizer.save(folder)
     (folder / "config.json").write_text(json.dumps(published_config(built.model_config, max_length=64)))
     return folder
 
@@ -50,7 +56,7 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def adapted(weights, tmp_path_factory):
     """(config, workdir) of a finished run that trains adapters of published weights."""
-    config = small(weights, **{"lora.rank": 2, "lora.targets": TARGETS})
+    config = small(weights, **{"lora.rank": 2, "lora.targets": TARGETS, "optimizer.learning_rate": 1e-2})
     workdir = tmp_path_factory.mktemp("adapted") / "run"
     assert train(config, workdir) == 0
     return config, workdir
@@ -87,6 +93,9 @@ def test_a_run_with_adapters_trains_and_keeps_them_alone(adapted, weights):
     last = read_metrics(workdir / "metrics.jsonl")[-1]
     assert last["policy/sampler_gap_max"] < 1e-4  # the sampler has the adapters too
     assert last["train/gradient_norm"] > 0
+    divergences = [record.get("policy/reference_kl") for record in read_metrics(workdir / "metrics.jsonl")]
+    assert divergences[3] == pytest.approx(0.0, abs=1e-9)  # the first RL step begins at the reference, adapters and all
+    assert divergences[4] > 1e-9
 
 
 def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not(adapted, tmp_path):
@@ -133,13 +142,49 @@ def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
     described = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert described["torch_dtype"] == "bfloat16"
     built, found = restored(config, workdir)
-    merged = lora.merge(found.params["layers"], built.model_config.lora)["down"]
+    merged = lora.merged(found.params["layers"], "down", 1, built.model_config.lora)
     tensors = load_file(tmp_path / "merged" / SINGLE)
     np.testing.assert_array_equal(
-        tensors["model.layers.1.mlp.down_proj.weight"], np.asarray(merged[1].T.astype("bfloat16"))
+        tensors["model.layers.1.mlp.down_proj.weight"], np.asarray(merged.T.astype("bfloat16"))
     )
     with pytest.raises(ExportError, match="exists; choose another --output"):
         export(config, workdir, tmp_path / "merged", dtype="float32", adapter=False)
+
+
+def test_an_export_says_of_itself_what_the_weights_said(adapted, weights, tmp_path):
+    config, workdir = adapted
+    (weights / "generation_config.json").write_text('{"top_k": 20}')
+    path = weights / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"max_position_embeddings": 4096, "bos_token_id": 7}))
+    try:
+        export(config, workdir, tmp_path / "out", dtype="float32", adapter=False)
+        (weights / "generation_config.json").write_text("[]")
+        with pytest.raises(WeightsError, match=r"generation_config\.json holds no JSON object"):
+            export(config, workdir, tmp_path / "bad", dtype="float32", adapter=False)
+    finally:
+        path.write_text(whole)
+        (weights / "generation_config.json").unlink()
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (described["max_position_embeddings"], described["bos_token_id"]) == (4096, 7)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"top_k": 20}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_without_a_fingerprint_is_refused(adapted, monkeypatch):
+    config, workdir = adapted
+    plain = Checkpointer.restore
+    monkeypatch.setattr(Checkpointer, "restore", lambda *given: (plain(*given)[0], {"step": 5}))
+    with pytest.raises(CheckpointError, match="step 5 is of an earlier version"):
+        restored(config, workdir)
+
+
+def test_adapters_of_random_weights_are_no_export(tmp_path):
+    config = tiny.get_config()
+    config.lora.rank = 2
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ExportError, match=r"rank = 2, config\.model\.weights = '': this run has no adapters"):
+        export(config, tmp_path / "run", tmp_path / "out", dtype="float32", adapter=True)
 
 
 def test_an_export_of_adapters_is_small(adapted, tmp_path):
@@ -161,7 +206,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path):
 
     with pytest.raises(RuntimeError, match="disk"), complete(tmp_path / "out") as folder:
         fail(folder)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
     with complete(tmp_path / "out") as folder:
         assert not list(folder.iterdir())
 
@@ -179,13 +224,40 @@ def test_weights_of_another_model_are_refused_before_any_work(weights, fields, m
         runtime.build(small(weights, **fields))
 
 
-def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):
-    config = tiny.get_config()
-    weights = published(tmp_path / "model", config)
+def resized(weights: Path, rows: int) -> Path:
     tensors = load_file(weights / SINGLE)
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000]
+    tensors["model.embed_tokens.weight"] = np.resize(tensors["model.embed_tokens.weight"], (rows, 32))
     save_file(tensors, weights / SINGLE)
     path = weights / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 1000}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": rows}))
+    return weights
+
+
+def test_an_embedding_may_have_more_rows_than_the_tokenizer_pieces(tmp_path):
+    weights = resized(published(tmp_path / "model", tiny.get_config()), 1344)
+    config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "rollout.save_every": 1})
+    assert train(config, tmp_path / "run") == 0
+    saved = tmp_path / "run" / "rollouts" / "step_000001.jsonl.gz"
+    config.rollout.replay = str(saved)
+    assert runtime.build(config).replay
+    shown = subprocess.run([sys.executable, "-m", "echo_jax.view", f"--trajectories={saved}"], capture_output=True)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
+    weights = published(tmp_path / "model", tiny.get_config())
+    own = shutil.copyfile(weights / "tokenizer.model", tmp_path / "own.model")
+    assert runtime.find_tokenizer(small(weights, **{"tokenizer.path": str(own)})).vocab_size == 1280
+    other = str(published_tokenizers.write(tmp_path / "other", "qwen3"))
+    with pytest.raises(TokenizerError, match=rf"{other} is of another vocabulary than the tokenizer of {weights}: '"):
+        runtime.build(small(weights, **{"tokenizer.path": other}))
+    (weights / "tokenizer.model").unlink()
+    runtime.build(small(weights, **{"tokenizer.path": str(own)}))
+    with pytest.raises(TokenizerError, match=rf"{weights} has no tokenizer\.json and no tokenizer\.model"):
+        runtime.build(small(weights))
+
+
+def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):
+    weights = resized(published(tmp_path / "model", tiny.get_config()), 1000)
     with pytest.raises(WeightsError, match=r"embed_tokens\.weight has 1000 rows, the tokenizer .* has 1280 pieces"):
         runtime.build(small(weights))

@@ -164,6 +164,15 @@ def test_another_vocabulary_is_refused_and_both_sizes_are_named(saved):
         load(saved, vocab_size=32000)
 
 
+def test_a_file_of_a_padded_embedding_is_read_where_that_may_be(saved):
+    found = load(saved, vocab_size=VOCAB - 80, padded=True)
+    assert len(found) == len(load(saved, vocab_size=VOCAB))
+    with pytest.raises(TrajectoryError, match=f"{VOCAB}.*{VOCAB - 80}"):
+        load(saved, vocab_size=VOCAB - 80)
+    with pytest.raises(TrajectoryError, match=f"{VOCAB}.*{VOCAB + 1}"):
+        load(saved, vocab_size=VOCAB + 1, padded=True)
+
+
 def test_a_file_that_is_missing_or_not_compressed_is_refused(tmp_path):
     for path in (tmp_path / "none.jsonl.gz", tmp_path):
         with pytest.raises(TrajectoryError, match=str(path)):

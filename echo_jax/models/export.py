@@ -24,7 +24,7 @@ FILE_BYTES = 2 << 30  # of tensors in one file, unless a single one is larger
 def write_weights(
     params: dict,
     config: ModelConfig,
-    folder: Path,
+    folder: Path | None,
     *,
     dtype: str,
     file_bytes: int = FILE_BYTES,
@@ -32,21 +32,21 @@ def write_weights(
 ) -> None:
     """Writes the tensors of a model, adapters merged into the matrices that they adapt, rounded to `dtype`.
 
-    With several processes all of them call it, and process 0 writes.
+    With several processes all of them call it; process 0 writes, the others need no folder.
     """
     files = list(_files(config, np.dtype(jax.numpy.dtype(dtype)).itemsize, file_bytes))
-    layers = lora.merge(params["layers"], config.lora) if config.lora.rank else params["layers"]
     done, where = 0, {}
     for number, names in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = {}
         for published, (parameter, layer) in names.items():
-            x = params[parameter] if layer is None else layers[parameter]
-            tensors[published] = to_published(_fetch(x, layer), parameter).astype(jax.numpy.dtype(dtype))
+            layers = params["layers"]
+            x = params[parameter] if layer is None else lora.merged(layers, parameter, layer, config.lora)
+            tensors[published] = to_published(_fetch(x), parameter).astype(jax.numpy.dtype(dtype))
             done += 1
             on_tensor(done)
         where |= dict.fromkeys(names, name)
-        _save(tensors, folder / name)
+        _save(tensors, folder, name)
     if len(files) > 1 and jax.process_index() == 0:
         total = sum(np.prod(published_shape(config, p)) for p, _ in tensor_names(config).values())
         size = int(total) * np.dtype(jax.numpy.dtype(dtype)).itemsize
@@ -66,17 +66,21 @@ def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict
     yield chosen
 
 
-def write_adapter(params: dict, config: ModelConfig, folder: Path, *, base: str) -> None:
-    """Writes the adapters alone as PEFT keeps them. `base`: the name of the weights that they adapt."""
+def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, base: str) -> None:
+    """Writes the adapters alone as PEFT keeps them; see `write_weights` for several processes.
+
+    Args:
+      base: the name of the weights that they adapt.
+    """
     tensors = {}
     for name in config.lora.targets:
         inputs, module = len(LINEAR[name][0]), LAYER_NAMES[name].removesuffix(".weight")
         for layer in range(config.num_layers):
             stem = f"base_model.model.model.layers.{layer}.{module}"
-            a, b = (_fetch(params["layers"][name + part], layer) for part in (lora.A, lora.B))
+            a, b = (_fetch(params["layers"][name + part][layer]) for part in (lora.A, lora.B))
             tensors[f"{stem}.lora_A.weight"] = _matrix(a, inputs)
             tensors[f"{stem}.lora_B.weight"] = _matrix(b, 1)
-    _save(tensors, folder / "adapter_model.safetensors")
+    _save(tensors, folder, "adapter_model.safetensors")
     described: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -105,14 +109,13 @@ def _matrix(x: np.ndarray, inputs: int) -> np.ndarray:
     return np.ascontiguousarray(x.reshape(int(np.prod(x.shape[:inputs])), -1).T)
 
 
-def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """Brings a whole array, or one layer of a stack, to every host."""
-    one = x if layer is None else x[layer]
-    if not one.is_fully_addressable:
-        one = jax.device_put(one, NamedSharding(one.sharding.mesh, PartitionSpec())).addressable_data(0)
-    return np.asarray(one)
+def _fetch(x: jax.Array) -> np.ndarray:
+    """Brings a whole array to every host."""
+    if not x.is_fully_addressable:
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec())).addressable_data(0)
+    return np.asarray(x)
 
 
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+def _save(tensors: dict[str, np.ndarray], folder: Path | None, name: str) -> None:
     if jax.process_index() == 0:
-        import_safetensors().numpy.save_file(tensors, path, metadata={"format": "pt"})
+        import_safetensors().numpy.save_file(tensors, folder / name, metadata={"format": "pt"})

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from echo_jax.models.rope import NO_SCALING, RopeScaling
+from echo_jax.models.rope import NO_SCALING, SCALINGS, RopeScaling
 from echo_jax.models.transformer import BIASED, LINEAR, ModelConfig
 
 # What tells them apart is read off `qkv_bias` and `qk_norm`.
@@ -39,10 +39,6 @@ _ROPE = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
 }
-_ROPE_OF = {  # which of them each kind has
-    "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
-    "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor"),
-}
 _ODD_ROPE = {"mscale": None, "mscale_all_dim": None, "truncate": True}  # variants of yarn -> what they are without
 # What would change the arithmetic -> the only value that is computed here
 _UNSUPPORTED = {
@@ -54,6 +50,7 @@ _UNSUPPORTED = {
     "quantization_config": None,
     "num_experts": None,
 }
+_NUMBERS = ("rms_norm_eps",)  # of _SIZES; the others are whole
 
 _LINEAR_NAMES = {
     "query": "self_attn.q_proj",
@@ -105,19 +102,29 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
       FamilyError: a key is missing, or has a value that transformer.py does not compute.
     """
     family = published.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise FamilyError(f"model_type = {family!r}; there are {', '.join(FAMILIES)}")
     for key, supported in _UNSUPPORTED.items():
         if (value := published.get(key, supported)) not in (supported, None):
             raise FamilyError(f"{key} = {value!r} is not supported, only {supported!r}")
-    published = {"num_key_value_heads": published.get("num_attention_heads")} | dict(published)
+    if set(kinds := published.get("layer_types") or ()) - {"full_attention"}:
+        raise FamilyError(f"layer_types = {sorted(set(map(str, kinds)))} is not supported, only full_attention")
+    published = {key: value for key, value in published.items() if value is not None}
+    published = {"num_key_value_heads": published.get("num_attention_heads")} | published
     if missing := [key for key in _SIZES.values() if published.get(key) is None]:
         raise FamilyError(f"it does not say {', '.join(missing)}")
+    for key in (*_SIZES.values(), "head_dim", "rope_theta", "max_position_embeddings"):
+        whole = key not in (*_NUMBERS, "rope_theta")
+        value = published.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
+            raise FamilyError(f"{key} = {value!r} is no {'whole ' * whole}number above 0")
     fields = {field: published[key] for field, key in _SIZES.items()}
-    fields["head_dim"] = published.get("head_dim") or fields["embed_dim"] // fields["num_heads"]
+    fields["head_dim"] = published.get("head_dim", fields["embed_dim"] // fields["num_heads"])
     fields["tie_embeddings"] = bool(published.get("tie_word_embeddings", False))
     # transformers 5 keeps base and scaling together.
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise FamilyError(f"its rope scaling is {rope!r}, no object")
     fields["rope_theta"] = float(rope.get("rope_theta") or published.get("rope_theta") or 10_000.0)
     fields["rope_scaling"] = dataclasses.asdict(_scaling(rope, published.get("max_position_embeddings")))
     return fields | FAMILIES[family]
@@ -125,19 +132,22 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scaling(rope: Mapping[str, Any], length: int | None) -> RopeScaling:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "none"):
         return NO_SCALING
-    if kind not in _ROPE_OF:
-        raise FamilyError(f"a rope scaling of type {kind!r} is not supported, only {', '.join(_ROPE_OF)}")
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise FamilyError(f"a rope scaling of type {kind!r} is not supported, only {', '.join(SCALINGS)}")
     if odd := {key: rope[key] for key, plain in _ODD_ROPE.items() if rope.get(key, plain) not in (plain, None)}:
         raise FamilyError(f"a rope scaling with {odd} is not supported")
-    given = {field: rope.get(_ROPE[field]) for field in _ROPE_OF[kind]}
+    given = {field: rope.get(_ROPE[field]) for field in SCALINGS[kind]}
     given["original_length"] = given["original_length"] or length
     given = {field: value for field, value in given.items() if value is not None}
     if missing := {"factor", "original_length"} - given.keys():
         raise FamilyError(f"its rope scaling does not say {', '.join(sorted(_ROPE[field] for field in missing))}")
     types = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
-    return RopeScaling(kind=kind, **{field: types[field](value) for field, value in given.items()})
+    try:
+        return RopeScaling(kind=kind, **{field: types[field](value) for field, value in given.items()})
+    except (TypeError, ValueError) as error:
+        raise FamilyError(f"its rope scaling has a value that is no number: {error}") from error
 
 
 def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
     }
     if config.rope_scaling.kind != "none":
         scaling = config.rope_scaling
-        fields = [f for f in _ROPE_OF[scaling.kind] if f != "attention_factor" or scaling.attention_factor]
+        fields = [f for f in SCALINGS[scaling.kind] if f != "attention_factor" or scaling.attention_factor]
         published["rope_scaling"] = {
             "rope_type": scaling.kind,
             **{_ROPE[field]: getattr(scaling, field) for field in fields},

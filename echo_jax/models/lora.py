@@ -70,11 +70,10 @@ def join(trained: dict, frozen: dict) -> dict:
     return joined
 
 
-def merge(layers: dict, lora: Lora) -> dict:
-    """Returns stacked layers without adapters, each matrix with its own added, in its dtype."""
-    merged = {name: x for name, x in layers.items() if not is_adapter(name)}
-    for name in lora.targets:
-        a, b = layers[name + A], layers[name + B]
-        added = lora.scale * jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))(a, b)
-        merged[name] = (layers[name].astype(jnp.float32) + added).astype(layers[name].dtype)
-    return merged
+def merged(layers: dict, name: str, layer: int, lora: Lora) -> jax.Array:
+    """Returns one layer of a parameter with what its adapter adds, in float32, or as it is if it has none."""
+    x = layers[name][layer]
+    if not lora.rank or name not in lora.targets:
+        return x
+    added = jnp.tensordot(layers[name + A][layer], layers[name + B][layer], 1, precision="highest")
+    return x.astype(jnp.float32) + lora.scale * added

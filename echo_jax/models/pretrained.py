@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echo_jax.models import lora
 from echo_jax.models.families import FamilyError, model_fields, published_shape, tensor_names
-from echo_jax.models.sources import Source, WeightsError, open_source
+from echo_jax.models.sources import Slices, Source, WeightsError, open_source
 from echo_jax.models.transformer import LINEAR, ModelConfig, abstract_params
 
 SHOWN = 8  # problems of a message
@@ -41,6 +41,8 @@ def check_fields(source: Source, path: Path, model: ml_collections.ConfigDict) -
     """Returns how many rows the embedding has; raises `WeightsError`, listing the fields, if `config.model` says other
     than the weights."""
     fields = _fields(source, path)
+    if fields["rope_scaling"]["kind"] == "none":
+        del fields["rope_scaling"]  # a model without may be given one, as Qwen does for long contexts
     given = model.to_dict() | {"vocab_size": model.vocab_size or fields["vocab_size"]}
     differing = [
         f"config.model.{name} = {given[name]!r}, there {value!r}"
@@ -112,23 +114,25 @@ def _place(source: Source, name: str, parameter: str, shape: tuple[int, ...], sh
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple((s.start, s.stop) for s in index)
         if key not in read:
-            read[key] = _read(source, name, parameter, shape, index)
+            read[key] = _read(tensor, parameter, shape, index)
         return read[key]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    with source.open(name) as tensor:
+        return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _read(source: Source, name: str, parameter: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _read(tensor: Slices, parameter: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """Reads the slice `index` of a parameter from its published tensor, where a matrix stands transposed and what
     goes in, and what comes out, is one dimension each."""
     bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
     own = tuple(stop - start for start, stop in bounds)
     if parameter not in LINEAR:
-        flat = [_flat(bounds, shape)] if len(source.tensors[name].shape) == 1 else [slice(*b) for b in bounds]
-        return source.read(name, tuple(flat)).reshape(own)
+        matrix = parameter in ("embedding", "lm_head")
+        published = tuple(slice(*b) for b in bounds) if matrix else (_flat(bounds, shape),)
+        return tensor[published].reshape(own)
     split = len(LINEAR[parameter][0])
     ins, outs = _flat(bounds[:split], shape[:split]), _flat(bounds[split:], shape[split:])
-    return source.read(name, (outs, ins)).T.reshape(own)
+    return tensor[outs, ins].T.reshape(own)
 
 
 def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:

@@ -10,7 +10,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-SCALINGS = ("none", "llama3", "yarn")
+# kind -> the fields of `RopeScaling` that it has
+SCALINGS = {
+    "none": (),
+    "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+    "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

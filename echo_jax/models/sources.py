@@ -4,9 +4,12 @@ In: a folder of safetensors (one file, or several with an index), or a GGUF file
 transformers' names, and any slice of one as numpy. Nothing stays in memory.
 """
 
+import contextlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,8 +17,7 @@ import numpy as np
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
+_DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}  # and bytes a number
 
 # Names of a GGUF file -> transformers'.
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -56,12 +58,18 @@ class Tensor(NamedTuple):
     file: Path
 
 
+class Slices(Protocol):
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a slice of a tensor, in its dtype."""
+        ...
+
+
 class Source(Protocol):
     tensors: Mapping[str, Tensor]
     config: dict[str, Any]  # keys as in a config.json
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a slice of a tensor, in its dtype."""
+    def open(self, name: str) -> AbstractContextManager[Slices]:
+        """Opens one tensor, of which nothing is left in memory when it is closed."""
         ...
 
 
@@ -82,11 +90,13 @@ class Safetensors:
     """A folder as transformers writes it: config.json, and model.safetensors or its parts with an index."""
 
     def __init__(self, folder: Path):
-        self.config = _json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         self.tensors: dict[str, Tensor] = {}
         index = folder / INDEX
         if index.is_file():
-            files = _json(index).get("weight_map", {})
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise WeightsError(f"{index} is no index: it has no weight_map of names and files")
             for file in sorted(set(files.values())):
                 self.tensors |= _header(folder / file)
             for name, file in files.items():
@@ -97,9 +107,10 @@ class Safetensors:
         else:
             raise WeightsError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
-    def read(self, name, index):
+    @contextlib.contextmanager
+    def open(self, name) -> Iterator[Slices]:
         with import_safetensors().safe_open(self.tensors[name].file, "np") as file:
-            return file.get_slice(name)[index]
+            yield file.get_slice(name)
 
 
 def _header(path: Path) -> dict[str, Tensor]:
@@ -118,23 +129,36 @@ def _header(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, said in header.items():
-        end = 8 + length + said["data_offsets"][1]
-        if end > size:
+        try:
+            kind, shape, (start, stop) = said["dtype"], tuple(map(int, said["shape"])), map(int, said["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged: its header says of {name} {str(said)[:100]}") from error
+        if kind not in _DTYPES:
+            raise WeightsError(f"{path}: {name} has dtype {kind}; there can be {', '.join(_DTYPES)}")
+        dtype, itemsize = _DTYPES[kind]
+        if start < 0 or stop - start != itemsize * math.prod(shape):
+            raise WeightsError(f"{path} is damaged: {name} {list(shape)} is said to be in bytes {start} to {stop}")
+        if (end := 8 + length + stop) > size:
             raise WeightsError(f"{path} is cut short: {name} ends at byte {end}, the file at {size}; fetch it again")
-        dtype = _DTYPES.get(said["dtype"])
-        if dtype is None:
-            raise WeightsError(f"{path}: {name} has dtype {said['dtype']}; there can be {', '.join(_DTYPES)}")
-        tensors[name] = Tensor(tuple(said["shape"]), dtype, path)
+        tensors[name] = Tensor(shape, dtype, path)
     return tensors
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what a file holds.
+
+    Raises:
+      WeightsError: it cannot be read, or holds something else.
+    """
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise WeightsError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} holds no JSON object")
+    return found
 
 
 def import_safetensors():
@@ -168,7 +192,6 @@ class Gguf:
         }
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         self.config = self._read_config(fields)
-        self._read: tuple[str, np.ndarray] | None = None  # the last tensor, whole
 
     def _published(self, name: str) -> str:
         if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
@@ -196,10 +219,9 @@ class Gguf:
             config["rope_scaling"] = {"rope_type": "llama3, as a table in a GGUF file"}
         return config
 
-    def read(self, name, index):
-        if self._read is None or self._read[0] != name:
-            self._read = name, self._whole(name)
-        return self._read[1][index]
+    @contextlib.contextmanager
+    def open(self, name) -> Iterator[Slices]:
+        yield self._whole(name)
 
     def _whole(self, name: str) -> np.ndarray:
         tensor = self._stored[name]

@@ -11,8 +11,9 @@ from echo_jax.render.base import Part
 from echo_jax.roles import Role
 from echo_jax.tokenizer import BytePairs
 
-_FIRST, _LAST = 0xF0000, 0xFFFF0  # Supplementary Private Use Area-A: no JSON writer escapes it
-_CLOSE = len(Role)  # a body ends
+# Planes without characters of any language, private-use ones first: no JSON writer escapes them, no normal form changes
+# them. A text with all of them has a megabyte.
+_PLANES = (*range(0xF0000, 0x110000), *range(0x40000, 0xE0000))
 
 
 class Stamped(int):
@@ -30,19 +31,15 @@ class Marks:
     """Marks that occur in none of the given texts."""
 
     def __init__(self, texts: Iterable[str]):
-        taken = {ord(character) for text in texts for character in text if ord(character) >= _FIRST}
-        self._base = next(
-            base for base in range(_FIRST, _LAST, _CLOSE + 1) if taken.isdisjoint(range(base, base + _CLOSE + 1))
-        )
+        taken = set().union(*texts)
+        free = (mark for mark in map(chr, _PLANES) if mark not in taken)
+        self._of = dict(zip(Role, free, strict=False))
+        self._close = next(free)  # a body ends
+        self._writer: dict[str, Role | None] = {mark: role for role, mark in self._of.items()} | {self._close: None}
 
     def body(self, parts: Iterable[Part]) -> str:
         """Returns the parts of a message as one marked text."""
-        marked = "".join(chr(self._base + part.role) + part.text for part in parts)
-        return marked + chr(self._base + _CLOSE)
-
-    def end_of(self, marked: str) -> int:
-        """Returns where the last body of a text has ended."""
-        return marked.rindex(chr(self._base + _CLOSE)) + 1
+        return "".join(self._of[part.role] + part.text for part in parts) + self._close
 
     def encode(self, tokenizer: BytePairs, marked: str) -> tuple[list[Stamped], list[int]]:
         """Returns stamped ids, and where each begins in the marked text."""
@@ -51,10 +48,9 @@ class Marks:
         where: list[int] = []  # of each character that is no mark
         start = 0
         for i, character in enumerate(marked):
-            mark = ord(character) - self._base
-            if 0 <= mark <= _CLOSE:
+            if character in self._writer:
                 spans.append((marked[start:i], writer))
-                writer, start = (None if mark == _CLOSE else Role(mark)), i + 1
+                writer, start = self._writer[character], i + 1
             else:
                 where.append(i)
         spans.append((marked[start:], writer))

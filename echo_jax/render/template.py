@@ -4,7 +4,6 @@ A piece of a conversation is the difference of two texts: the template's of a sh
 one without. A template of which the pieces do not add up is refused when the renderer is made.
 """
 
-import datetime
 import json
 from typing import Any
 
@@ -21,9 +20,10 @@ class RenderError(ValueError):
 
 
 class Template:
-    """The tokenizer's own template. Tools are described by it if it takes any, else by us in the system message."""
+    """The tokenizer's own template. Tools are described by it if it takes any, else by us in the system message.
 
-    trims = False
+    What a tool wrote is never cut, even where the template takes spaces off the ends of messages.
+    """
 
     def __init__(self, tokenizer: BytePairs, thinking: bool):
         self._tokenizer = tokenizer
@@ -34,7 +34,6 @@ class Template:
         environment = _environment()
         from jinja2 import TemplateError, meta
 
-        self._errors = TemplateError
         try:
             self._template = environment.from_string(tokenizer.template)
             names = meta.find_undeclared_variables(environment.parse(tokenizer.template))
@@ -42,6 +41,7 @@ class Template:
             raise RenderError(f"the tokenizer's chat template is no Jinja: {error}") from error
         self.grammar = "json" if "tools" in names and "<tool_call>" in tokenizer.template else ""
         self._role = self._answering_role()
+        self.trims = " x " not in self._text([{"role": "user", "content": " x "}])
         marks = Marks(())
         after = self._conversation([""], marks)
         stop = tokenizer.starts_with_added(after[self._turn_end(after, marks) :])
@@ -103,7 +103,7 @@ class Template:
                 add_generation_prompt=generation,
                 **{name: self._tokenizer.name_of(name) for name in ("bos_token", "eos_token", "pad_token")},
             )
-        except (self._errors, TypeError) as error:
+        except Exception as error:  # a template is a program: it may fail in any way
             raise RenderError(f"the tokenizer's chat template refuses a conversation: {error}") from error
 
     def _encode(self, text: str, marks: Marks) -> list[Token]:
@@ -112,14 +112,15 @@ class Template:
 
     def _answering_role(self) -> str:
         """Returns the role that carries a tool's answer: `tool`, or `user` where a template knows no tools."""
+        why = "it leaves it out"
         for role in ("tool", "user"):
             self._role = role
             try:
                 if "probe" in self._conversation(["probe"], Marks(())):
                     return role
-            except RenderError:
-                continue
-        raise RenderError("the tokenizer's chat template takes no answer to a turn, of role tool or user")
+            except RenderError as error:
+                why = str(error)
+        raise RenderError(f"the tokenizer's chat template takes no answer to a turn, of role tool or user: {why}")
 
     def _check(self) -> None:
         """Raises `RenderError` unless the pieces of a conversation add up to the whole."""
@@ -138,12 +139,22 @@ _USER = {"role": "user", "content": "x"}
 
 
 def _environment():
-    """Returns Jinja as `transformers` sets it up."""
+    """Returns Jinja as `transformers` sets it up. Not with `strftime_now`: the same prompts must come tomorrow."""
     try:
+        from jinja2 import TemplateError
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise RenderError("chat templates need the package jinja2: pip install -e '.[hf]'") from error
-    from jinja2 import TemplateError
+
+    class Generation(Extension):
+        """`{% generation %}` around what the agent says, which is known here without it."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message: str):
         raise TemplateError(message)
@@ -152,9 +163,8 @@ def _environment():
         return json.dumps(value, **{"ensure_ascii": False} | options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment

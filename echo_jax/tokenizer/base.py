@@ -13,6 +13,7 @@ class Tokenizer(Protocol):
     """Text is str, where bytes that are not UTF-8 stand as surrogate escapes."""
 
     vocab_size: int
+    vocabulary: dict[str, int]  # name -> id
     pad: int
 
     def encode(self, text: str) -> list[int]:
@@ -20,7 +21,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of any ids. Control symbols come out by name."""
+        """Returns the text of any ids. Control symbols come out by name; an id that is no piece, which an embedding with
+        more rows than pieces can give, as nothing."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -64,8 +64,8 @@ class BytePairs:
             self._plain = self._build(vocabulary)
         except Exception as error:  # `tokenizers` raises no narrower class
             raise self._error(f"it is no tokenizer.json of a byte-level BPE: {error}") from error
-        self._id_of = vocabulary | added
-        self.vocab_size = 1 + max(self._id_of.values())
+        self.vocabulary = vocabulary | added
+        self.vocab_size = 1 + max(self.vocabulary.values())
         self._bytes = self._byte_table(vocabulary, added)
         self._byte_id = self._byte_ids(vocabulary)
         self._markup = _alternatives(added)
@@ -111,9 +111,9 @@ class BytePairs:
                 f"{', '.join(PRE_TOKENIZERS)}. Name a folder with a tokenizer.json in config.tokenizer.path"
             )
         added = [
-            {"id": i, "content": name, "special": kind == 3, "normalized": False} | dict.fromkeys(_FLAGS, False)
+            {"id": i, "content": name, "special": kind == _CONTROL, "normalized": False} | dict.fromkeys(_FLAGS, False)
             for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
-            if kind in (3, 4)  # control, user-defined
+            if kind in (_CONTROL, _USER_DEFINED)
         ]
         definition = {
             "version": "1.0",
@@ -126,7 +126,7 @@ class BytePairs:
             "decoder": _BYTES,
             "model": {
                 "type": "BPE",
-                "vocab": {name: i for i, name in enumerate(names)},
+                "vocab": _vocabulary_of(fields, path),
                 "merges": get("merges", []),
                 "ignore_merges": pre == "llama-bpe",
             },
@@ -152,7 +152,7 @@ class BytePairs:
         changes the speaker does not."""
         pieces, end = [], 0
         for match in self._matches(text):
-            if self._id_of[match.group()] not in self._special:
+            if self.vocabulary[match.group()] not in self._special:
                 pieces += [(text[end : match.start()], False), (match.group(), True)]
                 end = match.end()
         return [token.id for token in self.encode_spans([*pieces, (text[end:], False)])]
@@ -166,7 +166,7 @@ class BytePairs:
         for match in self._matches(text):
             if match.start() >= end and all(trusted[match.start() : match.end()]):
                 tokens += self._plainly(text[end : match.start()], end)
-                tokens.append(Token(self._id_of[match.group()], match.start()))
+                tokens.append(Token(self.vocabulary[match.group()], match.start()))
                 end = match.end()
         return tokens + self._plainly(text[end:], end)
 
@@ -175,7 +175,7 @@ class BytePairs:
 
     def id_of(self, name: str) -> int | None:
         """Returns the id of a token by its name."""
-        return self._id_of.get(name)
+        return self.vocabulary.get(name)
 
     def name_of(self, field: str) -> str:
         """Returns the name of a token such as `bos_token`; "" if there is none."""
@@ -189,15 +189,6 @@ class BytePairs:
         """Returns the added token that a text begins with."""
         match = self._markup.match(text) if self._markup else None
         return match.group() if match else None
-
-    def differs_from(self, other: "BytePairs") -> str:
-        """Returns a difference of two vocabularies in words; "" if there is none."""
-        if self._id_of == other._id_of:
-            return ""
-        odd = set(self._id_of.items()) ^ set(other._id_of.items())
-        name = min(odd, key=lambda pair: pair[1])[0]
-        here, there = (which._id_of.get(name, "unknown") for which in (self, other))
-        return f"{name!r} is {here} in one and {there} in the other"
 
     def save(self, folder: Path) -> None:
         if self._folder is not None:
@@ -261,8 +252,8 @@ class BytePairs:
 
     def _named(self, field: str, default: int | None = None) -> int:
         name = self.name_of(field)
-        if name in self._id_of:
-            return self._id_of[name]
+        if name in self.vocabulary:
+            return self.vocabulary[name]
         if default is None:
             raise self._error(f"{field} = {name!r} is no token of it")
         return default
@@ -271,6 +262,7 @@ class BytePairs:
         return TokenizerError(f"{self._origin}: {cause}")
 
 
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # `tokenizer.ggml.token_type`
 _FLAGS = ("lstrip", "rstrip", "single_word")
 
 
@@ -305,6 +297,22 @@ def _tokenizers():
     except ImportError as error:
         raise TokenizerError("published tokenizers need the package tokenizers: pip install -e '.[hf]'") from error
     return tokenizers
+
+
+def gguf_vocabulary(path: Path) -> dict[str, int]:
+    """Returns name -> id of a GGUF file's tokens, without the unused ones that fill its embedding up.
+
+    Raises:
+      TokenizerError: the file cannot be read, or has none.
+    """
+    return _vocabulary_of(_gguf_fields(path), path)
+
+
+def _vocabulary_of(fields: dict[str, Any], path: Path) -> dict[str, int]:
+    names, kinds = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if not names or not kinds or len(names) != len(kinds):
+        raise TokenizerError(f"{path} has no tokenizer; name one in config.tokenizer.path")
+    return {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind != _UNUSED}
 
 
 def _gguf_fields(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class SentencePieces:
             raise TokenizerError(f"{path} is not a SentencePiece model: {error}") from error
         self.vocab_size = self._pieces.vocab_size()
         names = [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
+        self.vocabulary = {name: i for i, name in enumerate(names)}
         bytes_and_roles = {
             name for i, name in enumerate(names) if self._pieces.is_byte(i) or self._pieces.is_control(i)
         }
@@ -65,7 +66,7 @@ class SentencePieces:
 
     def decode(self, ids) -> str:
         """Returns the text of `ids`: `decode(encode(text)) == text`. Control symbols come out by name."""
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", "surrogateescape")
+        return b"".join(self._bytes[i] for i in ids if i < self.vocab_size).decode("utf-8", "surrogateescape")
 
     def save(self, folder: Path) -> None:
         """Writes the model, under the name that published ones have."""

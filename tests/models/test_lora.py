@@ -56,10 +56,16 @@ def test_a_fresh_adapter_changes_nothing():
         assert (x != 0).any() == name.endswith(lora.A)
 
 
+def merged_layers(params, config):
+    layers = params["layers"]
+    one = lambda name: jnp.stack([lora.merged(layers, name, i, config) for i in range(TINY.num_layers)])  # noqa: E731
+    return {name: one(name) for name in lora.without(layers)}
+
+
 @pytest.mark.parametrize("config", [ADAPTED, PARTLY], ids=["all matrices", "two of them"])
 def test_merged_weights_act_like_weights_with_adapters(config):
     params = random_params(config)
-    merged = params | {"layers": lora.merge(params["layers"], config.lora)}
+    merged = params | {"layers": merged_layers(params, config.lora)}
     assert jax.tree.structure(merged) == jax.tree.structure(initial(TINY, MESH)[1])
     np.testing.assert_allclose(hidden(TINY, merged), hidden(config, params), atol=2e-5)
     assert np.abs(hidden(config, params) - hidden(TINY, lora.without(params))).max() > 0.01
@@ -121,7 +127,7 @@ def test_gradients_are_those_of_the_whole_model_by_the_chain_rule():
     plain, _ = abstract_params(TINY, MESH)
     params = random_params(PARTLY)
     trained, frozen = lora.split(params)
-    merged = lora.without(params) | {"layers": lora.merge(params["layers"], PARTLY.lora)}
+    merged = lora.without(params) | {"layers": merged_layers(params, PARTLY.lora)}
     own = jax.jit(lambda t, f, b: loss_and_grads(graphdef, t, f, b, MESH, OPTIONS)[1])(trained, frozen, packed())
     whole = jax.jit(lambda p, b: loss_and_grads(plain, p, {}, b, MESH, OPTIONS)[1])(merged, packed())
     a, b = params["layers"]["down_lora_a"], params["layers"]["down_lora_b"]

@@ -1,9 +1,12 @@
 """Published weights: what is written is read back bit for bit, on any mesh; what does not fit is named before work."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
+import gguf_files
 import jax
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from echo_jax.models.export import write_weights
 from echo_jax.models.families import FamilyError, family_of, model_fields, published_config, tensor_names
 from echo_jax.models.pretrained import check_fields, check_tensors, fields_of, load_params
 from echo_jax.models.rope import RopeScaling
-from echo_jax.models.sources import INDEX, SINGLE, WeightsError, open_source
+from echo_jax.models.sources import INDEX, SINGLE, Slices, WeightsError, open_source
 from echo_jax.models.transformer import ModelConfig, init_adapters
 from echo_jax.sharding import make_mesh
 
@@ -100,8 +103,23 @@ def test_adapters_are_no_part_of_published_weights(tmp_path):
 def test_a_process_reads_only_what_its_devices_hold_and_never_more_than_one_tensor(tmp_path):
     write(TINY, tmp_path)
     source = open_source(tmp_path)
-    sizes, plain = [], source.read
-    source.read = lambda name, index: sizes.append((name, plain(name, index).size)) or plain(name, index)
+    sizes, plain = [], source.open
+
+    class Counted(NamedTuple):
+        name: str
+        tensor: Slices
+
+        def __getitem__(self, index):
+            values = self.tensor[index]
+            sizes.append((self.name, values.size))
+            return values
+
+    @contextlib.contextmanager
+    def counted(name):
+        with plain(name) as tensor:
+            yield Counted(name, tensor)
+
+    source.open = counted
     load_params(source, TINY, make_mesh(2, 2, 2))
     assert sum(size for _, size in sizes) == sum(np.prod(tensor.shape) for tensor in source.tensors.values())
     assert max(size for name, size in sizes if "q_proj" in name) == TINY.embed_dim * 32 / 4
@@ -132,7 +150,18 @@ def test_old_and_new_ways_to_say_rope_are_read_alike():
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "does not say hidden_size"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported, only llama3, yarn"),
+        ({"hidden_size": "64"}, "hidden_size = '64' is no whole number above 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True is no whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 is no whole number above 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps = 'x' is no number above 0"),
+        ({"model_type": ["llama"]}, r"model_type = \['llama'\]"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_scaling": "yarn"}, "rope scaling is 'yarn', no object"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "a value that is no number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported, only none, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
         ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8}}, "does not say factor"),
     ],
@@ -245,6 +274,76 @@ def test_what_is_no_folder_of_weights_is_said_to_be_none(tmp_path):
         open_source(tmp_path / "x.gguf")
     with pytest.raises(WeightsError, match=r"y\.gguf cannot be read"):
         open_source(tmp_path / "y.gguf")
+
+
+def test_a_gguf_file_has_the_same_weights(tmp_path):
+    params = write(TINY, tmp_path)
+    path = gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY)
+    assert fields_of(path) == fields_of(tmp_path)
+    assert_same(read(TINY, path, MESHES["fsdp and tensor"]), params)
+
+
+def test_a_gguf_file_whose_rope_scaling_is_a_table_is_refused(tmp_path):
+    write(TINY, tmp_path)
+    more = {"rope_freqs.weight": np.ones(TINY.head_dim // 2, np.float32)}
+    path = gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY, more=more)
+    with pytest.raises(WeightsError, match="'llama3, as a table in a GGUF file' is not supported"):
+        fields_of(path)
+
+
+def test_what_a_config_json_leaves_out_has_the_published_default(tmp_path):
+    said = published_config(dataclasses.replace(TINY, num_kv_heads=TINY.num_heads), max_length=128)
+    for gone in ("head_dim", "rope_theta", "num_key_value_heads"):
+        fields = model_fields({key: value for key, value in said.items() if key != gone})
+        assert fields == model_fields(said | {gone: None})
+        if gone == "head_dim":
+            assert fields["head_dim"] == TINY.embed_dim // TINY.num_heads
+        else:
+            assert fields == model_fields(said)
+    assert model_fields(said | {"rope_theta": None})["rope_theta"] == 10_000.0
+    assert model_fields(said | {"rope_scaling": {"rope_type": "none"}}) == model_fields(said)
+
+
+def test_a_model_without_a_rope_scaling_may_be_given_one(tmp_path):
+    write(TINY, tmp_path)
+    model = tiny.get_config().model
+    model.update({name: value for name, value in fields_of(tmp_path).items() if name != "rope_scaling"})
+    model.rope_scaling.update(kind="yarn", factor=4.0)
+    assert check_fields(open_source(tmp_path), tmp_path, model) == TINY.vocab_size
+    path = tmp_path / "config.json"
+    scaled = published_config(dataclasses.replace(TINY, rope_scaling=YARN), max_length=128)
+    path.write_text(json.dumps(scaled))
+    with pytest.raises(WeightsError, match=r"config\.model\.rope_scaling = "):
+        check_fields(open_source(tmp_path), tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[]", "config.json holds no JSON object"),
+        ("config.json", "null", "config.json holds no JSON object"),
+        (INDEX, "[]", f"{INDEX} holds no JSON object"),
+        (INDEX, "{}", f"{INDEX} is no index"),
+        (INDEX, '{"weight_map": {"model.norm.weight": 3}}', f"{INDEX} is no index"),
+        (SINGLE, '{"a": 1}', "its header says of a 1"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}', "its header says of a"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "its header says of a"),
+        (
+            SINGLE,
+            '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+            r"a \[2\] is said to be in bytes 0 to 4",
+        ),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "is said to be in bytes -4 to 0"),
+        (SINGLE, "[]", "has no safetensors header"),
+    ],
+)
+def test_files_of_another_form_are_named(tmp_path, name, text, message):
+    write(TINY, tmp_path)
+    text = len(text).to_bytes(8, "little") + text.encode() + bytes(8) if name == SINGLE else text.encode()
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(WeightsError, match=message) as raised:
+        open_source(tmp_path)
+    assert str(tmp_path / name) in str(raised.value)
 
 
 def test_the_names_are_those_of_all_tensors():

@@ -1,0 +1,70 @@
+"""Small GGUF files, written as llama.cpp's converter writes them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+from echo_jax.models.sources import SINGLE
+from echo_jax.models.transformer import ModelConfig
+from echo_jax.tokenizer import BytePairs
+
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_model(path: Path, folder: Path, config: ModelConfig, *, more: Mapping[str, np.ndarray] | None = None) -> Path:
+    """Writes the weights of a llama that a folder has as safetensors, and other tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_layers)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_context_length(128)
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    for name, values in load_file(folder / SINGLE).items():
+        stem = name.removesuffix(".weight")
+        layer, _, own = stem.removeprefix("model.layers.").partition(".")
+        short = NAMES[own if layer.isdigit() else stem]
+        if short in heads:  # halves of a head that rotate together stand side by side
+            split = values.reshape(heads[short], 2, -1, values.shape[-1])
+            values = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
+        writer.add_tensor(f"blk.{layer}.{short}.weight" if layer.isdigit() else f"{short}.weight", values)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
+    return _close(writer, path)
+
+
+def write_tokenizer(path: Path, tokenizer: BytePairs, definition: Mapping[str, Any], *, pre: str, unused: int) -> Path:
+    """Writes the lists of a tokenizer, of which `definition` is the tokenizer.json, and unused entries behind them."""
+    writer = gguf.GGUFWriter(path, "llama")
+    special = {a["content"]: a["special"] for a in definition["added_tokens"]}
+    names = sorted(tokenizer.vocabulary, key=tokenizer.vocabulary.__getitem__)
+    kinds = [{True: 3, False: 4, None: 1}[special.get(name)] for name in names]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(names + [f"[PAD{i}]" for i in range(unused)])
+    writer.add_token_types(kinds + [5] * unused)
+    writer.add_token_merges([" ".join(pair) for pair in definition["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.end)
+    writer.add_chat_template(tokenizer.template)
+    return _close(writer, path)
+
+
+def _close(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

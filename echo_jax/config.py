@@ -76,8 +76,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora.targets = ("query", "key", "value", "attention_out", "gate", "up", "down")
 
     c.tokenizer = ml_collections.ConfigDict()
-    # A SentencePiece model, a .gguf file, or a folder with a tokenizer.json; empty: that of model.weights, or else the
-    # small one shipped with the package.
+    # A SentencePiece model, a .gguf file, or a folder with a tokenizer.json or tokenizer.model; empty: that of
+    # model.weights or, without weights, the small one shipped with the package.
     c.tokenizer.path = ""
 
     c.render = ml_collections.ConfigDict()

@@ -30,10 +30,10 @@ def weights(config, shape=(1, 1, 1)):
     return graphdef, jax.tree.map(draw, abstract)
 
 
-def new_engine(config=TINY, *, lanes=LANES, temperature=0.8, seed=0, steps_per_call=8, shape=(1, 1, 1)):
+def new_engine(config=TINY, *, lanes=LANES, temperature=0.8, seed=0, steps_per_call=8, shape=(1, 1, 1), stops=(STOP,)):
     graphdef, params = weights(config, shape)
     engine = DenseEngine(
-        graphdef, config, lanes=lanes, max_tokens=SLOTS, temperature=temperature, stop_ids=(STOP,), seed=seed,
+        graphdef, config, lanes=lanes, max_tokens=SLOTS, temperature=temperature, stop_ids=stops, seed=seed,
         steps_per_call=steps_per_call, mesh=make_mesh(*shape),
     )  # fmt: skip
     engine.set_params(params, 0)
@@ -272,6 +272,17 @@ def test_a_turn_may_stop_at_its_first_token(gamblers):
         ids = (lane % 8, lane % 5, STOP, 4, 5, *turn.ids)
         expected = fresh_logprobs(weights(SMALL_VOCABULARY)[1], ids, config=SMALL_VOCABULARY, temperature=0.5)
         np.testing.assert_allclose(turn.logprobs, expected[5:], atol=CLOSE)
+
+
+def test_each_of_several_stop_tokens_ends_a_turn():
+    stops = (STOP, 5)
+    engine = new_engine(SMALL_VOCABULARY, lanes=32, temperature=2.0, stops=stops)
+    turns = one_turn(engine, {lane: (lane, (4, lane % 8), 12) for lane in range(32)})
+    last = {turn.ids[-1] for turn in turns.values() if turn.stopped}
+    assert last == set(stops)
+    for turn in turns.values():
+        assert turn.stopped == (turn.ids[-1] in stops)
+        assert not set(stops) & set(turn.ids[:-1])
 
 
 def test_a_turn_of_one_token_has_one_token(engine):

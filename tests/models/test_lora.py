@@ -71,6 +71,16 @@ def test_merged_weights_act_like_weights_with_adapters(config):
     assert np.abs(hidden(config, params) - hidden(TINY, lora.without(params))).max() > 0.01
 
 
+def test_an_adapter_is_added_in_float32_to_a_matrix_in_bfloat16():
+    plain = random_params(PARTLY)["layers"]
+    layers = plain | {name: x.astype("bfloat16") for name, x in lora.without(plain).items()}
+    found = lora.merged(layers, "down", 1, PARTLY.lora)
+    a, b = (np.asarray(layers["down" + part][1], np.float64) for part in (lora.A, lora.B))
+    expected = np.asarray(layers["down"][1], np.float64) + PARTLY.lora.scale * a @ b
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert lora.merged(layers, "up", 1, PARTLY.lora).dtype == "bfloat16"
+
+
 def test_split_and_join_are_inverse():
     params = random_params(PARTLY)
     trained, frozen = lora.split(params)

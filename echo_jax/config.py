@@ -63,6 +63,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.norm_eps = 1e-6
     c.model.qkv_bias = False  # biases of queries, keys and values (Qwen2.5)
     c.model.qk_norm = False  # RMSNorm of each head's queries and keys (Qwen3)
+    c.model.num_experts = 0  # experts of each FFN (Qwen3-MoE), whose ffn_dim is that of one; 0: a plain FFN
+    c.model.experts_per_token = 0  # the likeliest of them, which a token goes to
+    c.model.normalize_experts = True  # their probabilities sum to 1
     c.model.tie_embeddings = True
     c.model.compute_dtype = "float32"  # matmuls: float32 | bfloat16
     # Of parameters at rest: float32 | bfloat16. bfloat16 loses small updates: meant for weights that adapters freeze.
@@ -218,6 +221,8 @@ def load_config_file(path: Path) -> ModuleType:
 # What `validate` checks field by field.
 _MAY_BE_ZERO = (
     "model.vocab_size",
+    "model.num_experts",
+    "model.experts_per_token",
     "lora.rank",
     "mesh.fsdp",
     "pack.rows",

@@ -1,7 +1,8 @@
 """Analytic FLOPs of training, and the peak of a chip: what a model's arithmetic needs, not what a program does.
 
 Two FLOPs a weight and token forward, four backward, of which a frozen weight needs two; what is computed again counts
-once. Causal attention: every token with itself and those before it in its segment.
+once, and only the experts that a token goes to. Causal attention: every token with itself and those before it in its
+segment.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import jax
 
 from echo_jax.models import lora
-from echo_jax.models.transformer import LINEAR, ModelConfig
+from echo_jax.models.transformer import EXPERT, ModelConfig
 
 # bf16 FLOP/s by `jax.Device.device_kind`; TPUs from cloud.google.com/tpu/docs, GPUs from NVIDIA's data sheets (dense)
 PEAK_FLOPS = {
@@ -26,7 +27,8 @@ PEAK_FLOPS = {
 
 def train_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
     """Returns the FLOPs of forward and backward over `tokens`, with `pairs` of a token and one that it attends to."""
-    layer = sum(math.prod(model.sizes(name)) for name in LINEAR)
+    one = lambda name: math.prod(model.sizes(name)[name in EXPERT :])  # noqa: E731
+    layer = sum(one(name) * (model.experts_per_token if name in EXPERT else 1) for name in model.matrices)
     weights = model.num_layers * layer + model.vocab_size * model.embed_dim
     attention = model.num_layers * 2 * model.num_heads * model.head_dim  # scores, and what they weigh
     if not model.lora.rank:

@@ -28,7 +28,7 @@ from echo_jax.metrics import MetricsError
 from echo_jax.models.pretrained import check_fields, check_tensors
 from echo_jax.models.rope import SCALINGS
 from echo_jax.models.sources import Source, WeightsError, open_source
-from echo_jax.models.transformer import LINEAR, REMAT
+from echo_jax.models.transformer import ATTENTION, LINEAR, REMAT
 from echo_jax.objective import (
     MODES,
     OBSERVATION_NORMALIZERS,
@@ -229,9 +229,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"the mode one of {', '.join(RL_MODES)}",
         )
     targets = config.lora.targets
+    known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
     require(
-        bool(targets) and set(targets) <= LINEAR.keys() and len(set(targets)) == len(targets),
-        f"config.lora.targets = {targets}: some of {', '.join(LINEAR)}, each once",
+        bool(targets) and set(targets) <= set(known) and len(set(targets)) == len(targets),
+        f"config.lora.targets = {targets}: some of {', '.join(known)}, each once",
     )
     steps = config.system.profile_steps
     require(
@@ -248,6 +249,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             scaling[low] < scaling[high],
             f"config.model.rope_scaling.{low} = {scaling[low]} must be below {high} = {scaling[high]}",
         )
+    experts, per_token = config.model.num_experts, config.model.experts_per_token
+    require(
+        1 <= per_token <= experts if experts else not per_token and config.model.normalize_experts,
+        f"config.model.experts_per_token = {per_token}, normalize_experts = {config.model.normalize_experts} with "
+        f"num_experts = {experts}: from 1 to num_experts, or 0 and True without experts",
+    )
     idle = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
     require(bool(config.lora.rank) or not idle, f"config.lora.rank = 0: there are no adapters that {idle} could be of")
     modes = {loss.mode, *(mode for _, mode in loss.mode_changes)}

@@ -18,6 +18,7 @@ MESH_AXIS_OF = {
     "kv_heads": "tensor",
     "head_dim": None,
     "ffn": "tensor",
+    "experts": None,
     "norm": None,
     "rank": None,
 }

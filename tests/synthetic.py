@@ -32,6 +32,7 @@ TINY = ModelConfig(
     remat="full",
     attention="xla",
 )
+SPARSE = dataclasses.replace(TINY, qk_norm=True, num_experts=6, experts_per_token=2)
 MESH = make_mesh(1, 1, 1)
 GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)
 HEAD = HeadOptions(token_block=16, vocab_block=24)  # blocks that divide neither the tokens nor the vocabulary

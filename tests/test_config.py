@@ -131,6 +131,14 @@ def test_an_option_that_would_do_nothing_is_an_error(fields, named):
         ({"model.rope_scaling.factor": 4.0}, r"rope_scaling\.kind = 'none' has no \{'factor': 4\.0\}"),
         ({"model.rope_scaling.kind": "llama3", "model.rope_scaling.beta_fast": 16.0}, "'llama3' has no {'beta_fast'"),
         ({"model.rope_scaling.kind": "yarn", "model.rope_scaling.low_frequency_factor": 2.0}, "'yarn' has no {'low_"),
+        ({"model.experts_per_token": 2}, "experts_per_token = 2, normalize_experts = True with num_experts = 0"),
+        ({"model.normalize_experts": False}, "normalize_experts = False with num_experts = 0"),
+        ({"model.num_experts": 4}, "experts_per_token = 0, .* num_experts = 4: from 1 to num_experts"),
+        ({"model.num_experts": 4, "model.experts_per_token": 5}, "experts_per_token = 5"),
+        (
+            {"model.num_experts": 4, "model.experts_per_token": 2, "lora.rank": 2},
+            "lora.targets = .*'gate'.*: some of query, key, value, attention_out, each once",
+        ),
         ({"lora.alpha": 64.0}, r"lora\.rank = 0: there are no adapters that \{'alpha': 64\.0\} could be of"),
         ({"lora.targets": ("query",)}, r"lora\.rank = 0: .*\{'targets': \('query',\)\}"),
         (

@@ -142,7 +142,7 @@ def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
     described = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert described["torch_dtype"] == "bfloat16"
     built, found = restored(config, workdir)
-    merged = lora.merged(found.params["layers"], "down", 1, built.model_config.lora)
+    merged = lora.merged(found.params["layers"], "down", (1,), built.model_config.lora)
     tensors = load_file(tmp_path / "merged" / SINGLE)
     np.testing.assert_array_equal(
         tensors["model.layers.1.mlp.down_proj.weight"], np.asarray(merged.T.astype("bfloat16"))

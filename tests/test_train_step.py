@@ -13,6 +13,7 @@ from synthetic import (
     GRAPHDEF,
     MESH,
     OPTIONS,
+    SPARSE,
     TINY,
     gradient,
     initial,
@@ -105,6 +106,14 @@ def test_eight_devices_equal_one(shape):
         np.testing.assert_array_equal(own, expected)
     assert relative_difference(grads, one_grads) < CLOSE
     np.testing.assert_allclose(sums["loss/total"], one_sums["loss/total"], rtol=CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
+def test_eight_devices_train_experts_as_one_does(shape):
+    _, grads, _ = gradient(CHOSEN, ADVANTAGES, rows=8, mesh=make_mesh(*shape), config=SPARSE)
+    _, one, _ = gradient(CHOSEN, ADVANTAGES, config=SPARSE)
+    assert relative_difference(grads, one) < CLOSE
+    assert all(np.abs(one["layers"][name]).max() > 0 for name in SPARSE.matrices)
 
 
 def test_parameters_lie_as_the_axis_table_says():

@@ -104,7 +104,8 @@ class DenseEngine:
           mesh: of the training; the engine uses those of its devices that are this process's.
         """
         self._placement = Placement(mesh or make_mesh(1, 1, 1, jax.local_devices()), model_config)
-        shards = self._placement.local.shape["data"]
+        local = self._placement.local
+        shards = local.shape["data"]
         self.lanes = lanes = -(-lanes // shards) * shards
         self.max_tokens = max_tokens
         self._stop_ids = stop_ids
@@ -127,7 +128,12 @@ class DenseEngine:
         self._turn_start = zeros(lanes)
         self._params, self._version = None, 0
         program = functools.partial(
-            _run_lanes, graphdef=graphdef, temperature=temperature, stop_ids=stop_ids, max_steps=steps_per_call
+            _run_lanes,
+            graphdef=graphdef,
+            mesh=local if local.size > 1 else None,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            max_steps=steps_per_call,
         )
         # Placed like what comes out of the program, the cache goes in always alike: one program serves all calls.
         self.compiled = jax.jit(program, donate_argnums=2, out_shardings=(everywhere, spread))
@@ -185,7 +191,7 @@ class DenseEngine:
             self.open(lane, rollout=0)
 
 
-def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_ids, max_steps):
+def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, mesh, temperature, stop_ids, max_steps):
     """Up to `max_steps` tokens for every lane with a budget. Returns the lanes and the cache."""
     slots = lanes.ids.shape[1]
     rows = jnp.arange(lanes.ids.shape[0])
@@ -201,7 +207,7 @@ def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, temperature, stop_
         position = jnp.where(running, lanes.fed, slots)  # an idle lane writes past the end: nowhere
         token = lanes.ids[rows, lanes.fed]
         model = bind(graphdef, params)
-        hidden, cache = model.decode(token, position, cache)
+        hidden, cache = model.decode(token, position, cache, mesh)
         head = model.head().astype(hidden.dtype)
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32) / temperature
         fed = lanes.fed + running

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from echo_jax.models import lora
-from echo_jax.models.families import LAYER_NAMES, published_shape, tensor_names
+from echo_jax.models.families import LAYER_NAMES, Place, published_shape, tensor_names
 from echo_jax.models.sources import INDEX, SINGLE, import_safetensors
-from echo_jax.models.transformer import LINEAR, ModelConfig
+from echo_jax.models.transformer import LINEAR, MATRICES, ModelConfig
 
 FILE_BYTES = 2 << 30  # of tensors in one file, unless a single one is larger
 
@@ -39,9 +39,9 @@ def write_weights(
     for number, names in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = {}
-        for published, (parameter, layer) in names.items():
+        for published, (parameter, index) in names.items():
             layers = params["layers"]
-            x = params[parameter] if layer is None else lora.merged(layers, parameter, layer, config.lora)
+            x = lora.merged(layers, parameter, index, config.lora) if index else params[parameter]
             tensors[published] = to_published(_fetch(x), parameter).astype(jax.numpy.dtype(dtype))
             done += 1
             on_tensor(done)
@@ -53,11 +53,11 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2))
 
 
-def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict[str, tuple[str, int | None]]]:
+def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict[str, Place]]:
     """Yields the tensors of each file."""
     chosen, size = {}, 0
     for name, place in tensor_names(config).items():
-        own = int(np.prod(published_shape(config, place[0]))) * itemsize
+        own = int(np.prod(published_shape(config, place.parameter))) * itemsize
         if chosen and size + own > file_bytes:
             yield chosen
             chosen, size = {}, 0
@@ -99,8 +99,8 @@ def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, bas
 
 def to_published(x: np.ndarray, parameter: str) -> np.ndarray:
     """Returns a parameter of one layer in the layout of its published tensor; `pretrained.py` goes the other way."""
-    if parameter in LINEAR:
-        return _matrix(x, len(LINEAR[parameter][0]))
+    if parameter in MATRICES:
+        return _matrix(x, len(MATRICES[parameter][0]))
     return x if parameter in ("embedding", "lm_head") else x.reshape(-1)
 
 

@@ -7,18 +7,25 @@ back. Names of tensors are transformers' own: `model.layers.0.self_attn.q_proj.w
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from echo_jax.models.rope import NO_SCALING, SCALINGS, RopeScaling
-from echo_jax.models.transformer import BIASED, LINEAR, ModelConfig
+from echo_jax.models.transformer import BIASED, EXPERT, MATRICES, ModelConfig
 
-# What tells them apart is read off `qkv_bias` and `qk_norm`.
+# What tells them apart is read off `qkv_bias`, `qk_norm` and `num_experts`.
 FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "qwen3_moe": {"qkv_bias": False, "qk_norm": True},
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SPARSE = ("qwen3_moe",)  # those with experts
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 # config.model field -> its key in config.json
 _SIZES = {
@@ -29,6 +36,11 @@ _SIZES = {
     "num_kv_heads": "num_key_value_heads",
     "ffn_dim": "intermediate_size",
     "norm_eps": "rms_norm_eps",
+}
+_EXPERTS = {  # and those of a model with experts
+    "ffn_dim": "moe_intermediate_size",
+    "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
 }
 _ROPE = {
     "factor": "factor",
@@ -48,9 +60,11 @@ _UNSUPPORTED = {
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
-    "num_experts": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "shared_expert_intermediate_size": None,
 }
-_NUMBERS = ("rms_norm_eps",)  # of _SIZES; the others are whole
+_NUMBERS = ("rms_norm_eps", "rope_theta")  # the other sizes are whole
 
 _LINEAR_NAMES = {
     "query": "self_attn.q_proj",
@@ -60,6 +74,10 @@ _LINEAR_NAMES = {
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+    "router": "mlp.gate",
+    "expert_gate": "mlp.experts.{}.gate_proj",
+    "expert_up": "mlp.experts.{}.up_proj",
+    "expert_down": "mlp.experts.{}.down_proj",
 }
 LAYER_NAMES = {
     "attention_norm": "input_layernorm.weight",
@@ -76,6 +94,13 @@ TOP_NAMES = {
 }
 
 
+class Place(NamedTuple):
+    """Where a published tensor is: in all of a parameter, or in one layer's, or in that of one expert of a layer."""
+
+    parameter: str
+    index: tuple[int, ...] = ()  # (), (layer,) or (layer, expert)
+
+
 class FamilyError(ValueError):
     """A published model is none that transformer.py computes; the message says what of it."""
 
@@ -87,10 +112,12 @@ def family_of(config: ModelConfig) -> str:
       FamilyError: none has it.
     """
     for family, features in FAMILIES.items():
-        if all(getattr(config, name) == value for name, value in features.items()):
+        alike = all(getattr(config, name) == value for name, value in features.items())
+        if alike and (family in SPARSE) == bool(config.num_experts):
             return family
     raise FamilyError(
-        f"no published family has qkv_bias = {config.qkv_bias} with qk_norm = {config.qk_norm}; there are "
+        f"no published family has qkv_bias = {config.qkv_bias} with qk_norm = {config.qk_norm} and num_experts = "
+        f"{config.num_experts}; there are "
         + ", ".join(f"{family} ({features})" for family, features in FAMILIES.items())
     )
 
@@ -111,14 +138,18 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
         raise FamilyError(f"layer_types = {sorted(set(map(str, kinds)))} is not supported, only full_attention")
     published = {key: value for key, value in published.items() if value is not None}
     published = {"num_key_value_heads": published.get("num_attention_heads")} | published
-    if missing := [key for key in _SIZES.values() if published.get(key) is None]:
+    if "num_local_experts" in published:  # as transformers 5 writes it
+        published = {"num_experts": published["num_local_experts"]} | published
+    sizes = _sizes(family)
+    if missing := [key for key in sizes.values() if published.get(key) is None]:
         raise FamilyError(f"it does not say {', '.join(missing)}")
-    for key in (*_SIZES.values(), "head_dim", "rope_theta", "max_position_embeddings"):
-        whole = key not in (*_NUMBERS, "rope_theta")
+    for key in (*sizes.values(), "head_dim", "rope_theta", "max_position_embeddings"):
+        whole = key not in _NUMBERS
         value = published.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
             raise FamilyError(f"{key} = {value!r} is no {'whole ' * whole}number above 0")
-    fields = {field: published[key] for field, key in _SIZES.items()}
+    fields = {"num_experts": 0, "experts_per_token": 0} | {field: published[key] for field, key in sizes.items()}
+    fields["normalize_experts"] = bool(published.get("norm_topk_prob", False)) if family in SPARSE else True
     fields["head_dim"] = published.get("head_dim", fields["embed_dim"] // fields["num_heads"])
     fields["tie_embeddings"] = bool(published.get("tie_word_embeddings", False))
     # transformers 5 keeps base and scaling together.
@@ -128,6 +159,10 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
     fields["rope_theta"] = float(rope.get("rope_theta") or published.get("rope_theta") or 10_000.0)
     fields["rope_scaling"] = dataclasses.asdict(_scaling(rope, published.get("max_position_embeddings")))
     return fields | FAMILIES[family]
+
+
+def _sizes(family: str) -> dict[str, str]:
+    return _SIZES | _EXPERTS if family in SPARSE else _SIZES
 
 
 def _scaling(rope: Mapping[str, Any], length: int | None) -> RopeScaling:
@@ -156,13 +191,15 @@ def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
     published = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        **{key: getattr(config, field) for field, key in _SIZES.items()},
+        **{key: getattr(config, field) for field, key in _sizes(family).items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": max_length,
         "rope_theta": config.rope_theta,
     }
+    if family in SPARSE:
+        published |= {"norm_topk_prob": config.normalize_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
     if config.rope_scaling.kind != "none":
         scaling = config.rope_scaling
         fields = [f for f in SCALINGS[scaling.kind] if f != "attention_factor" or scaling.attention_factor]
@@ -173,23 +210,24 @@ def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
     return published
 
 
-def tensor_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """Returns published name -> (parameter, layer or None), of all tensors that a model has."""
-    top = {TOP_NAMES[name]: (name, None) for name in TOP_NAMES if name != "lm_head" or not config.tie_embeddings}
+def tensor_names(config: ModelConfig) -> dict[str, Place]:
+    """Returns published name -> its place, of all tensors that a model has."""
+    top = {TOP_NAMES[name]: Place(name) for name in TOP_NAMES if name != "lm_head" or not config.tie_embeddings}
     biases = BIASED if config.qkv_bias else ()
     norms = ("attention_norm", "ffn_norm", *(("query_norm", "key_norm") if config.qk_norm else ()))
-    parameters = (*norms, *LINEAR, *(f"{name}_bias" for name in biases))
+    parameters = (*norms, *config.matrices, *(f"{name}_bias" for name in biases))
     return top | {
-        f"model.layers.{layer}.{LAYER_NAMES[name]}": (name, layer)
+        f"model.layers.{layer}.{LAYER_NAMES[name].format(*expert)}": Place(name, (layer, *expert))
         for layer in range(config.num_layers)
         for name in parameters
+        for expert in ([(i,) for i in range(config.num_experts)] if name in EXPERT else [()])
     }
 
 
 def published_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
     """Returns the shape of a parameter's published tensor: of a matrix, [what comes out, what goes in]."""
-    sizes = config.sizes(name)
-    if name not in LINEAR:
+    sizes = config.sizes(name)[name in EXPERT :]
+    if name not in MATRICES:
         return sizes if name in ("embedding", "lm_head") else (math.prod(sizes),)
-    split = len(LINEAR[name][0])
+    split = len(MATRICES[name][0])
     return (math.prod(sizes[split:]), math.prod(sizes[:split]))

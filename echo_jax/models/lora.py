@@ -70,10 +70,11 @@ def join(trained: dict, frozen: dict) -> dict:
     return joined
 
 
-def merged(layers: dict, name: str, layer: int, lora: Lora) -> jax.Array:
-    """Returns one layer of a parameter with what its adapter adds, in float32, or as it is if it has none."""
-    x = layers[name][layer]
+def merged(layers: dict, name: str, index: tuple[int, ...], lora: Lora) -> jax.Array:
+    """Returns a parameter of one layer, `index` (layer,), with what its adapter adds, in float32; or as it is if it has
+    none, where `index` may go on to an expert."""
+    x = layers[name][index]
     if not lora.rank or name not in lora.targets:
         return x
-    added = jnp.tensordot(layers[name + A][layer], layers[name + B][layer], 1, precision="highest")
+    added = jnp.tensordot(layers[name + A][index], layers[name + B][index], 1, precision="highest")
     return x.astype(jnp.float32) + lora.scale * added

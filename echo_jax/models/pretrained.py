@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echo_jax.models import lora
 from echo_jax.models.families import FamilyError, model_fields, published_shape, tensor_names
 from echo_jax.models.sources import Slices, Source, WeightsError, open_source
-from echo_jax.models.transformer import LINEAR, ModelConfig, abstract_params
+from echo_jax.models.transformer import MATRICES, ModelConfig, abstract_params
 
 SHOWN = 8  # problems of a message
 
@@ -92,17 +92,17 @@ def load_params(
     names = tensor_names(config)
     layers: dict[str, jax.Array] = {}
     top: dict[str, jax.Array] = {}
-    for done, (name, (parameter, layer)) in enumerate(names.items(), start=1):
-        if layer is None:
+    for done, (name, (parameter, index)) in enumerate(names.items(), start=1):
+        if not index:
             leaf = abstract[parameter]
             top[parameter] = _cast(leaf)(_place(source, name, parameter, leaf.shape, leaf.sharding))
         else:
             leaf = abstract["layers"][parameter]
-            if layer == 0:
+            if parameter not in layers:
                 layers[parameter] = _zeros(leaf)
-            one = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
-            value = _place(source, name, parameter, leaf.shape[1:], one)
-            layers[parameter] = _put(leaf.sharding)(layers[parameter], value, layer)
+            one = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[len(index) :]))
+            value = _place(source, name, parameter, leaf.shape[len(index) :], one)
+            layers[parameter] = _put(leaf.sharding)(layers[parameter], value, index)
         on_tensor(done)
     return top | {"layers": layers}
 
@@ -126,11 +126,11 @@ def _read(tensor: Slices, parameter: str, shape: tuple[int, ...], index: tuple[s
     goes in, and what comes out, is one dimension each."""
     bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
     own = tuple(stop - start for start, stop in bounds)
-    if parameter not in LINEAR:
+    if parameter not in MATRICES:
         matrix = parameter in ("embedding", "lm_head")
         published = tuple(slice(*b) for b in bounds) if matrix else (_flat(bounds, shape),)
         return tensor[published].reshape(own)
-    split = len(LINEAR[parameter][0])
+    split = len(MATRICES[parameter][0])
     ins, outs = _flat(bounds[:split], shape[:split]), _flat(bounds[split:], shape[split:])
     return tensor[outs, ins].T.reshape(own)
 
@@ -151,9 +151,9 @@ def _cast(leaf: jax.ShapeDtypeStruct):
 
 @functools.cache
 def _put(sharding: NamedSharding):
-    """Returns the jitted write of one layer into a stack that is donated, so that no second stack is made."""
+    """Returns the jitted write of one matrix into a stack that is donated, so that no second stack is made."""
 
-    def put(stack, x, layer):
-        return stack.at[layer].set(x.astype(stack.dtype))
+    def put(stack, x, index):
+        return stack.at[index].set(x.astype(stack.dtype))
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)

@@ -1,8 +1,8 @@
 """A decoder-only transformer: RoPE, RMSNorm, grouped-query attention, SwiGLU; layers stacked, scanned, rematerialised.
 
-Llama 3 and SmolLM2, Qwen2.5 (biases) and Qwen3 (norms of queries and keys) are settings of it. In: token ids. Out:
-hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's door: `init_params`
-gives a graph definition and a plain pytree, and everything above works on those.
+Llama 3 and SmolLM2, Qwen2.5 (biases), Qwen3 (norms of queries and keys) and Qwen3-MoE (experts) are settings of it. In:
+token ids. Out: hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's door:
+`init_params` gives a graph definition and a plain pytree, and everything above works on those.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from echo_jax.kernels.attention import cached_attention, packed_attention
 from echo_jax.kernels.embedding import embed
+from echo_jax.kernels.experts import mix
 from echo_jax.models import lora
 from echo_jax.models.lora import Lora
 from echo_jax.models.rope import NO_SCALING, RopeScaling, frequencies, rotate
@@ -31,6 +32,11 @@ LINEAR = {
     "up": (("embed",), ("ffn",)),
     "down": (("ffn",), ("embed",)),
 }
+ATTENTION = ("query", "key", "value", "attention_out")
+# In place of gate, up and down, with `num_experts`: what chooses, and the matrices of each expert.
+ROUTER = {"router": (("embed",), ("experts",))}
+EXPERT = {f"expert_{name}": LINEAR[name] for name in ("gate", "up", "down")}
+MATRICES = LINEAR | ROUTER | EXPERT
 BIASED = ("query", "key", "value")  # with `qkv_bias`
 
 # Logical axes of each parameter by name; parameters of the stacked layers have "layers" in front.
@@ -42,7 +48,8 @@ PARAM_AXES = {
     "ffn_norm": ("norm",),
     "query_norm": ("norm",),
     "key_norm": ("norm",),
-    **{name: ins + outs for name, (ins, outs) in LINEAR.items()},
+    **{name: ins + outs for name, (ins, outs) in (LINEAR | ROUTER).items()},
+    **{name: ("experts", *ins, *outs) for name, (ins, outs) in EXPERT.items()},
     **{f"{name}_bias": LINEAR[name][1] for name in BIASED},
     **{name + lora.A: (*ins, "rank") for name, (ins, _) in LINEAR.items()},
     **{name + lora.B: ("rank", *outs) for name, (_, outs) in LINEAR.items()},
@@ -77,8 +84,16 @@ class ModelConfig:
     rope_scaling: RopeScaling = NO_SCALING
     qkv_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0  # 0: one FFN for all tokens
+    experts_per_token: int = 0
+    normalize_experts: bool = True
     param_dtype: str = "float32"  # of all but the adapters, which are float32
     lora: Lora = lora.NO_ADAPTERS
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Those of MATRICES that a layer has."""
+        return (*ATTENTION, *ROUTER, *EXPERT) if self.num_experts else tuple(LINEAR)
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a parameter, that of one layer."""
@@ -90,6 +105,7 @@ class ModelConfig:
             "kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "ffn": self.ffn_dim,
+            "experts": self.num_experts,
             "norm": self.embed_dim,
             "rank": self.lora.rank,
         }
@@ -125,8 +141,9 @@ class Block(nnx.Module):
         residual_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = _ones(config, "attention_norm")
         self.ffn_norm = _ones(config, "ffn_norm")
-        for name in LINEAR:
-            scale = _fan_in(config, name) ** -0.5 * (residual_scale if name in ("attention_out", "down") else 1.0)
+        for name in config.matrices:
+            last = name in ("attention_out", "down", "expert_down")
+            scale = _fan_in(config, name) ** -0.5 * (residual_scale if last else 1.0)
             setattr(self, name, _normal(config, rngs, name, scale))
         if config.qkv_bias:
             for name in BIASED:
@@ -140,7 +157,7 @@ class Block(nnx.Module):
             setattr(self, name + lora.A, nnx.Param(lora.init_a(rngs.params(), a, _fan_in(config, name))))
             setattr(self, name + lora.B, nnx.Param(jnp.zeros(b)))
 
-    def __call__(self, x, positions, attend):
+    def __call__(self, x, positions, attend, mesh: Mesh | None = None):
         """x [..., D], positions [...] -> x [..., D], and whatever `attend` returns beside its output."""
         config = self.config
         h = rms_norm(x, self.attention_norm[...], config.norm_eps)
@@ -151,13 +168,21 @@ class Block(nnx.Module):
         rope = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         y, extra = attend(rotate(q, positions, rope), rotate(k, positions, rope), v)
         x = x + self._linear(y, "attention_out")
-        h = rms_norm(x, self.ffn_norm[...], config.norm_eps)
-        return x + self._linear(jax.nn.silu(self._linear(h, "gate")) * self._linear(h, "up"), "down"), extra
+        return x + self._ffn(rms_norm(x, self.ffn_norm[...], config.norm_eps), mesh), extra
+
+    def _ffn(self, x, mesh: Mesh | None):
+        config = self.config
+        if config.num_experts:
+            weights = (self._weight(name) for name in (*ROUTER, *EXPERT))
+            return mix(x, *weights, per_token=config.experts_per_token, normalize=config.normalize_experts, mesh=mesh)
+        return self._linear(jax.nn.silu(self._linear(x, "gate")) * self._linear(x, "up"), "down")
+
+    def _weight(self, name: str):
+        return getattr(self, name)[...].astype(self.config.compute_dtype)
 
     def _linear(self, x, name: str):
         """x times a matrix, with its bias and what its adapter adds, if it has them."""
-        weight = lambda name: getattr(self, name)[...].astype(self.config.compute_dtype)  # noqa: E731
-        inputs = len(LINEAR[name][0])
+        weight, inputs = self._weight, len(LINEAR[name][0])
         y = jnp.tensordot(x, weight(name), inputs)
         if hasattr(self, f"{name}_bias"):
             y = y + weight(f"{name}_bias")
@@ -168,8 +193,8 @@ class Block(nnx.Module):
 
 
 def _fan_in(config: ModelConfig, name: str) -> int:
-    ins, _ = LINEAR[name]
-    return math.prod(config.sizes(name)[: len(ins)])
+    ins, _ = MATRICES[name]
+    return math.prod(config.sizes(name)[name in EXPERT :][: len(ins)])
 
 
 def _normal(config: ModelConfig, rngs: nnx.Rngs, name: str, scale: float):
@@ -203,17 +228,17 @@ class Transformer(nnx.Module):
             return y, None
 
         def layer(x, block):
-            return block(x, positions, attend)[0]
+            return block(x, positions, attend, mesh)[0]
 
         if (policy := REMAT[self.config.remat]) is not None:
             layer = nnx.remat(layer, policy=policy)
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return self._finish(run(self._embed(tokens, mesh), self.layers))
 
-    def decode(self, tokens, positions, cache: KVCache):
+    def decode(self, tokens, positions, cache: KVCache, mesh: Mesh | None = None):
         """Feeds one token a lane. tokens, positions int32 [B] -> hidden [B, D], and the cache with this token in it.
 
-        A position past the cache's slots writes nothing (an idle lane).
+        A position past the cache's slots writes nothing (an idle lane). `mesh`: as in `__call__`.
         """
         lanes = jnp.arange(tokens.shape[0])
 
@@ -225,7 +250,7 @@ class Transformer(nnx.Module):
                 new_v = cache.v.at[index, lanes, positions].set(v.astype(cache.v.dtype), mode="drop")
                 return cached_attention(q, new_k[index], new_v[index], positions), KVCache(k=new_k, v=new_v)
 
-            return block(x, positions, attend)
+            return block(x, positions, attend, mesh)
 
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
         x, cache = run((self._embed(tokens), cache), self.layers, jnp.arange(self.config.num_layers))

@@ -21,8 +21,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of any ids. Control symbols come out by name; an id that is no piece, which an embedding with
-        more rows than pieces can give, as nothing."""
+        """Returns the text of any ids: control symbols by name; nothing for an id that is no piece, as one
+        of an embedding with more rows than pieces."""
         ...
 
     def save(self, folder: Path) -> None:

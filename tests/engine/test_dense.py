@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import TINY
+from synthetic import SPARSE, TINY
 
 from echo_jax.engine.dense import DenseEngine
 from echo_jax.kernels.fused_logprobs import fused_logprobs
@@ -375,6 +375,17 @@ def test_eight_devices_sample_what_one_does_wherever_the_trainer_keeps_the_weigh
         assert own.ids == turn.ids
         np.testing.assert_allclose(own.logprobs, turn.logprobs, atol=1e-5)
         spread.cancel()
+
+
+def test_eight_devices_sample_from_experts_what_one_does():
+    one, spread = (new_engine(SPARSE, shape=shape, lanes=4) for shape in ((1, 1, 1), (2, 2, 2)))
+    asks = {lane: (lane, (1, 2, 3 + lane), 12) for lane in range(4)}
+    turns, own = one_turn(one, asks), one_turn(spread, asks)
+    for lane, turn in turns.items():
+        assert own[lane].ids == turn.ids
+        np.testing.assert_allclose(own[lane].logprobs, turn.logprobs, atol=1e-5)
+        expected = fresh_logprobs(weights(SPARSE)[1], (*asks[lane][1], *turn.ids), config=SPARSE)
+        np.testing.assert_allclose(turn.logprobs, expected[3:], atol=CLOSE)
 
 
 def test_weights_come_in_the_dtype_that_the_model_uses_them_in():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from synthetic import ECHO, MESH, OPTIONS, TINY, initial, relative_difference, trajectories
+from synthetic import ECHO, MESH, OPTIONS, SPARSE, TINY, initial, relative_difference, trajectories
 
 from echo_jax.batch import to_mesh
 from echo_jax.engine.dense import DenseEngine
@@ -58,7 +58,7 @@ def test_a_fresh_adapter_changes_nothing():
 
 def merged_layers(params, config):
     layers = params["layers"]
-    one = lambda name: jnp.stack([lora.merged(layers, name, i, config) for i in range(TINY.num_layers)])  # noqa: E731
+    one = lambda name: jnp.stack([lora.merged(layers, name, (i,), config) for i in range(TINY.num_layers)])  # noqa: E731
     return {name: one(name) for name in lora.without(layers)}
 
 
@@ -74,11 +74,11 @@ def test_merged_weights_act_like_weights_with_adapters(config):
 def test_an_adapter_is_added_in_float32_to_a_matrix_in_bfloat16():
     plain = random_params(PARTLY)["layers"]
     layers = plain | {name: x.astype("bfloat16") for name, x in lora.without(plain).items()}
-    found = lora.merged(layers, "down", 1, PARTLY.lora)
+    found = lora.merged(layers, "down", (1,), PARTLY.lora)
     a, b = (np.asarray(layers["down" + part][1], np.float64) for part in (lora.A, lora.B))
     expected = np.asarray(layers["down"][1], np.float64) + PARTLY.lora.scale * a @ b
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    assert lora.merged(layers, "up", 1, PARTLY.lora).dtype == "bfloat16"
+    assert lora.merged(layers, "up", (1,), PARTLY.lora).dtype == "bfloat16"
 
 
 def test_split_and_join_are_inverse():
@@ -185,6 +185,12 @@ def test_bfloat16_parameters_have_float32_gradients_and_moments():
     assert {str(x.dtype) for x in jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))} == {"float32"}
     grads = jax.jit(lambda p, b: loss_and_grads(graphdef, p, {}, b, MESH, OPTIONS)[1])(params, packed())
     assert {str(x.dtype) for x in jax.tree.leaves(grads)} == {"float32"}
+
+
+def test_flops_of_experts_by_hand():
+    """Of six experts a token goes to two; and to the router of all."""
+    plain, sparse = (train_flops(config, 100, 0) for config in (TINY, SPARSE))
+    assert sparse - plain == 6 * 100 * 2 * (16 * 6 + (2 - 1) * 3 * 16 * 32)
 
 
 def test_flops_by_hand():

@@ -18,7 +18,7 @@ from echo_jax.models.families import published_config
 from echo_jax.models.pretrained import check_tensors, fields_of, load_params
 from echo_jax.models.rope import RopeScaling
 from echo_jax.models.sources import open_source
-from echo_jax.models.transformer import LINEAR, ModelConfig, abstract_params, bind, init_adapters, init_cache
+from echo_jax.models.transformer import ATTENTION, LINEAR, ModelConfig, abstract_params, bind, init_adapters, init_cache
 
 pytestmark = [
     pytest.mark.parity,
@@ -51,6 +51,15 @@ FAMILIES = {
     "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2.5, yarn": {"model_type": "qwen2", "tie_word_embeddings": False, "rope_scaling": YARN},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
+    "qwen3 moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
     "qwen3, yarn": {
         "model_type": "qwen3",
         "head_dim": 16,
@@ -190,8 +199,8 @@ def test_peft_reads_our_adapter_and_merged_weights_act_like_it(published, tmp_pa
     from peft import PeftModel
 
     _, folder = published
-    adapted = lora.Lora(rank=4, alpha=6.0, targets=tuple(LINEAR))
-    config, base = our(folder, lora=adapted)
+    targets = ATTENTION if fields_of(folder)["num_experts"] else tuple(LINEAR)
+    config, base = our(folder, lora=lora.Lora(rank=4, alpha=6.0, targets=targets))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
         lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), init_adapters(config, 0, MESH)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from synthetic import TINY, initial
+from synthetic import SPARSE, TINY, initial
 
 from configs import tiny
 from echo_jax.models import lora
@@ -30,6 +30,7 @@ FAMILIES = {
     "llama, untied": dataclasses.replace(TINY, tie_embeddings=False, rope_scaling=LLAMA3),
     "qwen2": dataclasses.replace(TINY, qkv_bias=True),
     "qwen3": dataclasses.replace(TINY, qk_norm=True, tie_embeddings=False, rope_scaling=YARN),
+    "qwen3_moe": SPARSE,
 }
 MESHES = {"one device": (1, 1, 1), "fsdp and tensor": (1, 2, 2), "data": (2, 2, 1)}
 
@@ -81,7 +82,12 @@ def test_a_matrix_is_published_transposed_with_its_heads_side_by_side(tmp_path, 
     np.testing.assert_array_equal(query[size : 2 * size], params["layers"]["query"][1][:, 1].T)
     out = tensors["model.layers.1.self_attn.o_proj.weight"]
     np.testing.assert_array_equal(out[:, size : 2 * size], params["layers"]["attention_out"][1][1].T)
-    np.testing.assert_array_equal(tensors["model.layers.0.mlp.down_proj.weight"], params["layers"]["down"][0].T)
+    if config.num_experts:
+        expert, down = "model.layers.0.mlp.experts.3.down_proj.weight", params["layers"]["expert_down"][0][3]
+        np.testing.assert_array_equal(tensors["model.layers.0.mlp.gate.weight"], params["layers"]["router"][0].T)
+    else:
+        expert, down = "model.layers.0.mlp.down_proj.weight", params["layers"]["down"][0]
+    np.testing.assert_array_equal(tensors[expert], down.T)
     assert ("lm_head.weight" in tensors) is not config.tie_embeddings
 
 
@@ -144,7 +150,7 @@ def test_old_and_new_ways_to_say_rope_are_read_alike():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type = 'mamba'; there are llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type = 'mamba'; there are llama, qwen2, qwen3, qwen3_moe"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"use_sliding_window": True}, "use_sliding_window"),
@@ -156,6 +162,9 @@ def test_old_and_new_ways_to_say_rope_are_read_alike():
         ({"rms_norm_eps": "x"}, "rms_norm_eps = 'x' is no number above 0"),
         ({"model_type": ["llama"]}, r"model_type = \['llama'\]"),
         ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"model_type": "qwen3_moe"}, "does not say moe_intermediate_size, num_experts, num_experts_per_tok"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"rope_scaling": "yarn"}, "rope scaling is 'yarn', no object"),
@@ -350,3 +359,4 @@ def test_the_names_are_those_of_all_tensors():
     assert len(tensor_names(TINY)) == 2 + 2 * 9
     assert len(tensor_names(FAMILIES["qwen2"])) == 2 + 2 * 12
     assert len(tensor_names(FAMILIES["qwen3"])) == 3 + 2 * 11
+    assert len(tensor_names(SPARSE)) == 2 + 2 * (8 + 1 + 3 * SPARSE.num_experts)

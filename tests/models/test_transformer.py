@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import MESH, TINY
+from synthetic import MESH, SPARSE, TINY
 
 from echo_jax.models.transformer import PARAM_AXES, REMAT, abstract_params, bind, init_cache, init_params
 from echo_jax.sharding import MESH_AXES, MESH_AXIS_OF, make_mesh
+
+UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
 
 
 def forward(config, params, tokens, positions, segment_ids):
@@ -21,11 +23,10 @@ def random_tokens(seed, *shape):
     return np.random.default_rng(seed).integers(0, TINY.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_decoding_token_by_token_equals_the_forward_pass(tied):
-    config = dataclasses.replace(TINY, tie_embeddings=tied)
+@pytest.mark.parametrize("config", [TINY, UNTIED, SPARSE], ids=["tied", "untied", "experts"])
+def test_decoding_token_by_token_equals_the_forward_pass(config):
     graphdef, params = init_params(config, 3, MESH)
-    assert ("lm_head" in params) is not tied
+    assert ("lm_head" in params) is not config.tie_embeddings
     tokens = random_tokens(0, 3, 9)
     positions = np.broadcast_to(np.arange(9), (3, 9))
     whole = forward(config, params, tokens, positions, np.ones_like(tokens))
@@ -44,18 +45,19 @@ def test_an_idle_lane_writes_nothing():
     assert (after.k[:, 1] == 0).all()
 
 
-def test_two_sequences_in_a_row_equal_each_alone():
-    _, params = init_params(TINY, 3, MESH)
+@pytest.mark.parametrize("config", [TINY, SPARSE], ids=["plain", "experts"])
+def test_two_sequences_in_a_row_equal_each_alone(config):
+    _, params = init_params(config, 3, MESH)
     a, b = random_tokens(1, 5), random_tokens(2, 7)
     packed = forward(
-        TINY,
+        config,
         params,
         np.concatenate([a, b])[None],
         np.concatenate([np.arange(5), np.arange(7)])[None],
         np.concatenate([np.full(5, 1), np.full(7, 2)])[None],
     )[0]
     for own, alone in ((packed[:5], a), (packed[5:], b)):
-        expected = forward(TINY, params, alone[None], np.arange(len(alone))[None], np.ones((1, len(alone)), np.int32))
+        expected = forward(config, params, alone[None], np.arange(len(alone))[None], np.ones((1, len(alone)), np.int32))
         np.testing.assert_allclose(own, expected[0], atol=2e-5)
 
 

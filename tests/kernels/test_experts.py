@@ -1,0 +1,85 @@
+"""The mixture of experts equals itself written out, however uneven the choice, on any mesh; no token is dropped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from echo_jax.kernels.experts import mix
+from echo_jax.sharding import make_mesh
+
+D, F, E, K = 8, 12, 6, 2
+
+
+def inputs(seed=0, *, favoured=None):
+    rng = np.random.default_rng(seed)
+    sizes = [(4, 5, D), (D, E), (E, D, F), (E, D, F), (E, F, D)]
+    x, router, *experts = (rng.normal(size=size).astype(np.float32) for size in sizes)
+    if favoured is not None:  # all tokens prefer one expert by far
+        x[..., 0], router[0] = 1.0, 0.0
+        router[0, favoured] = 100.0
+    return x, router, *experts
+
+
+def written_out(x, router, gate, up, down, *, normalize):
+    """Token by token, expert by expert, in numpy."""
+    out = np.zeros_like(x, np.float64)
+    for place in np.ndindex(x.shape[:-1]):
+        token = x[place].astype(np.float64)
+        logits = token @ router
+        probability = np.exp(logits - logits.max())
+        probability /= probability.sum()
+        chosen = np.argsort(-probability, kind="stable")[:K]
+        for expert in chosen:
+            share = probability[expert] / (probability[chosen].sum() if normalize else 1.0)
+            gated = token @ gate[expert]
+            out[place] += share * ((gated / (1.0 + np.exp(-gated)) * (token @ up[expert])) @ down[expert])
+    return out
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("favoured", [None, 3], ids=["any", "all to one expert"])
+def test_it_equals_the_sum_written_out(favoured, normalize):
+    values = inputs(favoured=favoured)
+    found = jax.jit(lambda *a: mix(*a, per_token=K, normalize=normalize))(*values)
+    np.testing.assert_allclose(found, written_out(*values, normalize=normalize), rtol=1e-4, atol=1e-4)
+
+
+def dense(x, router, gate, up, down):
+    """All experts for all tokens, those that were not chosen times 0."""
+    probability = jax.nn.softmax(x @ router)
+    least = jax.lax.top_k(probability, K)[0][..., -1:]
+    weight = jnp.where(probability >= least, probability, 0.0)
+    weight = weight / weight.sum(-1, keepdims=True)
+    made = jnp.einsum("btef,efd->bted", jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate))
+                      * jnp.einsum("btd,edf->btef", x, up), down)  # fmt: skip
+    return jnp.einsum("bted,bte->btd", made, weight)
+
+
+def gradients(function, values):
+    rng = np.random.default_rng(7)
+    direction = rng.normal(size=values[0].shape)
+    return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a) * direction), argnums=tuple(range(5))))(*values)
+
+
+def assert_close(found, expected):
+    for own, other in zip(found, expected, strict=True):
+        assert np.abs(other).max() > 0.01
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("favoured", [None, 3], ids=["any", "all to one expert"])
+def test_its_gradients_are_those_of_the_dense_sum(favoured):
+    values = inputs(favoured=favoured)
+    found = gradients(lambda *a: mix(*a, per_token=K, normalize=True), values)
+    assert_close([found[0], *found[2:]], [(g := gradients(dense, values))[0], *g[2:]])
+    if favoured is None:  # else the router is as good as certain
+        assert_close(found[1:2], g[1:2])
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 4)])
+def test_every_mesh_computes_what_one_device_does(shape):
+    values, mesh = inputs(1), make_mesh(*shape)
+    one, many = (lambda *a, m=m: mix(*a, per_token=K, normalize=True, mesh=m) for m in (None, mesh))
+    np.testing.assert_allclose(jax.jit(many)(*values), jax.jit(one)(*values), rtol=1e-4, atol=1e-4)
+    assert_close(gradients(many, values), gradients(one, values))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import qwen3_8b, tiny
+from configs import qwen3_8b, qwen3_30b_a3b, tiny
 from echo_jax import compile as compile_lib
 from echo_jax import hlo
 from echo_jax.config import ConfigError
@@ -61,6 +61,14 @@ def test_flops_by_hand():
     multiplied = weights - 151_936 * 4096 - (2 * 36 + 1) * 4096 - 36 * 2 * 128  # less embedding and norms
     assert train_flops(training.model_config, 100, 0) == 6 * 100 * multiplied
     assert train_flops(training.model_config, 0, 10) == 6 * 10 * 36 * 2 * 32 * 128
+
+
+def test_flops_of_a_mixture_of_experts_by_hand():
+    """Qwen3-30B-A3B has 30,532,122,624 parameters, of which a token meets 3.0e9 in matmuls."""
+    training = build_training(qwen3_30b_a3b.get_config(), 1280, jax.devices()[:1])
+    assert sum(x.size for x in jax.tree.leaves(training.abstract_params)) == 30_532_122_624
+    attention, router, expert = 2048 * (2 * 32 + 2 * 4) * 128, 2048 * 128, 3 * 2048 * 768
+    assert train_flops(training.model_config, 100, 0) == 600 * (48 * (attention + router + 8 * expert) + 151_936 * 2048)
 
 
 def test_utilisation_is_a_share_of_all_devices_peak_where_that_is_known():

@@ -118,7 +118,7 @@ def family_of(config: ModelConfig) -> str:
     raise FamilyError(
         f"no published family has qkv_bias = {config.qkv_bias} with qk_norm = {config.qk_norm} and num_experts = "
         f"{config.num_experts}; there are "
-        + ", ".join(f"{family} ({features})" for family, features in FAMILIES.items())
+        + ", ".join(f"{name} ({own}{', experts' * (name in SPARSE)})" for name, own in FAMILIES.items())
     )
 
 

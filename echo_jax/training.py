@@ -26,6 +26,8 @@ from echo_jax.selection import Selection, load_filter
 from echo_jax.sharding import make_mesh, processes_of
 from echo_jax.train_step import TrainState, abstract_state
 
+GROUPED_GRADIENT = (0, 12)  # of jax: from here on a TPU's compiler groups the gradient of experts by expert
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
@@ -194,10 +196,22 @@ def build_training(config: ml_collections.ConfigDict, vocab_size: int, devices: 
         raise ConfigError(str(error)) from error
     model_config = describe_model(config, own)
     _check_divides(config, own, mesh)
+    _check_experts(config, devices)
     graphdef, params = abstract_params(model_config, mesh)
     training = Training(config, mesh, model_config, graphdef, params)
     _check_processes(training, devices)
     return training
+
+
+def _check_experts(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
+    """Raises `ConfigError` where the gradient of experts would take every one for every token."""
+    trained = config.model.num_experts and not config.lora.rank
+    if trained and devices[0].platform == "tpu" and jax.__version_info__ < GROUPED_GRADIENT:
+        raise ConfigError(
+            f"config.model.num_experts = {config.model.num_experts}: on TPUs jax {jax.__version__} computes the "
+            f"gradient of every expert for every token (experiments/benchmarks/experts.md); use jax "
+            f"{'.'.join(map(str, GROUPED_GRADIENT))} or newer, on Python 3.12, or adapters (config.lora.rank)"
+        )
 
 
 def _check_processes(training: Training, devices: Sequence[jax.Device]) -> None:

@@ -1,9 +1,11 @@
 """Laws of compiling ahead of time: what it counts, what it refuses, and that the real step compiles for a TPU."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ from echo_jax import hlo
 from echo_jax.config import ConfigError
 from echo_jax.flops import train_flops, utilisation
 from echo_jax.sharding import make_mesh
-from echo_jax.training import build_training
+from echo_jax.training import _check_experts, build_training
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +71,17 @@ def test_flops_of_a_mixture_of_experts_by_hand():
     assert sum(x.size for x in jax.tree.leaves(training.abstract_params)) == 30_532_122_624
     attention, router, expert = 2048 * (2 * 32 + 2 * 4) * 128, 2048 * 128, 3 * 2048 * 768
     assert train_flops(training.model_config, 100, 0) == 600 * (48 * (attention + router + 8 * expert) + 151_936 * 2048)
+
+
+def test_experts_on_tpus_need_a_jax_that_groups_their_gradient(monkeypatch):
+    config, chip = tiny.get_config(), types.SimpleNamespace(platform="tpu")
+    for version, experts, rank, refused in (
+        ((0, 11, 9), 4, 0, True), ((0, 12), 4, 0, False), ((0, 11, 9), 0, 0, False), ((0, 11, 9), 4, 8, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(jax, "__version_info__", version)
+        config.model.num_experts, config.lora.rank = experts, rank
+        with pytest.raises(ConfigError, match="num_experts = 4: on TPUs jax") if refused else contextlib.nullcontext():
+            _check_experts(config, [chip])
 
 
 def test_utilisation_is_a_share_of_all_devices_peak_where_that_is_known():

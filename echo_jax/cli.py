@@ -1,5 +1,6 @@
 """How every program starts: flags, and errors that its user can mend as one message instead of a traceback."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,18 @@ def run_program(
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def _cause(said: str) -> str:
+    """Returns the place in a config file, and the error, of a message that has the whole traceback in it."""
+    _, found, trace = said.partition("Traceback (most recent call last):\n")
+    if not found:
+        return f"{said}; --help shows the flags"
+    lines = trace.rstrip().splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("  "))
+    places = re.findall(r'File "(.+)", line (\d+), in (?:get_config|sweep)\b', trace)
+    place = "{}:{}: ".format(*places[-1]) if places else ""
+    return place + "\n".join(lines[last + 1 :]).rpartition("Traceback")[2]
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a config file or an override that does not fit the config is one message with its place."""
     for argument in argv:
@@ -38,7 +51,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if name.lstrip("-") == "config" and not path.is_file():
             sys.exit(f"error: there is no config file {path}")
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {_cause(str(error))}")
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "sweep")]
         place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""

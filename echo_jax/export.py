@@ -43,14 +43,18 @@ class ExportError(RuntimeError):
 def complete(folder: Path) -> Iterator[Path]:
     """Yields a folder to write into, which gets its name when all is written, and is removed after an error."""
     scratch = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ExportError(
+            f"{scratch} exists: another export is at work, or was killed; remove it if it is of no use"
+        ) from error
     try:
         yield scratch
+        scratch.rename(folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    scratch.rename(folder)
 
 
 def export(
@@ -85,7 +89,7 @@ def export(
         policy = policy_lib.restore(checkpointer, runtime)
     with complete(output) if peers.is_first else contextlib.nullcontext() as folder:
         if adapter:
-            write_adapter(policy.params, runtime.model_config, folder, base=config.model.weights)
+            write_adapter(policy.params, runtime.model_config, folder, base=config.model.weights, dtype=dtype)
         else:
             total, console = len(tensor_names(runtime.model_config)), Console(stderr=True, quiet=not peers.is_first)
             with Progress("writing tensors", total=total, console=console) as progress:

@@ -244,6 +244,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     unused = set(scaling) - {"kind", *SCALINGS[scaling.kind]}
     idle = {name: scaling[name] for name in unused if scaling[name] != defaults.model.rope_scaling[name]}
     require(not idle, f"config.model.rope_scaling.kind = {scaling.kind!r} has no {idle}")
+    require(
+        scaling.kind == "none" or (scaling.factor > 1.0 and config.model.rope_theta > 1.0),
+        f"config.model.rope_scaling.factor = {scaling.factor} and config.model.rope_theta = {config.model.rope_theta} "
+        f"must both be above 1 with the kind {scaling.kind!r}",
+    )
     for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
         require(
             scaling[low] < scaling[high],

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from echo_jax.models.families import family_of
 from echo_jax.models.sources import SINGLE
 from echo_jax.models.transformer import ModelConfig
 from echo_jax.tokenizer import BytePairs
@@ -15,32 +16,54 @@ from echo_jax.tokenizer import BytePairs
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
-def write_model(path: Path, folder: Path, config: ModelConfig, *, more: Mapping[str, np.ndarray] | None = None) -> Path:
-    """Writes the weights of a llama that a folder has as safetensors, and other tensors."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_layers)
-    writer.add_embedding_length(config.embed_dim)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_context_length(128)
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+def write_model(
+    path: Path,
+    folder: Path,
+    config: ModelConfig,
+    *,
+    keys: Mapping[str, Any] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Writes the weights that a folder has as safetensors, with other `keys` and `more` tensors."""
+    family = family_of(config)
+    writer = gguf.GGUFWriter(path, family)
+    said = {
+        "block_count": config.num_layers,
+        "embedding_length": config.embed_dim,
+        "feed_forward_length": config.ffn_dim,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.freq_base": config.rope_theta,
+        "context_length": 128,
+    }
+    if config.rope_scaling.kind != "none":
+        said |= {
+            "rope.scaling.type": config.rope_scaling.kind,
+            "rope.scaling.factor": config.rope_scaling.factor,
+            "rope.scaling.original_context_length": config.rope_scaling.original_length,
+        }
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (said | dict(keys or {})).items():
+        add[type(value)](f"{family}.{key}", value)
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if family == "llama" else {}
     for name, values in load_file(folder / SINGLE).items():
-        stem = name.removesuffix(".weight")
+        stem, _, kind = name.rpartition(".")
         layer, _, own = stem.removeprefix("model.layers.").partition(".")
         short = NAMES[own if layer.isdigit() else stem]
         if short in heads:  # halves of a head that rotate together stand side by side
             split = values.reshape(heads[short], 2, -1, values.shape[-1])
             values = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
-        writer.add_tensor(f"blk.{layer}.{short}.weight" if layer.isdigit() else f"{short}.weight", values)
+        writer.add_tensor(f"blk.{layer}.{short}.{kind}" if layer.isdigit() else f"{short}.{kind}", values)
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
     return _close(writer, path)
@@ -58,6 +81,8 @@ def write_tokenizer(path: Path, tokenizer: BytePairs, definition: Mapping[str, A
     writer.add_token_types(kinds + [5] * unused)
     writer.add_token_merges([" ".join(pair) for pair in definition["model"]["merges"]])
     writer.add_eos_token_id(tokenizer.end)
+    writer.add_bos_token_id(tokenizer.id_of("<|im_start|>") or tokenizer.end)
+    writer.add_pad_token_id(tokenizer.pad)
     writer.add_chat_template(tokenizer.template)
     return _close(writer, path)
 

@@ -106,6 +106,16 @@ def test_spans_are_one_pass_in_which_only_trusted_text_has_added_tokens(pair, sp
         assert ids(tokens) == ids(ours.encode_spans([(text, True)]))
 
 
+def test_a_trusted_token_is_found_behind_one_that_is_half_trusted(tmp_path):
+    def change(said):
+        last = said["added_tokens"][-1]
+        said["added_tokens"].append(last | {"id": last["id"] + 1, "content": "x<|im"})
+
+    ours = tokenizers.load(edit(write(tmp_path / "t", "chatml"), change))
+    tokens = ours.encode_spans([("x", False), ("<|im_end|>", True)])
+    assert ids(tokens) == [*ours.encode("x"), ours.id_of("<|im_end|>")]
+
+
 def test_merges_cross_the_seams_of_spans(pair):
     ours, _ = pair
     whole = ours.encode("exit status")
@@ -171,10 +181,14 @@ def test_another_vocabulary_is_told_by_its_first_difference(tmp_path):
 def test_special_tokens_and_templates_are_found_wherever_published_folders_have_them(tmp_path):
     folder = write(tmp_path / "t", "chatml")
     said = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": said.pop("eos_token")}}))
+    mapped = {"eos_token": {"content": said.pop("eos_token")}, "bos_token": "<|im_start|>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(mapped))
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": said["chat_template"]}]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": None, "chat_template": several}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"pad_token": None, "bos_token": "<|endoftext|>", "chat_template": several})
+    )
     ours = tokenizers.load(folder)
+    assert ours.name_of("bos_token") == "<|endoftext|>"  # what tokenizer_config.json says counts
     assert ours.end == ours.pad == ours.id_of("<|im_end|>")
     assert ours.template == said["chat_template"]
 
@@ -191,11 +205,17 @@ def test_a_template_in_a_file_of_its_own_counts(tmp_path):
         (lambda said: said["added_tokens"][0].update(lstrip=True), r"\['<\|endoftext\|>'\] take in what is beside"),
         (lambda said: said["model"].update(type="Unigram"), "it is no tokenizer.json of a byte-level BPE"),
         (lambda said: said.pop("added_tokens"), "lacks 'added_tokens'"),
+        (lambda said: said["added_tokens"][0].update(id="5"), r"has the added token \{'id': '5'"),
+        (lambda said: said["added_tokens"][0].update(content=5), "has the added token"),
+        (lambda said: said["added_tokens"][0].update(content="\ud800"), "it is damaged: it has the added token"),
+        (lambda said: said["added_tokens"][0].pop("special"), "has the added token"),
+        (lambda said: said["added_tokens"].append(7), "has the added token 7"),
         (lambda said: said.pop("model"), "it is no tokenizer.json of a byte-level BPE"),
         (lambda said: said["model"]["vocab"].update({"\u2581the": 490}), "its pieces have the character '\u2581'"),
         (lambda said: (said["model"]["vocab"].pop("Q"), said["model"].update(merges=[])), "'Q' have no pieces"),
     ],
-    ids=["takes spaces in", "unigram", "no added tokens", "no model", "SentencePiece", "no Q"],
+    ids=["takes spaces in", "unigram", "no added tokens", "id", "content", "surrogate", "no kind", "number",
+         "no model", "SentencePiece", "no Q"],
 )  # fmt: skip
 def test_a_tokenizer_that_cannot_serve_is_refused_by_name(tmp_path, change, message):
     folder = edit(write(tmp_path / "t", "chatml"), change)
@@ -210,6 +230,7 @@ def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
     found = tokenizers.load(gguf_files.write_tokenizer(tmp_path / "x.gguf", ours, definition, pre="qwen2", unused=7))
     assert (found.vocabulary, found.vocab_size) == (ours.vocabulary, ours.vocab_size)
     assert (found.template, found.end) == (ours.template, ours.end)
+    assert (found.name_of("bos_token"), found.pad) == ("<|im_start|>", ours.pad)
     text = "e\u0301 <tool_call>exit status 2<|im_end|> DON'T 12345\r\n \U0001f9ff"
     assert ids(found.encode_spans([(text, True)])) == ids(ours.encode_spans([(text, True)]))
     assert found.encode_markup(text) == ours.encode_markup(text)
@@ -257,9 +278,22 @@ def test_damaged_files_are_named(tmp_path):
         with pytest.raises(TokenizerError, match=message):
             tokenizers.load(folder)
     (folder / "tokenizer.json").write_text(whole)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|stop|>"}))
-    with pytest.raises(TokenizerError, match=r"eos_token = '<\|stop\|>' is no token of it"):
+    for said, message in (
+        ({"eos_token": "<|stop|>"}, r"eos_token = '<\|stop\|>' is no token of it"),
+        ({"eos_token": ["<|im_end|>"]}, r"eos_token = \['<\|im_end\|>'\] is no name of a token"),
+        ({"eos_token": "<|im_end|>", "chat_template": {"a": 1}}, "chat_template is {'a': 1}, no text"),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        with pytest.raises(TokenizerError, match=message):
+            tokenizers.load(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": ["x"]}))
+    assert tokenizers.load(folder).template == ""
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is no text"):
         tokenizers.load(folder)
+    (folder / "other.json").write_text(whole)
+    with pytest.raises(TokenizerError, match=r"other\.json: a published tokenizer is named tokenizer\.json"):
+        tokenizers.load(folder / "other.json")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(TokenizerError, match=r"x\.gguf is damaged"):
         tokenizers.load(tmp_path / "x.gguf")

@@ -272,6 +272,10 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
         ("{{ raise_exception('never') }}", "takes no answer to a turn, .*: never"),
         ("{{ 1 / 0 }}", "takes no answer to a turn, .*division by zero"),
         (CHATML + "{{ strftime_now('%d') }}", "takes no answer to a turn, .*'strftime_now' is undefined"),
+        (CHATML.replace("message.content", "message.content.split('</think>')[-1]"), "cuts or moves parts of messages"),
+        (CHATML.replace("message.content", "message.content.split('<think>')[0]"), "cuts or moves parts of messages"),
+        (CHATML.replace("message.content", "message.content[:1000]"), "cuts or moves parts of messages"),
+        (CHATML.replace("message.content", "message.content | urlencode"), "takes no answer.*cuts or moves parts"),
         (CHATML.replace("add_generation_prompt", "false"), "adds no generation prompt"),
         (CHATML.replace("message.content", "message.content | upper"), "takes no answer to a turn|changes a turn"),
         (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "ends a turn of the agent without a token"),
@@ -280,7 +284,21 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
             "is not stable",
         ),
     ],
-    ids=["none", "damaged", "raises", "fails", "daily", "no generation prompt", "changes text", "no stop", "unstable"],
+    ids=[
+        "none",
+        "damaged",
+        "raises",
+        "fails",
+        "changes daily",
+        "cuts heads",
+        "cuts tails",
+        "cuts ends",
+        "eats marks",
+        "no generation prompt",
+        "changes text",
+        "no stop token",
+        "depends on its place",
+    ],
 )
 def test_a_template_that_cannot_serve_is_refused(tmp_path, template, message):
     with pytest.raises(RenderError, match=message):
@@ -343,6 +361,43 @@ def test_a_tool_cannot_use_up_the_marks_of_its_writer(tmp_path):
     every = set(map(chr, range(0xF0000, 0x110000)))
     marks = Marks([*every, "x"])
     assert every.isdisjoint(marks.body([Part("x", role) for role in Role]))
+
+
+CUTTING = CHATML.replace("message.content", "message.content.split('SECRET')[-1]")
+
+
+def test_a_template_that_cuts_what_was_not_probed_cuts_nobody_a_turn(tmp_path):
+    renderer = make(write(tmp_path / "t", "chatml", template=CUTTING), "template", grammar="plain")
+    with pytest.raises(RenderError, match="cuts or moves parts of messages"):
+        renderer.observation([Part("a SECRET b<|im_end|>c", Role.OBSERVATION)])
+    with pytest.raises(RenderError, match="cuts or moves parts of messages"):
+        renderer.prompt("a SECRET b<|im_end|>c")
+
+
+RICH = """
+{%- if tools %}
+{{ bos_token }}{% for tool in tools %}{% if loop.index > 1 %}{% break %}{% endif %}
+{{- tool.function | tojson }} <tool_call>
+    {% endfor %}
+{% endif %}
+""" + CHATML  # fmt: skip
+
+
+def test_jinja_is_set_up_as_transformers_does(tmp_path):
+    """Blocks on lines of their own leave no space, loops can break, JSON is not escaped, tokens have names."""
+    folder = write(tmp_path / "t", "chatml", template=RICH)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|endoftext|>"}))
+    monkey = [{"type": "function", "function": {"name": "\u00fc", "description": "<&>"}}]
+    renderer = make(folder, "template", grammar="json")
+    said = renderer._format._text([{"role": "user", "content": "x"}], tools=monkey)
+    told = '<|endoftext|>{"name": "\u00fc", "description": "<&>"} <tool_call>\n'
+    assert said == told + "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+    assert renderer._format.grammar == "json"
+    assert "Act by writing" not in renderer.tokenizer.decode(renderer.prompt("x", TOOLS).ids)
+    for other in (RICH.replace("<tool_call>", "<call>"), CHATML):
+        plain = make(write(tmp_path / "o", "chatml", template=other), "template", grammar="json")
+        assert plain._format.grammar == ""
 
 
 def test_formats_and_tokenizers_must_fit(tmp_path):

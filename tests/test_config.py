@@ -142,10 +142,22 @@ def test_an_option_that_would_do_nothing_is_an_error(fields, named):
         ({"lora.alpha": 64.0}, r"lora\.rank = 0: there are no adapters that \{'alpha': 64\.0\} could be of"),
         ({"lora.targets": ("query",)}, r"lora\.rank = 0: .*\{'targets': \('query',\)\}"),
         (
-            {"model.rope_scaling.kind": "llama3", "model.rope_scaling.low_frequency_factor": 4.0},
+            {
+                "model.rope_scaling.kind": "llama3",
+                "model.rope_scaling.factor": 2.0,
+                "model.rope_scaling.low_frequency_factor": 4.0,
+            },
             "low_frequency_factor = 4.0 must be below high_frequency_factor = 4.0",
         ),
-        ({"model.rope_scaling.kind": "yarn", "model.rope_scaling.beta_slow": 64.0}, "must be below beta_fast = 32.0"),
+        ({"model.rope_scaling.kind": "yarn"}, "factor = 1.0 and .* must both be above 1 with the kind 'yarn'"),
+        (
+            {"model.rope_scaling.kind": "yarn", "model.rope_scaling.factor": 2.0, "model.rope_theta": 1.0},
+            "rope_theta = 1.0 must both be above 1",
+        ),
+        (
+            {"model.rope_scaling.kind": "yarn", "model.rope_scaling.factor": 2.0, "model.rope_scaling.beta_slow": 64.0},
+            "must be below beta_fast = 32.0",
+        ),
     ],
 )
 def test_an_option_of_a_model_that_would_do_nothing_is_an_error(fields, named):

@@ -1,6 +1,7 @@
 """Whole runs from published weights: they begin with them, train what they should, resume, and are written out."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from echo_jax.tokenizer import TokenizerError
 from echo_jax.train import train
 
 TARGETS = ("query", "down")
+ROOT = Path(__file__).parents[1]
 
 
 def published(folder: Path, config) -> Path:
@@ -189,6 +191,9 @@ def test_adapters_of_random_weights_are_no_export(tmp_path):
 
 def test_an_export_of_adapters_is_small(adapted, tmp_path):
     config, workdir = adapted
+    export(config, workdir, tmp_path / "half", dtype="bfloat16", adapter=True)
+    half = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {str(x.dtype) for x in half.values()} == {"bfloat16"}
     export(config, workdir, tmp_path / "adapter", dtype="float32", adapter=True)
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (said["r"], said["target_modules"]) == (2, ["q_proj", "down_proj"])
@@ -207,7 +212,21 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(RuntimeError, match="disk"), complete(tmp_path / "out") as folder:
         fail(folder)
     assert not list(tmp_path.iterdir())
-    with complete(tmp_path / "out") as folder:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("")
+    with pytest.raises(ExportError, match=r"out\.tmp exists: another export is at work, or was killed"):
+        complete(tmp_path / "out").__enter__()
+    assert (tmp_path / "out.tmp" / "mine").exists()
+    shutil.rmtree(tmp_path / "out.tmp")
+
+    def taken(folder):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("")
+
+    with pytest.raises(OSError, match="not empty"), complete(tmp_path / "out") as folder:
+        taken(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with complete(tmp_path / "another") as folder:
         assert not list(folder.iterdir())
 
 
@@ -255,6 +274,17 @@ def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
     runtime.build(small(weights, **{"tokenizer.path": str(own)}))
     with pytest.raises(TokenizerError, match=rf"{weights} has no tokenizer\.json and no tokenizer\.model"):
         runtime.build(small(weights))
+
+
+def test_weights_that_are_not_there_are_one_message(tmp_path):
+    command = [sys.executable, "-m", "echo_jax.train", f"--config=configs/pretrained.py:{tmp_path}/none"]
+    ended = subprocess.run([*command, f"--workdir={tmp_path}/w"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert re.fullmatch(
+        rf"error: configs/pretrained\.py:\d+: \S*WeightsError: there are no weights at {tmp_path}/none: .*\n",
+        ended.stderr,
+    )
+    assert not (tmp_path / "w").exists()
 
 
 def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):

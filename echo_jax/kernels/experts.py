@@ -23,7 +23,7 @@ def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mes
       mesh: where they lie. None: on one device.
 
     Returns:
-      Like x. The router's softmax, and the sum over experts, are in f32.
+      Like x. The router's softmax, and the sum over experts, are in f32; shares of `tensor` are summed in x's dtype.
     """
     if mesh is None:
         return _mix(x, router, gate, up, down, per_token, normalize)

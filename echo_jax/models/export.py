@@ -66,8 +66,8 @@ def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict
     yield chosen
 
 
-def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, base: str) -> None:
-    """Writes the adapters alone as PEFT keeps them; see `write_weights` for several processes.
+def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, base: str, dtype: str) -> None:
+    """Writes the adapters alone as PEFT keeps them, rounded to `dtype`; see `write_weights` for several processes.
 
     Args:
       base: the name of the weights that they adapt.
@@ -78,8 +78,8 @@ def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, bas
         for layer in range(config.num_layers):
             stem = f"base_model.model.model.layers.{layer}.{module}"
             a, b = (_fetch(params["layers"][name + part][layer]) for part in (lora.A, lora.B))
-            tensors[f"{stem}.lora_A.weight"] = _matrix(a, inputs)
-            tensors[f"{stem}.lora_B.weight"] = _matrix(b, 1)
+            tensors[f"{stem}.lora_A.weight"] = _matrix(a, inputs).astype(jax.numpy.dtype(dtype))
+            tensors[f"{stem}.lora_B.weight"] = _matrix(b, 1).astype(jax.numpy.dtype(dtype))
     _save(tensors, folder, "adapter_model.safetensors")
     described: dict[str, Any] = {
         "peft_type": "LORA",

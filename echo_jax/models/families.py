@@ -64,7 +64,7 @@ _UNSUPPORTED = {
     "mlp_only_layers": [],
     "shared_expert_intermediate_size": None,
 }
-_NUMBERS = ("rms_norm_eps", "rope_theta")  # the other sizes are whole
+_NUMBERS = ("rms_norm_eps",)  # the other sizes are whole
 
 _LINEAR_NAMES = {
     "query": "self_attn.q_proj",
@@ -134,8 +134,9 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
     for key, supported in _UNSUPPORTED.items():
         if (value := published.get(key, supported)) not in (supported, None):
             raise FamilyError(f"{key} = {value!r} is not supported, only {supported!r}")
-    if set(kinds := published.get("layer_types") or ()) - {"full_attention"}:
-        raise FamilyError(f"layer_types = {sorted(set(map(str, kinds)))} is not supported, only full_attention")
+    kinds = published.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise FamilyError(f"layer_types = {kinds!r} is not supported, only full_attention")
     published = {key: value for key, value in published.items() if value is not None}
     published = {"num_key_value_heads": published.get("num_attention_heads")} | published
     if "num_local_experts" in published:  # as transformers 5 writes it
@@ -143,22 +144,31 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
     sizes = _sizes(family)
     if missing := [key for key in sizes.values() if published.get(key) is None]:
         raise FamilyError(f"it does not say {', '.join(missing)}")
-    for key in (*sizes.values(), "head_dim", "rope_theta", "max_position_embeddings"):
-        whole = key not in _NUMBERS
-        value = published.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
-            raise FamilyError(f"{key} = {value!r} is no {'whole ' * whole}number above 0")
+    for key in (*sizes.values(), "head_dim", "max_position_embeddings"):
+        _check_number(key, published.get(key, 1), whole=key not in _NUMBERS)
     fields = {"num_experts": 0, "experts_per_token": 0} | {field: published[key] for field, key in sizes.items()}
     fields["normalize_experts"] = bool(published.get("norm_topk_prob", False)) if family in SPARSE else True
     fields["head_dim"] = published.get("head_dim", fields["embed_dim"] // fields["num_heads"])
     fields["tie_embeddings"] = bool(published.get("tie_word_embeddings", False))
-    # transformers 5 keeps base and scaling together.
-    rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise FamilyError(f"its rope scaling is {rope!r}, no object")
-    fields["rope_theta"] = float(rope.get("rope_theta") or published.get("rope_theta") or 10_000.0)
+    # transformers 5 keeps base and scaling together, but what stands under the old name counts.
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        own = published.get(key, {})
+        if not isinstance(own, dict):
+            raise FamilyError(f"{key} = {own!r} is no object")
+        own = {name: value for name, value in own.items() if value is not None}
+        rope |= own | ({"rope_type": own["type"]} if "type" in own and "rope_type" not in own else {})
+    theta = rope.get("rope_theta", published.get("rope_theta", 10_000.0))
+    _check_number("rope_theta", theta, whole=False)
+    fields["rope_theta"] = float(theta)
     fields["rope_scaling"] = dataclasses.asdict(_scaling(rope, published.get("max_position_embeddings")))
     return fields | FAMILIES[family]
+
+
+def _check_number(key: str, value: Any, *, whole: bool) -> None:
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not 0 < value < math.inf:
+        raise FamilyError(f"{key} = {value!r} is no {'whole ' * whole}number above 0")
 
 
 def _sizes(family: str) -> dict[str, str]:
@@ -166,23 +176,22 @@ def _sizes(family: str) -> dict[str, str]:
 
 
 def _scaling(rope: Mapping[str, Any], length: int | None) -> RopeScaling:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type", "default")
     if kind in ("default", "none"):
         return NO_SCALING
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise FamilyError(f"a rope scaling of type {kind!r} is not supported, only {', '.join(SCALINGS)}")
-    if odd := {key: rope[key] for key, plain in _ODD_ROPE.items() if rope.get(key, plain) not in (plain, None)}:
+    if odd := {key: rope[key] for key, plain in _ODD_ROPE.items() if rope.get(key, plain) != plain}:
         raise FamilyError(f"a rope scaling with {odd} is not supported")
     given = {field: rope.get(_ROPE[field]) for field in SCALINGS[kind]}
     given["original_length"] = given["original_length"] or length
     given = {field: value for field, value in given.items() if value is not None}
     if missing := {"factor", "original_length"} - given.keys():
         raise FamilyError(f"its rope scaling does not say {', '.join(sorted(_ROPE[field] for field in missing))}")
+    for field, value in given.items():
+        _check_number(_ROPE[field], value, whole=False)
     types = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
-    try:
-        return RopeScaling(kind=kind, **{field: types[field](value) for field, value in given.items()})
-    except (TypeError, ValueError) as error:
-        raise FamilyError(f"its rope scaling has a value that is no number: {error}") from error
+    return RopeScaling(kind=kind, **{field: types[field](value) for field, value in given.items()})
 
 
 def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echo_jax.models import lora
-from echo_jax.models.families import FamilyError, model_fields, published_shape, tensor_names
+from echo_jax.models.families import TOP_NAMES, FamilyError, model_fields, published_shape, tensor_names
 from echo_jax.models.sources import Slices, Source, WeightsError, open_source
 from echo_jax.models.transformer import MATRICES, ModelConfig, abstract_params
 
@@ -64,12 +64,28 @@ def check_tensors(source: Source, path: Path, config: ModelConfig) -> None:
             problems.append(f"{name} is missing; it should have the shape {list(shape)}")
         elif (found := source.tensors[name]).shape != shape:
             problems.append(f"{found.file.name}: {name} has the shape {list(found.shape)}, not {list(shape)}")
+    head, embedding = TOP_NAMES["lm_head"], TOP_NAMES["embedding"]
     for name, tensor in source.tensors.items():
-        tied = name == "lm_head.weight" and config.tie_embeddings  # the embedding, written twice
-        if name not in wanted and not tied and not name.endswith("rotary_emb.inv_freq"):
+        if name == head and config.tie_embeddings:
+            if not _same(source, head, embedding):
+                problems.append(
+                    f"{tensor.file.name}: {head} is another than {embedding}, while config.json ties them: say "
+                    '"tie_word_embeddings": false there'
+                )
+        elif name not in wanted and not name.endswith("rotary_emb.inv_freq"):
             problems.append(f"{tensor.file.name}: {name} is no tensor of this model")
     if problems:
         raise WeightsError(_listed(f"{path} does not fit this model", problems))
+
+
+def _same(source: Source, first: str, second: str) -> bool:
+    """Returns whether two tensors are equal, of which few rows at a time are read."""
+    shape = source.tensors[first].shape
+    if second not in source.tensors or source.tensors[second].shape != shape:
+        return False
+    with source.open(first) as a, source.open(second) as b:
+        blocks = (slice(start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096))
+        return all((a[block, :] == b[block, :]).all() for block in blocks)
 
 
 def _listed(head: str, problems: list[str]) -> str:

@@ -48,6 +48,19 @@ _GGUF_CONFIG = {
 }
 
 
+# and what would change the arithmetic -> the only value computed here ("head": the size of a head)
+_GGUF_ONLY = {
+    "rope.dimension_count": "head",
+    "attention.value_length": "head",
+    "attention.sliding_window": 0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+
+
 class WeightsError(ValueError):
     """Published weights cannot be used; the message names file and tensor."""
 
@@ -114,7 +127,11 @@ class Safetensors:
 
 
 def _header(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of one file. Its header must be whole, and the file as long as the header says."""
+    """Returns the tensors of one file. Its header must be whole, and the file as long as the header says.
+
+    Raises:
+      WeightsError: it is damaged.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -122,7 +139,7 @@ def _header(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length)) if length <= size else None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is damaged: it has no safetensors header")
@@ -130,7 +147,9 @@ def _header(path: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, said in header.items():
         try:
-            kind, shape, (start, stop) = said["dtype"], tuple(map(int, said["shape"])), map(int, said["data_offsets"])
+            kind, shape, (start, stop) = str(said["dtype"]), tuple(said["shape"]), said["data_offsets"]
+            if not all(type(n) is int for n in (*shape, start, stop)):
+                raise ValueError("sizes are whole numbers")
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{path} is damaged: its header says of {name} {str(said)[:100]}") from error
         if kind not in _DTYPES:
@@ -141,7 +160,12 @@ def _header(path: Path) -> dict[str, Tensor]:
         if (end := 8 + length + stop) > size:
             raise WeightsError(f"{path} is cut short: {name} ends at byte {end}, the file at {size}; fetch it again")
         tensors[name] = Tensor(shape, dtype, path)
-    return tensors
+    safetensors = import_safetensors()
+    try:
+        with safetensors.safe_open(path, "np"):
+            return tensors
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path} is damaged: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -154,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path} holds no JSON object")
@@ -181,17 +205,28 @@ class Gguf:
         self._dequantize = gguf.dequantize
         try:
             reader = gguf.GGUFReader(path)
+            texts = ("tokenizer.", "general.name", "general.description")
+            fields = {name: own.contents() for name, own in reader.fields.items() if not name.startswith(texts)}
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise WeightsError(f"{path} is damaged: {error}") from error
         self._stored = {self._published(tensor.name): tensor for tensor in reader.tensors}
+        for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
+            try:
+                gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+            except NotImplementedError as error:
+                raise WeightsError(f"{path}: {tensor.name} has the type {tensor.tensor_type.name}: {error}") from error
         self.tensors = {
             name: Tensor(tuple(int(n) for n in reversed(tensor.shape)), "float32", path)
             for name, tensor in self._stored.items()
         }
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-        self.config = self._read_config(fields)
+        try:
+            self.config = self._read_config(fields, path)
+        except WeightsError:
+            raise
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged: what it says of its model is of other types: {error}") from error
 
     def _published(self, name: str) -> str:
         if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
@@ -200,7 +235,7 @@ class Gguf:
         own, _, kind = name.rpartition(".")
         return f"{_GGUF_TOP.get(own, own)}.{kind}"
 
-    def _read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_config(self, fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
         family = fields.get("general.architecture")
         found = {key: fields.get(f"{family}.{own}") for key, own in _GGUF_CONFIG.items()}
         config = {"model_type": family} | {key: value for key, value in found.items() if value is not None}
@@ -217,6 +252,12 @@ class Gguf:
             }
         if "rope_freqs.weight" in self._stored:  # Llama 3.1's, of which the file does not say the parameters
             config["rope_scaling"] = {"rope_type": "llama3, as a table in a GGUF file"}
+        if "hidden_size" in config and "num_attention_heads" in config:
+            head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+            for key, only in _GGUF_ONLY.items():
+                supported = head if only == "head" else only
+                if (value := fields.get(f"{family}.{key}", supported)) != supported:
+                    raise WeightsError(f"{path}: {family}.{key} = {value} is not supported, only {supported}")
         return config
 
     @contextlib.contextmanager

@@ -54,7 +54,9 @@ class ChatRenderer:
         self.stop_ids = self._format.stop_ids
         opening = self._format.generation_prompt()
         self._opening = Rendered(tuple(opening), (Role.SCAFFOLD,) * len(opening))
-        before = self.observation([Part("x", Role.OBSERVATION)])
+        before = self.observation([Part("a probe of two lines\n" * 2, Role.OBSERVATION)])
+        if Role.OBSERVATION not in before.roles:
+            raise RenderError("this chat format changes a tool's answer beyond recognition")
         header = before.ids[: before.roles.index(Role.OBSERVATION)]
         self.observation_header = tuple(i for i in header if tokenizer.is_added(i))[-1:]
 

@@ -41,6 +41,10 @@ class Marks:
         """Returns the parts of a message as one marked text."""
         return "".join(self._of[part.role] + part.text for part in parts) + self._close
 
+    def of(self, text: str) -> list[str]:
+        """Returns the marks of a text, in order: a template that changes them has cut what somebody wrote."""
+        return [character for character in text if character in self._writer]
+
     def encode(self, tokenizer: BytePairs, marked: str) -> tuple[list[Stamped], list[int]]:
         """Returns stamped ids, and where each begins in the marked text."""
         spans: list[tuple[str, Role | None]] = []

@@ -56,7 +56,7 @@ class Template:
         self._check()
 
     def prompt(self, messages, tools, marks):
-        return self._encode(self._text(messages, tools=tools), marks)
+        return self._encode(self._marked_text(messages, marks, tools=tools), marks)
 
     def generation_prompt(self):
         return [token for token, _ in self._opening]
@@ -76,7 +76,7 @@ class Template:
     def _conversation(self, answers: list[str], marks: Marks) -> str:
         """Returns the text of a question, a turn of the agent, and these answers to it."""
         said = {"role": "assistant", "content": marks.body([Part("x", Role.ACTION)])}
-        return self._text([_USER, said, *({"role": self._role, "content": own} for own in answers)])
+        return self._marked_text([_USER, said, *({"role": self._role, "content": own} for own in answers)], marks)
 
     def _turn_end(self, text: str, marks: Marks) -> int:
         """Returns where the agent's turn of a `_conversation` ends, before the stop token."""
@@ -94,6 +94,12 @@ class Template:
             if name is not None and start + len(name) > cut:
                 return start
         return cut
+
+    def _marked_text(self, messages: list[dict], marks: Marks, *, tools: list[dict] | None = None) -> str:
+        text = self._text(messages, tools=tools)
+        if marks.of(text) != marks.of("".join(message["content"] for message in messages)):
+            raise RenderError("the tokenizer's chat template cuts or moves parts of messages")
+        return text
 
     def _text(self, messages: list[dict], *, tools: list[dict] | None = None, generation: bool = False) -> str:
         try:
@@ -125,6 +131,9 @@ class Template:
     def _check(self) -> None:
         """Raises `RenderError` unless the pieces of a conversation add up to the whole."""
         marks = Marks(())
+        for said in _AWKWARD:
+            self.prompt([{"role": "user", "content": marks.body([Part(said, Role.PROMPT)])}], None, marks)
+            self._conversation([marks.body([Part(said, Role.OBSERVATION)])], marks)
         answers = [marks.body([Part(own, Role.OBSERVATION)]) for own in ("a", "b c", "")]
         whole = self._conversation(answers, marks)
         end = self._turn_end(whole, marks) + len(self._stop)
@@ -136,6 +145,12 @@ class Template:
 
 
 _USER = {"role": "user", "content": "x"}
+_AWKWARD = (  # what templates are known to cut messages at
+    "a<think>b</think>c",
+    "a<tool_call>b</tool_call>c",
+    "<tool_response>a</tool_response>",
+    "line\n" * 2_000,
+)
 
 
 def _environment():

@@ -34,6 +34,8 @@ def load(path: str | Path = "") -> SentencePieces | BytePairs:
     path = Path(path) if path else DEFAULT_MODEL
     if path.suffix == ".gguf":
         return BytePairs.of_gguf(path)
+    if path.suffix == ".json" and path.name != "tokenizer.json":
+        raise TokenizerError(f"{path}: a published tokenizer is named tokenizer.json; name it, or its folder")
     if path.suffix == ".json" or (path / "tokenizer.json").is_file():
         return BytePairs.of_folder(path.parent if path.suffix == ".json" else path)
     if path.is_dir() and not (path / "tokenizer.model").is_file():

@@ -71,10 +71,7 @@ class BytePairs:
         self._markup = _alternatives(added)
         self._special = frozenset(a["id"] for a in definition["added_tokens"] if a["special"])
         self._added_ids = frozenset(added.values())
-        template = said.get("chat_template") or ""
-        if isinstance(template, list):  # several, by name
-            template = {own["name"]: own["template"] for own in template}.get("default", "")
-        self.template: str = template
+        self.template = self._default_template(said.get("chat_template") or "")
         self.end = self._named("eos_token")
         self.pad = self._named("pad_token", self.end)
 
@@ -90,7 +87,7 @@ class BytePairs:
             if (folder / name).is_file():
                 said |= _json(folder / name)
         if (template := folder / "chat_template.jinja").is_file():
-            said["chat_template"] = template.read_text()
+            said["chat_template"] = _text(template)
         tokenizer = cls(_json(folder / "tokenizer.json"), said, folder / "tokenizer.json")
         tokenizer._folder = folder
         return tokenizer
@@ -104,12 +101,14 @@ class BytePairs:
         """
         fields = _gguf_fields(path)
         get = lambda name, default=None: fields.get(f"tokenizer.ggml.{name}", default)  # noqa: E731
-        names, kinds, pre = get("tokens", []), get("token_type", []), get("pre")
+        pre = get("pre")
         if get("model") != "gpt2" or pre not in PRE_TOKENIZERS:
             raise TokenizerError(
                 f"{path}: its tokenizer is {get('model')!r} with {pre!r}; there can be 'gpt2' with one of "
                 f"{', '.join(PRE_TOKENIZERS)}. Name a folder with a tokenizer.json in config.tokenizer.path"
             )
+        vocabulary = _vocabulary_of(fields, path)
+        names, kinds = get("tokens"), get("token_type")
         added = [
             {"id": i, "content": name, "special": kind == _CONTROL, "normalized": False} | dict.fromkeys(_FLAGS, False)
             for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
@@ -126,12 +125,13 @@ class BytePairs:
             "decoder": _BYTES,
             "model": {
                 "type": "BPE",
-                "vocab": _vocabulary_of(fields, path),
+                "vocab": vocabulary,
                 "merges": get("merges", []),
                 "ignore_merges": pre == "llama-bpe",
             },
         }
-        token = lambda name: names[get(f"{name}_token_id")] if get(f"{name}_token_id") is not None else None  # noqa: E731
+        name_of = {str(i): name for name, i in vocabulary.items()}
+        token = lambda name: name_of.get(str(get(f"{name}_token_id")))  # noqa: E731
         said = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": token("bos"),
@@ -162,12 +162,14 @@ class BytePairs:
         of its characters are trusted; elsewhere its name is text."""
         text = "".join(own for own, _ in spans)
         trusted = [flag for own, flag in spans for _ in own]
-        tokens, end = [], 0
-        for match in self._matches(text):
-            if match.start() >= end and all(trusted[match.start() : match.end()]):
+        tokens, end, at = [], 0, 0
+        while self._markup and (match := self._markup.search(text, at)):
+            if all(trusted[match.start() : match.end()]):
                 tokens += self._plainly(text[end : match.start()], end)
                 tokens.append(Token(self.vocabulary[match.group()], match.start()))
-                end = match.end()
+                at = end = match.end()
+            else:  # a trusted one may begin inside
+                at = match.start() + 1
         return tokens + self._plainly(text[end:], end)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -180,7 +182,10 @@ class BytePairs:
     def name_of(self, field: str) -> str:
         """Returns the name of a token such as `bos_token`; "" if there is none."""
         value = self._said.get(field)
-        return (value.get("content") if isinstance(value, dict) else value) or ""
+        value = (value.get("content") if isinstance(value, dict) else value) or ""
+        if not isinstance(value, str):
+            raise self._error(f"{field} = {value!r} is no name of a token")
+        return value
 
     def is_added(self, token: int) -> bool:
         return token in self._added_ids
@@ -220,13 +225,26 @@ class BytePairs:
         return self._markup.finditer(text) if self._markup else ()
 
     def _added(self) -> dict[str, int]:
-        try:
-            added = self._definition["added_tokens"]
-            if odd := [a["content"] for a in added if any(a[flag] for flag in _FLAGS)]:
-                raise self._error(f"its added tokens {odd[:4]} take in what is beside them, which is not supported")
-            return {a["content"]: a["id"] for a in added}
-        except (KeyError, TypeError) as error:
-            raise self._error(f"it is no tokenizer.json: it lacks {error}") from error
+        added = self._definition.get("added_tokens")
+        if not isinstance(added, list):
+            raise self._error("it is no tokenizer.json: it lacks 'added_tokens'")
+        for own in added:
+            kinds = {"id": int, "content": str, "special": bool} | dict.fromkeys(_FLAGS, bool)
+            if not isinstance(own, dict) or any(type(own.get(key)) is not kind for key, kind in kinds.items()):
+                raise self._error(f"it is no tokenizer.json: it has the added token {str(own)[:200]}")
+            if _SURROGATES.search(own["content"]) or own["id"] < 0:
+                raise self._error(f"it is damaged: it has the added token {own['content']!r} = {own['id']}")
+        if odd := [own["content"] for own in added if any(own[flag] for flag in _FLAGS)]:
+            raise self._error(f"its added tokens {odd[:4]} take in what is beside them, which is not supported")
+        return {own["content"]: own["id"] for own in added}
+
+    def _default_template(self, said: Any) -> str:
+        if isinstance(said, list):  # several, by name
+            named = [own for own in said if isinstance(own, dict) and own.get("name") == "default"]
+            said = named[0].get("template") if named else ""
+        if not isinstance(said, str):
+            raise self._error(f"its chat_template is {str(said)[:100]}, no text")
+        return said
 
     def _build(self, vocabulary: dict[str, int]):
         """Returns the same tokenizer without added tokens and what it would put around a text."""
@@ -279,12 +297,20 @@ def _bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        found = json.loads(path.read_text())
+        return path.read_text()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
+        raise TokenizerError(f"{path} is no text: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    text = _text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise TokenizerError(f"{path} holds no JSON object")
@@ -310,7 +336,7 @@ def gguf_vocabulary(path: Path) -> dict[str, int]:
 
 def _vocabulary_of(fields: dict[str, Any], path: Path) -> dict[str, int]:
     names, kinds = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
-    if not names or not kinds or len(names) != len(kinds):
+    if not isinstance(names, list) or not isinstance(kinds, list) or not names or len(names) != len(kinds):
         raise TokenizerError(f"{path} has no tokenizer; name one in config.tokenizer.path")
     return {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind != _UNUSED}
 

@@ -45,6 +45,20 @@ def test_it_equals_the_sum_written_out(favoured, normalize):
     np.testing.assert_allclose(found, written_out(*values, normalize=normalize), rtol=1e-4, atol=1e-4)
 
 
+def test_router_and_sum_are_in_float32_where_the_rest_is_bfloat16():
+    """Experts that give all they get, so that what is rounded is the router's softmax and the sum alone."""
+    x, router, *_ = inputs(2)
+    half = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
+    gate, up, down = np.zeros((E, D, F)), np.zeros((E, D, F)), np.zeros((E, F, D))
+    gate[:, 0, :], up[:, 0, 0], down[:, 0, :] = 64.0, 1.0, 1.0
+    x[..., 0] = 1.0
+    down[:, 0, :] += np.arange(E)[:, None] / 64
+    found = mix(*map(half, (x, router, gate, up, down)), per_token=E, normalize=False)
+    logits = (half(x).reshape(-1, D) @ half(router)).astype(jnp.float32)
+    expected = 64.0 * jax.nn.softmax(logits) @ (1.0 + np.arange(E) / 64)
+    np.testing.assert_allclose(found.reshape(-1, D)[:, 0].astype(np.float32), expected.astype(jnp.bfloat16), rtol=1e-6)
+
+
 def dense(x, router, gate, up, down):
     """All experts for all tokens, those that were not chosen times 0."""
     probability = jax.nn.softmax(x @ router)

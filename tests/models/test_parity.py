@@ -212,7 +212,7 @@ def test_peft_reads_our_adapter_and_merged_weights_act_like_it(published, tmp_pa
     assert np.abs(ours - plain).max() > 0.5  # the adapter does something
 
     (tmp_path / "adapter").mkdir()
-    write_adapter(params, config, tmp_path / "adapter", base=str(folder))
+    write_adapter(params, config, tmp_path / "adapter", base=str(folder), dtype="float32")
     theirs_adapted = PeftModel.from_pretrained(reload(folder), tmp_path / "adapter")
     assert theirs_adapted.peft_config["default"].r == 4
     np.testing.assert_allclose(ours, theirs(theirs_adapted, ids), atol=2e-4, rtol=0)

@@ -167,8 +167,15 @@ def test_old_and_new_ways_to_say_rope_are_read_alike():
         ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": "yarn"}, "rope scaling is 'yarn', no object"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "a value that is no number"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is no object"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "factor = 'x' is no number above 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e400}}, "beta_fast = inf is no number"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta = \[1\] is no number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0 is no number above 0"),
+        ({"rms_norm_eps": 1e400}, "rms_norm_eps = inf is no number above 0"),
+        ({"layer_types": 5}, "layer_types = 5 is not supported"),
+        ({"layer_types": [["x"]]}, "layer_types = .* is not supported"),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported, only none, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
@@ -232,6 +239,26 @@ def test_an_embedding_that_is_written_twice_is_read_once(tmp_path):
     assert_same(read(TINY, tmp_path), params)
 
 
+def test_a_head_that_is_no_embedding_is_not_left_out(tmp_path):
+    write(TINY, tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is another than model\.embed_tokens\.weight, while"):
+        read(TINY, tmp_path)
+
+
+def test_frequencies_that_old_files_hold_are_computed_here(tmp_path):
+    params = write(TINY, tmp_path)
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    edit(tmp_path, lambda tensors: tensors.update(frequencies))
+    assert_same(read(TINY, tmp_path), params)
+
+
+def test_an_index_says_how_many_bytes_there_are(tmp_path):
+    write(TINY, tmp_path, file_bytes=5000, dtype="bfloat16")
+    said = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
+    assert said == sum(2 * int(np.prod(tensor.shape)) for tensor in open_source(tmp_path).tensors.values())
+
+
 def test_a_file_that_is_cut_short_is_named_with_its_first_lost_tensor(tmp_path):
     write(TINY, tmp_path, file_bytes=5000)
     path = sorted(tmp_path.glob("*.safetensors"))[1]
@@ -285,11 +312,47 @@ def test_what_is_no_folder_of_weights_is_said_to_be_none(tmp_path):
         open_source(tmp_path / "y.gguf")
 
 
-def test_a_gguf_file_has_the_same_weights(tmp_path):
-    params = write(TINY, tmp_path)
-    path = gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY)
+GGUF = {
+    "llama": dataclasses.replace(TINY, norm_eps=1.25e-5),
+    "qwen2": dataclasses.replace(TINY, qkv_bias=True, tie_embeddings=False),
+    "qwen3": dataclasses.replace(
+        TINY, qk_norm=True, tie_embeddings=False, rope_scaling=RopeScaling("yarn", factor=4.0, original_length=64)
+    ),
+}
+
+
+@pytest.mark.parametrize("config", GGUF.values(), ids=GGUF)
+def test_a_gguf_file_has_the_same_weights(tmp_path, config):
+    params = write(config, tmp_path)
+    path = gguf_files.write_model(tmp_path / "x.gguf", tmp_path, config)
     assert fields_of(path) == fields_of(tmp_path)
-    assert_same(read(TINY, path, MESHES["fsdp and tensor"]), params)
+    assert open_source(path).config["max_position_embeddings"] == 128
+    assert_same(read(config, path, MESHES["fsdp and tensor"]), params)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope.dimension_count": 4}, r"llama\.rope\.dimension_count = 4 is not supported, only 8"),
+        ({"attention.sliding_window": 64}, "sliding_window = 64"),
+        ({"attention.value_length": 16}, "value_length = 16 is not supported, only 8"),
+        ({"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast = 16.0"),
+        ({"attention.layer_norm_rms_epsilon": "x"}, "of other types"),
+        ({"block_count": "x"}, "num_hidden_layers = 'x' is no whole number"),
+        ({"rope.scaling.type": "longrope"}, "'longrope' is not supported"),
+    ],
+)
+def test_a_gguf_file_that_says_what_is_not_computed_here_is_refused(tmp_path, keys, message):
+    write(TINY, tmp_path)
+    with pytest.raises(WeightsError, match=message):
+        fields_of(gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY, keys=keys))
+
+
+def test_a_gguf_file_of_integers_is_refused(tmp_path):
+    write(TINY, tmp_path)
+    more = {"output.weight": np.zeros((64, 16), np.int32)}
+    with pytest.raises(WeightsError, match=r"output\.weight has the type I32"):
+        open_source(gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY, more=more))
 
 
 def test_a_gguf_file_whose_rope_scaling_is_a_table_is_refused(tmp_path):
@@ -298,6 +361,27 @@ def test_a_gguf_file_whose_rope_scaling_is_a_table_is_refused(tmp_path):
     path = gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY, more=more)
     with pytest.raises(WeightsError, match="'llama3, as a table in a GGUF file' is not supported"):
         fields_of(path)
+
+
+def test_experts_are_said_in_old_and_new_ways():
+    said = published_config(SPARSE, max_length=128)
+    new = {key: value for key, value in said.items() if key != "num_experts"} | {"num_local_experts": 6}
+    assert model_fields(new) == model_fields(said)
+    assert model_fields(said)["normalize_experts"] is True
+    unsaid = {key: value for key, value in said.items() if key != "norm_topk_prob"}
+    assert model_fields(unsaid)["normalize_experts"] is False
+
+
+def test_a_rope_scaling_under_the_old_name_counts_beside_the_new_one():
+    said = published_config(dataclasses.replace(TINY, rope_scaling=YARN, rope_theta=7.0), max_length=128)
+    both = said | {"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert model_fields(both) == model_fields(said)
+
+
+def test_a_yarn_without_an_attention_factor_says_none(tmp_path):
+    scaling = dataclasses.replace(YARN, attention_factor=0.0)
+    said = published_config(dataclasses.replace(TINY, rope_scaling=scaling), max_length=128)["rope_scaling"]
+    assert "attention_factor" not in said
 
 
 def test_what_a_config_json_leaves_out_has_the_published_default(tmp_path):
@@ -343,7 +427,13 @@ def test_a_model_without_a_rope_scaling_may_be_given_one(tmp_path):
             r"a \[2\] is said to be in bytes 0 to 4",
         ),
         (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "is said to be in bytes -4 to 0"),
+        (SINGLE, '{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', r"a has dtype \['F32'\]"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "its header says of a"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}', "its header says of a"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "is damaged"),  # bytes behind it
         (SINGLE, "[]", "has no safetensors header"),
+        (SINGLE, "[" * 100_000, "has no safetensors header"),
+        ("config.json", "[" * 100_000, "is no JSON"),
     ],
 )
 def test_files_of_another_form_are_named(tmp_path, name, text, message):

@@ -89,6 +89,18 @@ def test_bfloat16_compute_keeps_float32_parameters():
     )
 
 
+def test_matrices_begin_with_the_variance_of_what_goes_in():
+    """Those that end a branch have less, the more layers there are; experts' like those of a plain FFN."""
+    config = dataclasses.replace(SPARSE, embed_dim=64, ffn_dim=96)
+    _, params = init_params(config, 3, MESH)
+    for name, fan_in, ends in (
+        ("query", 64, False), ("attention_out", 32, True), ("router", 64, False), ("expert_gate", 64, False),
+        ("expert_down", 96, True),
+    ):  # fmt: skip
+        expected = fan_in**-0.5 * ((2 * config.num_layers) ** -0.5 if ends else 1.0)
+        assert float(params["layers"][name].std()) == pytest.approx(expected, rel=0.1), name
+
+
 def test_the_axis_tables_fit_together():
     logical = {axis for axes in PARAM_AXES.values() for axis in axes}
     assert logical <= MESH_AXIS_OF.keys()

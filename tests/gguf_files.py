@@ -79,7 +79,7 @@ def write_tokenizer(path: Path, tokenizer: BytePairs, definition: Mapping[str, A
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(names + [f"[PAD{i}]" for i in range(unused)])
     writer.add_token_types(kinds + [5] * unused)
-    writer.add_token_merges([" ".join(pair) for pair in definition["model"]["merges"]])
+    writer.add_token_merges([own if isinstance(own, str) else " ".join(own) for own in definition["model"]["merges"]])
     writer.add_eos_token_id(tokenizer.end)
     writer.add_bos_token_id(tokenizer.id_of("<|im_start|>") or tokenizer.end)
     writer.add_pad_token_id(tokenizer.pad)

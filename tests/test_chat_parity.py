@@ -6,6 +6,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pytest
 from conversations import BODIES, SPELLED, conversations, specifications
@@ -22,6 +23,12 @@ TEXTS = [
     "def f(x):\n    return x**2\n", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea",
     "\u0939\u093f\u0928\u094d\u0926\u0940 \ud55c\uad6d\uc5b4", "\r\n  \n x",
 ]  # fmt: skip
+
+# What the published tokenizer makes of digits and of contractions, read off its pieces.
+SMOLLM2_PIECES = {
+    "a 12 34b": ["a", " ", "1", "2", " ", "3", "4", "b"],
+    "it's don't": ["it", "'s", " don", "'t"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +69,15 @@ def test_ids_are_those_of_transformers(folders, kind):
         assert found == theirs.encode(text, add_special_tokens=False), text
 
 
+@pytest.mark.parametrize(("kind", "pre"), [("qwen3", "qwen2"), ("llama_3", "llama-bpe")])
+def test_a_gguf_file_of_them_gives_the_same_ids(folders, tmp_path, kind, pre):
+    """`tokenizer.ggml.pre` alone says there how text is cut into words."""
+    plain, definition = tokenizers.load(folders[kind]), json.loads((folders[kind] / "tokenizer.json").read_text())
+    ours = tokenizers.load(gguf_files.write_tokenizer(tmp_path / "x.gguf", plain, definition, pre=pre, unused=5))
+    for text in [*TEXTS, "1234567 12 3456", "a1b22 333\n4444"]:
+        assert ours.encode_spans([(text, True)]) == plain.encode_spans([(text, True)]), text
+
+
 def test_smollm2s_ids_are_those_of_transformers(tmp_path):
     """Less where a digit follows white space: transformers' reading of the file does not cut before digits, the
     published tokenizer does."""
@@ -71,6 +87,8 @@ def test_smollm2s_ids_are_those_of_transformers(tmp_path):
         if not any(c.isdigit() for c in text) and "\0" not in text:
             found = [token.id for token in ours.encode_spans([(text, True)])]
             assert found == theirs.encode(text, add_special_tokens=False), text
+    for text, pieces in SMOLLM2_PIECES.items():
+        assert [ours.decode([i]) for i in ours.encode(text)] == pieces
     ours.save(tmp_path)
     saved = real(tmp_path)
     for text in TEXTS:

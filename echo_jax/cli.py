@@ -1,5 +1,6 @@
 """How every program starts: flags, and errors that its user can mend as one message instead of a traceback."""
 
+import itertools
 import re
 import sys
 import traceback
@@ -33,14 +34,14 @@ def run_program(
 
 def _cause(said: str) -> str:
     """Returns the place in a config file, and the error, of a message that has the whole traceback in it."""
-    _, found, trace = said.partition("Traceback (most recent call last):\n")
+    _, found, trace = said.rpartition("Traceback (most recent call last):\n")
     if not found:
-        return f"{said}; --help shows the flags"
+        return f"{said}\n--help shows the flags"
     lines = trace.rstrip().splitlines()
-    last = max(i for i, line in enumerate(lines) if line.startswith("  "))
-    places = re.findall(r'File "(.+)", line (\d+), in (?:get_config|sweep)\b', trace)
+    frames = list(itertools.takewhile(lambda line: line.startswith(" "), lines))
+    places = re.findall(r'File "(.+)", line (\d+), in (?:get_config|sweep)\b', "\n".join(frames))
     place = "{}:{}: ".format(*places[-1]) if places else ""
-    return place + "\n".join(lines[last + 1 :]).rpartition("Traceback")[2]
+    return place + re.sub(r"^(\w+\.)+(?=\w+:)", "", "\n".join(lines[len(frames) :]))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

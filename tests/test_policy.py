@@ -276,14 +276,23 @@ def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
         runtime.build(small(weights))
 
 
-def test_weights_that_are_not_there_are_one_message(tmp_path):
-    command = [sys.executable, "-m", "echo_jax.train", f"--config=configs/pretrained.py:{tmp_path}/none"]
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("none", "there are no weights at PATH: .*"), ("mamba", "PATH: model_type = 'mamba'; .*")],
+)
+def test_weights_that_cannot_be_used_are_one_message(tmp_path, weights, message):
+    folder = tmp_path / "mamba"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    save_file({"x": np.zeros(1, np.float32)}, folder / SINGLE)
+    command = [sys.executable, "-m", "echo_jax.train", f"--config=configs/pretrained.py:{tmp_path / weights}"]
     ended = subprocess.run([*command, f"--workdir={tmp_path}/w"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert re.fullmatch(
-        rf"error: configs/pretrained\.py:\d+: \S*WeightsError: there are no weights at {tmp_path}/none: .*\n",
-        ended.stderr,
+    place, said = (
+        r"error: configs/pretrained\.py:\d+: WeightsError: ",
+        message.replace("PATH", str(tmp_path / weights)),
     )
+    assert re.fullmatch(rf"{place}{said}\n", ended.stderr)
     assert not (tmp_path / "w").exists()
 
 

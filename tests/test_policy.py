@@ -140,6 +140,8 @@ def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
     assert said == f"step 5 of {workdir} is in {tmp_path / 'merged'}"
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", SINGLE, "tokenizer.model"} == names
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir() if path.name != "tokenizer.model"}
+    assert len(modes) == 1
     described = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert described["torch_dtype"] == "bfloat16"
     built, found = restored(config, workdir)

@@ -119,3 +119,4 @@ def _fetch(x: jax.Array) -> np.ndarray:
 def _save(tensors: dict[str, np.ndarray], folder: Path | None, name: str) -> None:
     if jax.process_index() == 0:
         import_safetensors().numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # the package lets nobody else read what it writes

@@ -272,10 +272,10 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
         ("{{ raise_exception('never') }}", "takes no answer to a turn, .*: never"),
         ("{{ 1 / 0 }}", "takes no answer to a turn, .*division by zero"),
         (CHATML + "{{ strftime_now('%d') }}", "takes no answer to a turn, .*'strftime_now' is undefined"),
-        (CHATML.replace("message.content", "message.content.split('</think>')[-1]"), "cuts or moves parts of messages"),
-        (CHATML.replace("message.content", "message.content.split('<think>')[0]"), "cuts or moves parts of messages"),
-        (CHATML.replace("message.content", "message.content[:1000]"), "cuts or moves parts of messages"),
-        (CHATML.replace("message.content", "message.content | urlencode"), "takes no answer.*cuts or moves parts"),
+        (
+            CHATML.replace("message.content", "message.content | urlencode"),
+            "takes no answer.*leaves out or moves parts",
+        ),
         (CHATML.replace("add_generation_prompt", "false"), "adds no generation prompt"),
         (CHATML.replace("message.content", "message.content | upper"), "takes no answer to a turn|changes a turn"),
         (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "ends a turn of the agent without a token"),
@@ -290,9 +290,6 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
         "raises",
         "fails",
         "changes daily",
-        "cuts heads",
-        "cuts tails",
-        "cuts ends",
         "eats marks",
         "no generation prompt",
         "changes text",
@@ -363,15 +360,22 @@ def test_a_tool_cannot_use_up_the_marks_of_its_writer(tmp_path):
     assert every.isdisjoint(marks.body([Part("x", role) for role in Role]))
 
 
-CUTTING = CHATML.replace("message.content", "message.content.split('SECRET')[-1]")
-
-
-def test_a_template_that_cuts_what_was_not_probed_cuts_nobody_a_turn(tmp_path):
-    renderer = make(write(tmp_path / "t", "chatml", template=CUTTING), "template", grammar="plain")
-    with pytest.raises(RenderError, match="cuts or moves parts of messages"):
-        renderer.observation([Part("a SECRET b<|im_end|>c", Role.OBSERVATION)])
-    with pytest.raises(RenderError, match="cuts or moves parts of messages"):
-        renderer.prompt("a SECRET b<|im_end|>c")
+@pytest.mark.parametrize(
+    "cut",
+    ["split('SECRET')[-1]", "split('SECRET')[0]", "replace('SECRET', '')", "[:20]", "[-20:]"],
+)
+def test_a_template_that_cuts_messages_cuts_nobody_a_turn(tmp_path, cut):
+    template = CHATML.replace("message.content", f"(message.content[:99]).{cut}".replace(".[", "["))
+    renderer, plain = (
+        make(write(tmp_path / str(i), "chatml", template=own), "template", grammar="plain")
+        for i, own in enumerate((template, CHATML))
+    )
+    parts = [Part("a SECRET b<|im_end|>c SECRET d" + "e" * 99, Role.OBSERVATION), Part("exit 2", Role.BOILERPLATE)]
+    for first in (True, False):
+        for last in (True, False):
+            place = {"first": first, "last": last}
+            assert renderer.observation(parts, **place) == plain.observation(parts, **place)
+    assert renderer.prompt(parts[0].text).ids == plain.prompt(parts[0].text).ids
 
 
 RICH = """

@@ -5,6 +5,7 @@ ids encoded in one pass without the marks, each stamped with its writer. What is
 spells, it gives no added token.
 """
 
+import re
 from collections.abc import Iterable
 
 from echo_jax.render.base import Part
@@ -36,14 +37,21 @@ class Marks:
         self._of = dict(zip(Role, free, strict=False))
         self._close = next(free)  # a body ends
         self._writer: dict[str, Role | None] = {mark: role for role, mark in self._of.items()} | {self._close: None}
+        self._split = re.compile(f"[{''.join(self._writer)}]")
 
     def body(self, parts: Iterable[Part]) -> str:
         """Returns the parts of a message as one marked text."""
         return "".join(self._of[part.role] + part.text for part in parts) + self._close
 
-    def of(self, text: str) -> list[str]:
+    def of(self, text: str) -> str:
         """Returns the marks of a text, in order: a template that changes them has cut what somebody wrote."""
-        return [character for character in text if character in self._writer]
+        return "".join(character for character in text if character in self._writer)
+
+    def fill(self, text: str, marked: str) -> str:
+        """Puts what stands behind each mark of `marked` behind the same mark of `text`, which has the marks alone."""
+        written = self._split.split(marked)[1:]
+        around = self._split.split(text)
+        return around[0] + "".join(map("".join, zip(self.of(text), written, around[1:], strict=True)))
 
     def encode(self, tokenizer: BytePairs, marked: str) -> tuple[list[Stamped], list[int]]:
         """Returns stamped ids, and where each begins in the marked text."""

@@ -64,6 +64,7 @@ class Peers:
         self._stop = 0  # the signal by which this process was asked to stop
         self._others_stop = 0  # that by which another was
         self._done = threading.Event()
+        self._status = 0  # that this process ends with, once that is decided
         self._looked = time.monotonic()  # when the watch last got an answer
         if count > 1:
             self._hosts = self.gather(socket.gethostname(), "start")
@@ -223,7 +224,7 @@ class Peers:
 
     def _end(self, why: str, status: int = AGAIN, *, answers: bool = True) -> None:
         """Ends this process, whatever its other threads wait for: nothing else gets them out of a collective."""
-        if self._done.is_set():
+        if self._done.is_set() or (self._status and answers):  # it is about to end: others leaving is no news
             return
         advice = ". What was saved is complete: the same command again resumes" if status == AGAIN else ""
         print(f"error: {why}; {self._name(self.index)} stops too{advice}", file=sys.stderr, flush=True)
@@ -235,7 +236,9 @@ class Peers:
         self._exit(status, others=self.count - 1)
 
     def _exit(self, status: int, others: int, *, answers: bool = True) -> None:
-        """Ends this process; process 0, which the others ask, once so many `others` left or had the time to."""
+        """Ends this process; process 0, which the others ask, once so many `others` left or had the time to. The first
+        to call it decides the status."""
+        self._status = self._status or status
         with contextlib.suppress(RuntimeError, ValueError):
             if answers:
                 self._say("left", "")
@@ -244,7 +247,7 @@ class Peers:
                 time.sleep(0.1)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(self._status)
 
 
 def start(*, silence_seconds: float, barrier_seconds: float, user_errors: tuple[type[Exception], ...] = ()) -> Peers:

@@ -313,6 +313,28 @@ with start(silence_seconds=30.0, barrier_seconds=2.0, user_errors=(PeerError,)) 
     assert late in outputs[1]  # which is told why
 
 
+def test_a_process_that_failed_ends_with_its_own_status_though_others_have_left():
+    """Process 0 waits for both to leave, of which one hangs: it sees the other leave and is still what failed."""
+    script = """
+import os, signal
+with start(silence_seconds=5.0, barrier_seconds=60.0, user_errors=(PeerError,)) as peers:
+    if peers.index == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if peers.is_first:
+        raise PeerError("lunch is cancelled")
+    peers.gather(1)
+"""
+    *ending, hung = start(["-c", PROLOGUE + script], count=3)
+    try:
+        statuses, outputs = finish(ending, 60)
+    finally:
+        hung.kill()
+        hung.communicate()
+    assert statuses == [1, 1], outputs
+    assert outputs[0].count("error: ") == 1
+    assert "lunch is cancelled" in outputs[1]
+
+
 def test_a_process_0_that_hangs_is_named_and_not_waited_for():
     """Its connection stays, and no question is answered: as that of a machine which lost its network."""
     script = """

@@ -5,6 +5,7 @@ ids encoded in one pass without the marks, each stamped with its writer. What is
 spells, it gives no added token.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -14,7 +15,7 @@ from echo_jax.tokenizer import BytePairs
 
 # Planes without characters of any language, private-use ones first: no JSON writer escapes them, no normal form changes
 # them. A text with all of them has a megabyte.
-_PLANES = (*range(0xF0000, 0x110000), *range(0x40000, 0xE0000))
+_PLANES = (range(0xF0000, 0x110000), range(0x40000, 0xE0000))
 
 
 class Stamped(int):
@@ -33,7 +34,7 @@ class Marks:
 
     def __init__(self, texts: Iterable[str]):
         taken = set().union(*texts)
-        free = (mark for mark in map(chr, _PLANES) if mark not in taken)
+        free = (mark for mark in map(chr, itertools.chain(*_PLANES)) if mark not in taken)
         self._of = dict(zip(Role, free, strict=False))
         self._close = next(free)  # a body ends
         self._writer: dict[str, Role | None] = {mark: role for role, mark in self._of.items()} | {self._close: None}

@@ -4,9 +4,7 @@ In: overrides from a config file or the command line. Out: one locked `ConfigDic
 """
 
 import importlib.util
-import json
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +12,10 @@ from types import ModuleType
 import ml_collections
 from ml_collections import config_dict
 
+from echo_jax.system.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A value that cannot work, found before any work starts."""
 
 
@@ -99,7 +99,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0  # of sampling, in training and evaluation
     c.rollout.tool_threads = 8  # tool calls at work at once; as many sandboxes as rollouts are open
     c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
-    c.rollout.grammar = "plain"  # of tool calls: plain | json | llama, see calls.py
+    c.rollout.grammar = "plain"  # of tool calls: plain | json | llama, see render/calls.py
     c.rollout.max_seconds = 60.0  # that the tool calls of one rollout may run, all together
     c.rollout.max_format_errors = 4  # turns on end without a call that could run, before a rollout is ended
     c.rollout.replay = ""  # a file of saved rollouts to train on, off-policy, in place of sampling
@@ -132,7 +132,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.mode = "echo"  # grpo (lambda = 0) | echo | env_only (no policy term, no verifier needed)
     c.loss.mode_changes = ()  # pairs (RL step from 0, mode): from there on that mode
     # The policy term.
-    c.loss.policy = "grpo"  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_loss.py
+    c.loss.policy = "grpo"  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_losses.py
     c.loss.advantage = "auto"  # group | group_mean | leave_one_out | reward; auto: as the policy loss's paper
     c.loss.policy_normalizer = "auto"  # sequence | token | constant; auto: as the policy loss's paper
     # The importance ratio is clipped to [1 - clip_low, 1 + clip_high]; None: as the policy loss's paper (grpo .2, .2).
@@ -332,44 +332,3 @@ def validate(config: ml_collections.ConfigDict, choices: Mapping[str, Collection
         model.num_heads % model.num_kv_heads == 0,
         f"config.model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.num_kv_heads}",
     )
-
-
-def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes config.json into a new workdir, or checks that an old one belongs to the same config."""
-    path = workdir / "config.json"
-    if path.exists():
-        check_workdir(config, workdir)
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name("config.json.tmp")
-    scratch.write_text(json.dumps(flat(config), indent=2, sort_keys=True) + "\n")
-    os.replace(scratch, path)
-
-
-# Where and how it is computed, not what: a run may go on with other values, equal up to rounding.
-_PLACEMENT = ("mesh.", "system.", "pack.rows", "rollout.tool_threads", "model.remat", "model.attention", "checkpoint.")
-
-
-def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Raises `ConfigError`, listing the fields, if a workdir holds no run or a run of another config: going on would
-    mix two experiments. Fields of placement may differ, so that a run can move to other machines."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
-    ours = json.loads(json.dumps(flat(config)))
-    try:
-        theirs = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
-    missing = "(no such field)"
-    differing = [
-        f"  {name}: there {theirs.get(name, missing)!r}, here {ours.get(name, missing)!r}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name, missing) != theirs.get(name, missing) and not name.startswith(_PLACEMENT)
-    ]
-    if differing:
-        raise ConfigError(
-            f"workdir {workdir} holds a run of another config:\n"
-            + "\n".join(differing)
-            + "\nUse the same config to resume it, or another --workdir for a new run."
-        )

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from echo_jax.metrics import read_metrics
+from echo_jax.system.metrics import read_metrics
 
 OUTPUT = flags.DEFINE_string("output", None, "the PNG to write", required=True)
 METRICS = flags.DEFINE_list("metrics", ["rollout/solve_rate"], "metrics to draw, one panel each")

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 
-from echo_jax.calls import GRAMMARS, Call
 from echo_jax.render import Part, Rendered, Renderer
+from echo_jax.render.calls import GRAMMARS, Call
 from echo_jax.roles import Role
 from echo_jax.tools import describe
 

@@ -11,15 +11,15 @@ import numpy as np
 import optax
 from synthetic import ECHO, OPTIONS, TINY, varied
 
-from echo_jax.advantages import advantages_of
-from echo_jax.batch import to_mesh
+from echo_jax.learner.step import abstract_state, init_state, loss_and_grads, make_train_step
 from echo_jax.models.transformer import init_params
-from echo_jax.objective import weigh
-from echo_jax.packing import pack
-from echo_jax.peers import Peers
-from echo_jax.selection import Selection
-from echo_jax.sharding import make_mesh, processes_of, replicated
-from echo_jax.train_step import abstract_state, init_state, loss_and_grads, make_train_step
+from echo_jax.objective.advantages import advantages_of
+from echo_jax.objective.batch import to_mesh
+from echo_jax.objective.packing import pack
+from echo_jax.objective.selection import Selection
+from echo_jax.objective.weights import weigh
+from echo_jax.system.peers import Peers
+from echo_jax.system.sharding import make_mesh, processes_of, replicated
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2))
 ROWS, LENGTH, MICRO_BATCHES = 8, 48, 4

@@ -6,16 +6,16 @@ import functools
 import jax
 import numpy as np
 
-from echo_jax.batch import to_mesh
-from echo_jax.loss import HeadOptions, LossOptions
+from echo_jax.learner.step import loss_and_grads
 from echo_jax.models.transformer import ModelConfig, abstract_params, init_params
-from echo_jax.objective import Objective, weigh
-from echo_jax.packing import capacity, pack
-from echo_jax.policy_loss import Clip
+from echo_jax.objective.batch import to_mesh
+from echo_jax.objective.loss import HeadOptions, LossOptions
+from echo_jax.objective.packing import capacity, pack
+from echo_jax.objective.policy_losses import Clip
+from echo_jax.objective.weights import Objective, weigh
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
-from echo_jax.sharding import make_mesh
-from echo_jax.train_step import loss_and_grads
-from echo_jax.trajectory import DTYPES, Attempt, Trajectory
+from echo_jax.rollout.trajectory import DTYPES, Attempt, Trajectory
+from echo_jax.system.sharding import make_mesh
 
 TINY = ModelConfig(
     vocab_size=64,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from echo_jax.config import ConfigError, claim_workdir, default_config, flat
-from echo_jax.runtime import validate
+from echo_jax.config import ConfigError, default_config, flat
+from echo_jax.run.validate import validate
+from echo_jax.run.workdir import claim_workdir
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
 

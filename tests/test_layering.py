@@ -1,4 +1,4 @@
-"""A file imports only files of lower ranks, so the code reads in one direction."""
+"""Code reads in one direction: a folder imports only folders before it, and programs hold flags and `main` alone."""
 
 import ast
 from pathlib import Path
@@ -7,46 +7,33 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "echo_jax"
 
-# rank -> modules, dotted below echo_jax; a folder's modules may import each other
-RANKS = [
-    {
-        "",
-        "roles",
-        "config",
-        "metrics",
-        "progress",
-        "provenance",
-        "checkpoint",
-        "sharding",
-        "cli",
-        "hlo",
-        "profiler",
-        "peers",
-    },
-    {"batch", "tokenizer", "tools", "kernels"},
-    {"calls"},
-    {"trajectory", "render", "models"},
-    {"flops"},
-    {"tasks", "advantages", "policy_loss", "optimizer"},
-    {"selection"},
-    {"objective"},
-    {"packing", "loss"},
-    {"engine", "episode", "train_step", "environment", "rollout_metrics"},
-    {"rollout", "training"},
-    {"runtime"},
-    {"world_model", "update", "policy"},
-    {"evaluate"},
-    {"trainer"},
-    {"train", "sweep", "view", "compile", "export", "tasks.__main__"},
+# What lies in the package, in the order of the data's way; each may import those before it. Within a folder anything
+# goes.
+ORDER = [
+    "__init__",
+    "roles",
+    "system",
+    "config",
+    "tokenizer",
+    "tools",
+    "render",
+    "kernels",
+    "models",
+    "tasks",
+    "rollout",
+    "objective",
+    "learner",
+    "run",
 ]
-RANK_OF = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
+PROGRAMS = {"train", "evaluate", "sweep", "view", "export", "compile", "tasks.__main__"}
+RANK = {name: rank for rank, name in enumerate(ORDER)} | dict.fromkeys(PROGRAMS, len(ORDER))
 
 
 def unit(path: Path) -> str:
-    """The file's name in RANKS: a folder counts as one, but for a program in it."""
+    """Returns the file's name in RANK: a folder counts as one, but for a program in it."""
     if path.name == "__main__.py":
         return f"{path.parent.name}.__main__"
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path):
@@ -68,8 +55,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def test_imports_point_down(path):
     own = unit(path)
     for imported in imports(path):
-        assert imported == own or RANK_OF[imported] < RANK_OF[own], f"{own} imports {imported}"
+        assert imported == own or RANK[imported] < RANK[own], f"{own} imports {imported}"
 
 
 def test_every_file_has_a_rank_and_every_rank_a_file():
-    assert {unit(path) for path in FILES} == set(RANK_OF)
+    assert {unit(path) for path in FILES} == set(RANK)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if unit(path) in PROGRAMS], ids=unit)
+def test_a_program_holds_flags_and_main_alone(path):
+    functions = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    assert functions == ["main"]
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in FILES}), ids=lambda p: str(p.relative_to(PACKAGE.parent)))
+def test_every_folder_says_what_comes_in_and_goes_out(folder):
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert folder == PACKAGE or ("In: " in docstring and "Out: " in docstring)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_jax.environment import Machine
-from echo_jax.episode import Rules
 from echo_jax.render import BuiltinRenderer
-from echo_jax.rollout import Collector, Job
+from echo_jax.rollout.collector import Collector, Job
+from echo_jax.rollout.episode import Rules
+from echo_jax.rollout.world import Machine
 from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits

@@ -6,7 +6,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from echo_jax.sharding import MESH_AXIS_OF
+from echo_jax.system.sharding import MESH_AXIS_OF
 
 IMPLEMENTATIONS = ("xla", "splash")
 SPLASH_BLOCK = 512  # rows of queries and of keys at once

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from echo_jax.sharding import MESH_AXIS_OF
+from echo_jax.system.sharding import MESH_AXIS_OF
 
 
 def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mesh | None = None):

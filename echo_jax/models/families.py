@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from echo_jax.models.rope import NO_SCALING, SCALINGS, RopeScaling
 from echo_jax.models.transformer import BIASED, EXPERT, MATRICES, ModelConfig
+from echo_jax.system.errors import UserError
 
 # What tells them apart is read off `qkv_bias`, `qk_norm` and `num_experts`.
 FAMILIES = {
@@ -101,7 +102,7 @@ class Place(NamedTuple):
     index: tuple[int, ...] = ()  # (), (layer,) or (layer, expert)
 
 
-class FamilyError(ValueError):
+class FamilyError(UserError, ValueError):
     """A published model is none that transformer.py computes; the message says what of it."""
 
 

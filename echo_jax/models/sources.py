@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from echo_jax.system.errors import UserError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}  # and bytes a number
@@ -61,7 +63,7 @@ _GGUF_ONLY = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Published weights cannot be used; the message names file and tensor."""
 
 

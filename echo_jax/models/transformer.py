@@ -20,7 +20,7 @@ from echo_jax.kernels.experts import mix
 from echo_jax.models import lora
 from echo_jax.models.lora import Lora
 from echo_jax.models.rope import NO_SCALING, RopeScaling, frequencies, rotate
-from echo_jax.sharding import sharding_of
+from echo_jax.system.sharding import sharding_of
 
 # The matrices of a layer: logical axes that go in, and those that come out.
 LINEAR = {

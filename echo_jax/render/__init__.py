@@ -1,4 +1,8 @@
-"""Turns text into ids that know their writer: the built-in chat format, and those of published models."""
+"""Chat formats and the grammars of tool calls: the built-in ones, and those of published models.
+
+In: the text of a prompt, a turn, an observation. Out: ids that know their writer; and from a turn's text, the calls
+that it attempts (`calls.py`).
+"""
 
 from echo_jax.render.base import Part, Rendered, Renderer
 from echo_jax.render.builtin import BuiltinRenderer

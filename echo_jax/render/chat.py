@@ -8,8 +8,8 @@ piece of a conversation at a time, and to know of every token who wrote it.
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from echo_jax.calls import GRAMMARS
 from echo_jax.render.base import Part, Rendered
+from echo_jax.render.calls import GRAMMARS
 from echo_jax.render.marks import Marks
 from echo_jax.render.published import Llama3, Qwen3
 from echo_jax.render.template import RenderError, Template

@@ -10,12 +10,13 @@ from typing import Any
 from echo_jax.render.base import Part
 from echo_jax.render.marks import Marks
 from echo_jax.roles import Role
+from echo_jax.system.errors import UserError
 from echo_jax.tokenizer import BytePairs
 
 Token = tuple[int, Role]
 
 
-class RenderError(ValueError):
+class RenderError(UserError, ValueError):
     """A chat format cannot be used with this tokenizer or these options."""
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "differing",
+    "find",
     "load",
     "vocabulary",
 ]
@@ -43,6 +44,20 @@ def load(path: str | Path = "") -> SentencePieces | BytePairs:
             f"{path} has no tokenizer.json and no tokenizer.model; name a tokenizer in config.tokenizer.path"
         )
     return SentencePieces(path / "tokenizer.model" if path.is_dir() else path)
+
+
+def find(path: str | Path, weights: str | Path = "") -> SentencePieces | BytePairs:
+    """Returns the tokenizer of `path` or, if that is empty, the one that comes with published `weights`.
+
+    Raises:
+      TokenizerError: it cannot serve, or its vocabulary is not that of the weights' own tokenizer.
+    """
+    if not path:
+        return load(weights)
+    tokenizer = load(path)
+    if weights and (theirs := vocabulary(weights)) and (difference := differing(tokenizer.vocabulary, theirs)):
+        raise TokenizerError(f"{path} is of another vocabulary than the tokenizer of {weights}: {difference}")
+    return tokenizer
 
 
 def vocabulary(path: str | Path) -> dict[str, int]:

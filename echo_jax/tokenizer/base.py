@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from echo_jax.system.errors import UserError
 
-class TokenizerError(ValueError):
+
+class TokenizerError(UserError, ValueError):
     """The tokenizer's files cannot serve: missing, damaged, or lossy."""
 
 

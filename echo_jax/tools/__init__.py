@@ -1,6 +1,7 @@
-"""What an agent may call. A new tool is a class like those beside this file and a line in `TOOLS`.
+"""What an agent may call, and the sandbox that it runs in.
 
-A task names the tools that its agent has; `submit` comes with all.
+In: a call of a tool. Out: its capped output and status. A task names the tools that its agent has; `submit` comes with
+all. A new tool is a class like those beside this file and a line in `TOOLS`.
 """
 
 from collections.abc import Iterable

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from echo_jax.system.errors import UserError
 from echo_jax.tools import cgroup, seccomp, supervisor
 
 START_SECONDS = 30.0  # a start takes some 20 ms; on a host with hundreds of them at once it may take seconds
@@ -30,7 +31,7 @@ CLOSE_SECONDS = 5.0
 _FRAME_BYTES = 1 << 16  # what an answer may hold beside its payload: the directory, counters, an error message
 
 
-class SandboxError(RuntimeError):
+class SandboxError(UserError, RuntimeError):
     """A sandbox could not do what it was asked; the message says why."""
 
 

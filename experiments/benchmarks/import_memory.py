@@ -90,7 +90,7 @@ def measure(path: Path, dtype: str) -> dict:
 
     from echo_jax.models.pretrained import check_tensors, load_params
     from echo_jax.models.sources import open_source
-    from echo_jax.sharding import make_mesh
+    from echo_jax.system.sharding import make_mesh
 
     mesh = make_mesh(1, 1, 1)
     config = model_config(path, dtype)

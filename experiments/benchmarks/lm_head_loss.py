@@ -33,9 +33,9 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from echo_jax.flops import PEAK_FLOPS
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
-from echo_jax.sharding import MESH_AXES
+from echo_jax.models.flops import PEAK_FLOPS
+from echo_jax.system.sharding import MESH_AXES
 
 OUTPUT = flags.DEFINE_string("output", None, "also write the tables to this file")
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each row; the fastest counts")

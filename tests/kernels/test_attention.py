@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from echo_jax.kernels.attention import packed_attention
-from echo_jax.sharding import make_mesh
+from echo_jax.system.sharding import make_mesh
 
 SHAPE = (2, 128, 2, 1, 128)  # rows, tokens, heads, heads of keys and values, head size
 

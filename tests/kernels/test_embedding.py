@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echo_jax.hlo import collectives
 from echo_jax.kernels.embedding import embed
-from echo_jax.sharding import make_mesh, sharding_of
+from echo_jax.system.hlo import collectives
+from echo_jax.system.sharding import make_mesh, sharding_of
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 1, 8), (4, 2, 1)]
 V, D, B, T = 40, 16, 8, 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from echo_jax.kernels.experts import mix
-from echo_jax.sharding import make_mesh
+from echo_jax.system.sharding import make_mesh
 
 D, F, E, K = 8, 12, 6, 2
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs, xla
-from echo_jax.sharding import make_mesh
+from echo_jax.system.sharding import make_mesh
 
 IMPLEMENTATIONS = ("reference", "xla")  # the Pallas kernel is interpreted on a CPU, and has tests of its own
 # What a result may differ by, relative to the norm of the whole array; log-probs absolutely.

@@ -6,9 +6,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from echo_jax.hlo import collectives, largest_array
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
-from echo_jax.sharding import make_mesh
+from echo_jax.system.hlo import collectives, largest_array
+from echo_jax.system.sharding import make_mesh
 
 TOKENS, DIM, VOCAB = 512, 64, 4096
 VOCAB_BLOCK, TOKEN_BLOCK = 128, 32

@@ -10,17 +10,17 @@ import optax
 import pytest
 from synthetic import ECHO, MESH, OPTIONS, SPARSE, TINY, initial, relative_difference, trajectories
 
-from echo_jax.batch import to_mesh
-from echo_jax.engine.dense import DenseEngine
-from echo_jax.flops import train_flops
+from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.step import abstract_state, init_state, loss_and_grads, make_train_step
 from echo_jax.models import lora
+from echo_jax.models.flops import train_flops
 from echo_jax.models.lora import Lora
 from echo_jax.models.transformer import LINEAR, abstract_params, bind
-from echo_jax.objective import weigh
-from echo_jax.optimizer import make_optimizer
-from echo_jax.packing import pack
-from echo_jax.sharding import make_mesh
-from echo_jax.train_step import abstract_state, init_state, loss_and_grads, make_train_step
+from echo_jax.objective.batch import to_mesh
+from echo_jax.objective.packing import pack
+from echo_jax.objective.weights import weigh
+from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.system.sharding import make_mesh
 
 ADAPTED = dataclasses.replace(TINY, lora=Lora(rank=3, alpha=6.0, targets=tuple(LINEAR)))
 PARTLY = dataclasses.replace(TINY, lora=Lora(rank=2, alpha=1.0, targets=("value", "down")))

@@ -13,10 +13,10 @@ import pytest
 from synthetic import MESH
 
 from echo_jax.models import lora
-from echo_jax.models.export import write_adapter, write_weights
 from echo_jax.models.families import published_config
 from echo_jax.models.pretrained import check_tensors, fields_of, load_params
 from echo_jax.models.rope import RopeScaling
+from echo_jax.models.save_pretrained import write_adapter, write_weights
 from echo_jax.models.sources import open_source
 from echo_jax.models.transformer import ATTENTION, LINEAR, ModelConfig, abstract_params, bind, init_adapters, init_cache
 

@@ -15,13 +15,13 @@ from synthetic import SPARSE, TINY, initial
 
 from configs import tiny
 from echo_jax.models import lora
-from echo_jax.models.export import write_weights
 from echo_jax.models.families import FamilyError, family_of, model_fields, published_config, tensor_names
 from echo_jax.models.pretrained import check_fields, check_tensors, fields_of, load_params
 from echo_jax.models.rope import RopeScaling
+from echo_jax.models.save_pretrained import write_weights
 from echo_jax.models.sources import INDEX, SINGLE, Slices, WeightsError, open_source
 from echo_jax.models.transformer import ModelConfig, init_adapters
-from echo_jax.sharding import make_mesh
+from echo_jax.system.sharding import make_mesh
 
 LLAMA3 = RopeScaling("llama3", factor=8.0, original_length=64)
 YARN = RopeScaling("yarn", factor=4.0, original_length=64, attention_factor=1.2)

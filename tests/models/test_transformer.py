@@ -9,7 +9,7 @@ import pytest
 from synthetic import MESH, SPARSE, TINY
 
 from echo_jax.models.transformer import PARAM_AXES, REMAT, abstract_params, bind, init_cache, init_params
-from echo_jax.sharding import MESH_AXES, MESH_AXIS_OF, make_mesh
+from echo_jax.system.sharding import MESH_AXES, MESH_AXIS_OF, make_mesh
 
 UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
 

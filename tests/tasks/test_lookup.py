@@ -7,11 +7,11 @@ import functools
 import numpy as np
 import pytest
 
-from echo_jax.environment import Machine
-from echo_jax.episode import Rules
 from echo_jax.render import BuiltinRenderer
 from echo_jax.roles import Role
-from echo_jax.rollout import Collector, Job
+from echo_jax.rollout.collector import Collector, Job
+from echo_jax.rollout.episode import Rules
+from echo_jax.rollout.world import Machine
 from echo_jax.tasks.lookup import LINES, MIN_VALUES, TEMPLATES, LookupFamily
 from echo_jax.tasks.words import WORDS
 from echo_jax.tokenizer import SentencePieces

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from echo_jax.calls import GRAMMARS
+from echo_jax.render.calls import GRAMMARS
 from echo_jax.tasks.maze import STEPS, MazeFamily, neighbour
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import Status

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from echo_jax.calls import GRAMMARS
+from echo_jax.render.calls import GRAMMARS
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.procedural import LEVELS, Answer
 from echo_jax.tasks.python_functions import SOLUTION, Returns

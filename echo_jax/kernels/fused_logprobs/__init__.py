@@ -1,7 +1,8 @@
 """Log-probabilities of targets under an LM head, without the [tokens, vocab] logits.
 
-It returns vectors, never a reduced loss, so that any per-token cotangent is right. `reference.py` says what is
-computed, `xla.py` how, `sharded.py` where on a mesh.
+In: hidden states, an LM head, target ids. Out: log-probs, logsumexp and entropy of each token: vectors, never a reduced
+loss, so that any per-token cotangent is right. `reference.py` says what is computed, `xla.py` how, `sharded.py` where
+on a mesh.
 """
 
 import functools

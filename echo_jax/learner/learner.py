@@ -1,0 +1,247 @@
+"""The training half of a run: mesh, shapes of the model and of the state, objective, optimizer, packing.
+
+In: a config, the size of the vocabulary, and devices, which may be TPUs that are not present. Out: a `Learner`, which
+uses no device memory.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from echo_jax.config import ConfigError
+from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.step import TrainState, abstract_state
+from echo_jax.models import lora
+from echo_jax.models.rope import RopeScaling
+from echo_jax.models.transformer import ModelConfig, abstract_params
+from echo_jax.objective import packing
+from echo_jax.objective.advantages import Pool, advantages_of, alone
+from echo_jax.objective.loss import HeadOptions, LossOptions
+from echo_jax.objective.policy_losses import POLICY_LOSSES, Clip
+from echo_jax.objective.selection import Selection, load_filter
+from echo_jax.objective.weights import Objective, mode_at, scheduled_weight
+from echo_jax.system.sharding import make_mesh, processes_of
+
+GROUPED_GRADIENT = (0, 12)  # of jax: from here on a TPU's compiler groups the gradient of experts by expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The half of a run that the accelerators see."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    model_config: ModelConfig
+    graphdef: object
+    abstract_params: dict
+
+    @property
+    def abstract_trained(self) -> dict:
+        """Shapes of the parameters that are trained: all, or the adapters."""
+        return lora.split(self.abstract_params)[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.config.rollout.groups * self.config.rollout.group_size
+
+    @property
+    def rollouts_at_once(self) -> int:
+        """The most that one process makes for a step."""
+        return self.share(self.rollouts_per_step)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, over all devices."""
+        return self.config.pack.rows or self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def processes(self) -> int:
+        """Those that the mesh spans: each samples, packs and brings its share of an update."""
+        return processes_of(self.mesh)
+
+    @property
+    def own_rows(self) -> int:
+        """Those of a micro-batch that one process brings."""
+        return self.rows // self.processes
+
+    def share(self, count: int) -> int:
+        """Returns the most that one process gets of `count` things dealt out in turn."""
+        return -(-count // self.processes)
+
+    def capacity(self, at_most: int) -> int:
+        """Returns the micro-batches that hold any `at_most` trajectories of one process."""
+        tokens, length = self.config.rollout.max_tokens, self.config.pack.length
+        return packing.capacity(at_most, tokens, rows=self.own_rows, length=length)
+
+    def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+        o = self.config.optimizer
+        return make_optimizer(
+            learning_rate=learning_rate,
+            warmup_steps=o.warmup_steps,
+            b1=o.b1,
+            b2=o.b2,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
+        return abstract_state(self.abstract_trained, self.make_optimizer(0.0), self.mesh)
+
+    def imitation_objective(self) -> Objective:
+        """Returns the objective of the warm start: the same whatever RL ablates, so that all arms begin alike."""
+        return Objective(
+            mode="sft",
+            observation_weight=self.config.warm_start.observation_weight,
+            temperature=1.0,
+            policy_normalizer=POLICY_LOSSES["imitation"].normalizer,
+            every_action=True,
+        )
+
+    def objective(self, step: int) -> Objective:
+        """Returns the objective of an RL step, from 0."""
+        loss = self.config.loss
+        policy = POLICY_LOSSES[loss.policy]
+        steps = loss.observation_schedule_steps or self.config.num_steps
+        return Objective(
+            mode=mode_at(step, loss.mode, loss.mode_changes),
+            observation_weight=scheduled_weight(loss.observation_weight, loss.observation_schedule, step, steps),
+            temperature=self.config.rollout.temperature,
+            selection=Selection(
+                class_weights=dict(loss.class_weights),
+                tool_weights=dict(loss.tool_weights),
+                keep=load_filter(loss.observation_filter),
+                top_entropy=loss.top_entropy,
+                dedupe=loss.dedupe,
+            ),
+            observation_normalizer=loss.observation_normalizer,
+            observation_constant=loss.observation_constant or self.config.rollout.max_tokens,
+            reward_adaptive=loss.reward_adaptive,
+            min_valid_calls=loss.min_valid_calls,
+            clean_parse=loss.clean_parse,
+            policy_normalizer=policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer,
+            policy_constant=loss.policy_constant or self.config.rollout.max_tokens,
+            filter_zero_variance=policy.filter_zero_variance,
+            mask_overlong=loss.mask_overlong,
+            every_action=policy.every_action,
+            kl_weight=loss.kl_weight,
+        )
+
+    def advantages(self, trajectories, pool: Pool = alone) -> np.ndarray:
+        loss = self.config.loss
+        estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
+        return advantages_of(trajectories, estimator, pool)
+
+    def head_options(self) -> HeadOptions:
+        loss = self.config.loss
+        mesh = self.mesh if self.mesh.size > 1 else None
+        return HeadOptions(loss.token_block, loss.vocab_block, loss.score_all, mesh)
+
+    def imitation_options(self) -> LossOptions:
+        return LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=self.head_options())
+
+    def loss_options(self) -> LossOptions:
+        """Returns the options of the RL steps."""
+        loss = self.config.loss
+        own = POLICY_LOSSES[loss.policy].clip or Clip(0.0, 0.0)
+        return LossOptions(
+            policy=loss.policy,
+            clip=Clip(
+                own.low if loss.clip_low is None else loss.clip_low,
+                own.high if loss.clip_high is None else loss.clip_high,
+                loss.dual_clip,
+            ),
+            head=self.head_options(),
+            importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
+            observation_clip=loss.observation_clip,
+            kl_estimator=loss.kl_estimator,
+        )
+
+    def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
+        """Packs one process's trajectories into the one shape that holds any `at_most` of them."""
+        length, capacity = self.config.pack.length, self.capacity(at_most)
+        return packing.pack(trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity)
+
+
+def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
+    """Returns what the model's code takes of a config."""
+    fields = {name: value for name, value in config.model.items() if name != "weights"}
+    fields |= {"vocab_size": vocab_size, "rope_scaling": RopeScaling(**config.model.rope_scaling)}
+    return ModelConfig(**fields, lora=lora.Lora(**config.lora))
+
+
+def build_learner(config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Learner:
+    """Builds it for the first devices that the mesh of the config takes; `vocab_size` is the tokenizer's.
+
+    Raises:
+      ConfigError: a size does not divide, or there are too few devices.
+    """
+    own = config.model.vocab_size or vocab_size
+    if own < vocab_size:
+        raise ConfigError(f"config.model.vocab_size = {own} is less than the tokenizer's {vocab_size} pieces")
+    sizes = config.mesh
+    try:
+        mesh = make_mesh(
+            sizes.data, sizes.fsdp or max(1, len(devices) // (sizes.data * sizes.tensor)), sizes.tensor, devices
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model_config = describe_model(config, own)
+    _check_divides(config, own, mesh)
+    _check_experts(config, devices)
+    graphdef, params = abstract_params(model_config, mesh)
+    learner = Learner(config, mesh, model_config, graphdef, params)
+    _check_processes(learner, devices)
+    return learner
+
+
+def _check_experts(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
+    """Raises `ConfigError` where the gradient of experts would take every one for every token."""
+    trained = config.model.num_experts and not config.lora.rank
+    if trained and devices[0].platform == "tpu" and jax.__version_info__ < GROUPED_GRADIENT:
+        raise ConfigError(
+            f"config.model.num_experts = {config.model.num_experts}: on TPUs jax {jax.__version__} computes the "
+            f"gradient of every expert for every token (experiments/benchmarks/experts.md); use jax "
+            f"{'.'.join(map(str, GROUPED_GRADIENT))} or newer, on Python 3.12, or adapters (config.lora.rank)"
+        )
+
+
+def _check_processes(learner: Learner, devices: Sequence[jax.Device]) -> None:
+    """Raises `ConfigError` if the processes cannot each bring their share of an update."""
+    mesh = learner.mesh
+    there = len({device.process_index for device in devices})
+    try:
+        processes = learner.processes
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if processes < there:
+        raise ConfigError(
+            f"the mesh {dict(mesh.shape)} takes {mesh.size} of {len(devices)} devices, those of {processes} of {there} "
+            "processes; each must have a part in it: set mesh.fsdp = 0 for what is left"
+        )
+
+
+def _check_divides(config: ml_collections.ConfigDict, vocab_size: int, mesh: Mesh) -> None:
+    """Raises `ConfigError`, naming both numbers, for a size that cannot be spread evenly over the mesh."""
+    shards, model = mesh.shape, config.model
+    for name, value, axes in (
+        ("config.pack.rows", config.pack.rows, ("data", "fsdp")),
+        ("config.model.embed_dim", model.embed_dim, ("fsdp",)),
+        ("config.model.num_heads", model.num_heads, ("tensor",)),
+        ("config.model.num_kv_heads", model.num_kv_heads, ("tensor",)),
+        ("config.model.ffn_dim", model.ffn_dim, ("tensor",)),
+        ("vocabulary", vocab_size, ("tensor",)),
+    ):
+        size = int(np.prod([shards[axis] for axis in axes]))
+        if value % size:
+            over = " * ".join(f"mesh.{axis}" for axis in axes)
+            raise ConfigError(f"{name} = {value} is not divisible by {over} = {size}")

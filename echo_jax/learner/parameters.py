@@ -1,0 +1,77 @@
+"""The parameters of a run: those that it begins with, and those that a checkpoint of it holds.
+
+In: a seed or published weights. Out: the trained and the frozen part (see models/lora.py). A
+checkpoint keeps what is trained; what is frozen is read again from where it came, and must be the same bit for bit.
+"""
+
+from typing import NamedTuple
+
+from rich.console import Console
+
+from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, fingerprint
+from echo_jax.learner.learner import Learner
+from echo_jax.learner.step import TrainState
+from echo_jax.models import lora
+from echo_jax.models.families import tensor_names
+from echo_jax.models.pretrained import load_params
+from echo_jax.models.sources import Source, WeightsError
+from echo_jax.models.transformer import init_adapters, init_params
+from echo_jax.system.progress import Progress
+
+
+def begin(learner: Learner, source: Source | None, *, quiet: bool = False) -> tuple[dict, dict]:
+    """Returns what is trained and what is frozen, as a run begins: published weights, or random ones.
+
+    Args:
+      source: the published weights; None for random ones.
+      quiet: show no progress.
+    """
+    config, seed, mesh = learner.model_config, learner.config.seed, learner.mesh
+    if source is None:
+        return lora.split(init_params(config, seed, mesh)[1])
+    base = _published(learner, source, quiet)
+    return (init_adapters(config, seed, mesh), base) if config.lora.rank else (base, {})
+
+
+def _published(learner: Learner, source: Source, quiet: bool) -> dict:
+    total, console = len(tensor_names(learner.model_config)), Console(quiet=quiet)
+    with Progress("reading tensors", total=total, console=console) as progress:
+        return load_params(source, learner.model_config, learner.mesh, on_tensor=progress.update)
+
+
+class Restored(NamedTuple):
+    state: TrainState
+    frozen: dict
+    step: int
+
+    @property
+    def params(self) -> dict:
+        return lora.join(self.state.params, self.frozen)
+
+
+def save(checkpointer: Checkpointer, step: int, state: TrainState, frozen: dict) -> None:
+    checkpointer.save(step, state, {"step": step, "frozen": fingerprint(frozen)})
+
+
+def restore(checkpointer: Checkpointer, learner: Learner, source: Source | None, *, quiet: bool = False) -> Restored:
+    """Returns the newest checkpoint of a run.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be used.
+      WeightsError: what it trains beside is no longer what it was.
+    """
+    state, saved = checkpointer.restore(learner.abstract_state())
+    frozen = {}
+    if learner.model_config.lora.rank:
+        frozen = begin(learner, None)[1] if source is None else _published(learner, source, quiet)
+    if "frozen" not in saved:
+        raise CheckpointError(
+            f"the checkpoint of step {saved['step']} is of an earlier version, without a fingerprint of what is "
+            "frozen; choose a new --workdir"
+        )
+    if fingerprint(frozen) != saved["frozen"]:
+        raise WeightsError(
+            f"the weights of {learner.config.model.weights or 'the seed'} are not those that the adapters of step "
+            f"{saved['step']} were trained on; bring those back"
+        )
+    return Restored(state, frozen, saved["step"])

@@ -1,0 +1,64 @@
+"""What the device gets: packed rows, every field describing the token *predicted* at its place.
+
+In: numpy fields from packing.py. Out: the same struct on the mesh, of the rows that each process brought.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from echo_jax.system.sharding import sharding_of
+
+
+@flax.struct.dataclass
+class Batch:
+    """M micro-batches of B packed rows of T tokens; the shift by one has already happened."""
+
+    tokens: jax.Array  # int32 [M, B, T] the token read here
+    targets: jax.Array  # int32 [M, B, T] the token predicted here: the next of the same trajectory
+    segment_ids: jax.Array  # int32 [M, B, T] trajectory within the row, from 1; 0 is padding
+    positions: jax.Array  # int32 [M, B, T] of `tokens` within its trajectory
+    role: jax.Array  # int8 [M, B, T] Role of `targets`
+    tool: jax.Array  # int8 [M, B, T] which tool wrote `targets`, as in TOOL_IDS; 0: none did
+    policy_weight: jax.Array  # f32 [M, B, T] >= 0, never holds the advantage
+    observation_weight: jax.Array  # f32 [M, B, T] >= 0, holds lambda
+    observation_share: jax.Array  # f32 [M, B, T] observation_weight without lambda, for the metric
+    kl_weight: jax.Array  # f32 [M, B, T] >= 0
+    policy_denominator: jax.Array  # f32 [M, B, T] what this token adds to the batch-wide denominator
+    observation_denominator: jax.Array  # f32 [M, B, T]
+    advantage: jax.Array  # f32 [M, B, T]
+    active: jax.Array  # f32 [M, B, T] 1 where a term reads the log-probability, else 0
+    sampler_logprob: jax.Array  # f32 [M, B, T] log-prob of `targets` when it was sampled; 0 elsewhere
+    old_logprob: jax.Array  # f32 [M, B, T] that the importance ratio is taken to: the sampler's, or recomputed
+    reference_logprob: jax.Array  # f32 [M, B, T] under the reference of the KL; 0 where there is none
+    temperature: jax.Array  # f32 [M, B, T] of sampling on actions, 1 wherever the term is a cross-entropy
+
+
+def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns the batch with its rows spread over the data axes of the mesh.
+
+    With several processes each gives its own rows, as many as the others, and the result holds those of all.
+    """
+    sharding = sharding_of(mesh, ("micro", "batch", "time"))
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def micro_batches_in_use(batch: Batch) -> jax.Array:
+    """Returns int32: how many micro-batches hold anything, on the process that has most."""
+    used = jnp.any(batch.segment_ids > 0, axis=(1, 2))
+    return jnp.max(jnp.where(used, 1 + jnp.arange(len(used), dtype=jnp.int32), 0))
+
+
+def empty(micro_batches: int, rows: int, length: int) -> Batch:
+    """Returns a numpy batch of padding, to be filled."""
+    shape = (micro_batches, rows, length)
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | dict.fromkeys(
+        ("role", "tool"), np.int8
+    )
+    fields = {name: np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch.__dataclass_fields__}
+    fields["temperature"] += 1.0
+    return Batch(**fields)

@@ -1,0 +1,207 @@
+"""The objective as per-token weights: everything that decides how much a token counts, and nothing else.
+
+In: the trajectories of one update and their advantages. Out: for each token its weight in each term and what it adds to
+that term's batch-wide denominator. The device then computes one sum (loss.py):
+
+    L = Σ policy_weight · pg / Σ policy_denominator  +  Σ kl_weight · kl / Σ policy_denominator
+        +  Σ observation_weight · CE / Σ observation_denominator
+
+The terms never share a denominator (the KL, a part of the policy term, has the policy's), denominators are summed over
+the whole update before micro-batching, and so the loss does not depend on packing, micro-batches, sharding or hosts.
+Source: ECHO, arXiv 2605.24517, eqs. 2 and 3.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from echo_jax.objective.advantages import Pool, alone, groups_of, rewards_by_group
+from echo_jax.objective.selection import Selection, parsed_well, select
+from echo_jax.roles import ENVIRONMENT_ROLES, Role
+from echo_jax.rollout.trajectory import ENDED_BY_BUDGET, Trajectory
+
+Rewards = dict[int, dict[int, float]]  # of the scored rollouts of a group
+# mode -> the terms that it trains
+MODES = {
+    "grpo": ("policy",),
+    "echo": ("policy", "observation"),
+    "env_only": ("observation",),  # no verifier needed
+    "sft": ("policy", "observation"),  # the policy term is imitation
+}
+# schedule -> share of lambda left at a progress in [0, 1]
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "step": lambda progress: float(progress < 1.0),
+    "warmup": lambda progress: progress,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """How the terms are weighted and normalised in one update."""
+
+    observation_weight: float  # lambda, of this step: see `scheduled_weight`
+    temperature: float  # of the policy term: the sampling temperature, or 1 when imitating
+    mode: str = "echo"  # a key of MODES
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    observation_normalizer: str = "observation"  # a key of OBSERVATION_NORMALIZERS
+    observation_constant: float = 1.0  # tokens, the divisor of `constant`
+    reward_adaptive: bool = False  # lambda times (1 - mean reward) of the group
+    min_valid_calls: float = 0.0  # env_only: least share of attempts at calls that were valid
+    clean_parse: bool = False  # env_only: no turn was cut off
+    policy_normalizer: str = "sequence"  # a key of POLICY_NORMALIZERS
+    policy_constant: float = 1.0  # tokens, the divisor of `constant`
+    filter_zero_variance: bool = False  # groups of equal rewards leave the policy term, denominator too
+    mask_overlong: bool = False  # rollouts that a budget ended leave the policy term, denominator too
+    every_action: bool = False  # the loss reads actions of advantage 0 too
+    kl_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWeights:
+    """f32 [T] each, aligned with a trajectory's ids; the first token is never predicted and has zeros."""
+
+    policy_weight: np.ndarray
+    observation_weight: np.ndarray
+    observation_share: np.ndarray  # observation_weight without lambda
+    kl_weight: np.ndarray
+    policy_denominator: np.ndarray
+    observation_denominator: np.ndarray
+    advantage: np.ndarray
+    temperature: np.ndarray
+    active: np.ndarray  # 1 where a term reads the log-probability, else 0
+
+
+# A normaliser maps (weights of a sequence's tokens in the term, tokens of |O|, divisor of `constant`), all over every
+# branch of one rollout laid end to end, to (weight per token, what each token adds to the denominator).
+Normalizer = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
+
+
+def _per_sequence(weights: np.ndarray, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Each sequence's sum over `length`, then the mean over all sequences, also those without such tokens."""
+    counts_once = np.zeros(len(weights))
+    counts_once[1] = 1.0
+    return weights / max(length, 1), counts_once
+
+
+def _per_token(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One mean over all the selected tokens of the batch."""
+    return weights, (weights > 0).astype(float)
+
+
+OBSERVATION_NORMALIZERS: dict[str, Normalizer] = {
+    # |O|, warnings included (arXiv 2605.24517, eq. 3)
+    "observation": lambda weights, environment, constant: _per_sequence(weights, environment.sum()),
+    "selected": lambda weights, environment, constant: _per_sequence(weights, (weights > 0).sum()),  # |O'|
+    "token": lambda weights, environment, constant: _per_token(weights),  # prime-rl
+    "constant": lambda weights, environment, constant: _per_sequence(weights, constant),
+}
+POLICY_NORMALIZERS: dict[str, Normalizer] = {
+    "sequence": lambda weights, environment, constant: _per_sequence(weights, weights.sum()),
+    "token": lambda weights, environment, constant: _per_token(weights),
+    "constant": lambda weights, environment, constant: _per_sequence(weights, constant),  # Dr. GRPO
+}
+
+
+def scheduled_weight(weight: float, schedule: str, step: int, steps: int) -> float:
+    """Returns lambda at an RL step (from 0): `weight` times what the schedule leaves after `steps` steps of it."""
+    return weight * SCHEDULES[schedule](min(step / max(steps, 1), 1.0))
+
+
+def mode_at(step: int, mode: str, changes: Sequence[tuple[int, str]]) -> str:
+    """Returns the mode of an RL step (from 0): the last of `changes` (first step, mode) that has come."""
+    return [mode, *(later for first, later in sorted(changes, key=lambda change: change[0]) if first <= step)][-1]
+
+
+def weigh(
+    trajectories: Sequence[Trajectory],
+    advantages: np.ndarray | Sequence[float],
+    objective: Objective,
+    pool: Pool = alone,
+) -> list[TokenWeights]:
+    """Stamps the weights of one update, or of one process's share of it: whole rollouts, and `pool` to ask the others.
+
+    The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
+    Tokens that an earlier branch of the same rollout has too weigh nothing, and the branches of a rollout share one
+    normaliser.
+    """
+    terms = MODES[objective.mode]
+    in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories], bool)
+    selected = select(trajectories, objective.selection, in_observation, pool)
+    of_groups = objective.reward_adaptive or objective.filter_zero_variance
+    rewards = rewards_by_group(trajectories, pool) if of_groups else {}
+    lambdas = _lambdas(trajectories, rewards, objective) * ("observation" in terms)
+    in_policy = _in_policy_term(trajectories, rewards, objective) & ("policy" in terms)
+
+    weights: list[TokenWeights | None] = [None] * len(trajectories)
+    for branches in _branches(trajectories):
+        own = [np.arange(len(trajectories[i].ids)) >= max(trajectories[i].shared, 1) for i in branches]
+        first = branches[0]
+        joined = lambda parts: np.concatenate(list(parts))  # noqa: E731
+        role = joined(trajectories[i].role for i in branches)
+        predicted = joined(own)
+        environment = predicted & np.isin(role, ENVIRONMENT_ROLES)
+        action = (predicted & (role == Role.ACTION)).astype(float)
+        observed = np.where(predicted, joined(selected[i] for i in branches), 0.0)
+        normalize = POLICY_NORMALIZERS[objective.policy_normalizer]
+        policy = [in_policy[first] * x for x in normalize(action, environment, objective.policy_constant)]
+        normalize = OBSERVATION_NORMALIZERS[objective.observation_normalizer]
+        observation = [
+            in_observation[first] * x for x in normalize(observed, environment, objective.observation_constant)
+        ]
+        advantage = joined(np.full(len(trajectories[i].ids), advantages[i]) for i in branches) * (action > 0)
+        fields = {
+            "policy_weight": policy[0],
+            "observation_weight": lambdas[first] * observation[0],
+            "observation_share": observation[0],
+            "kl_weight": objective.kl_weight * policy[0],
+            "policy_denominator": policy[1],
+            "observation_denominator": observation[1],
+            "advantage": advantage,
+            "temperature": np.where(role == Role.ACTION, objective.temperature, 1.0),
+        }
+        reads = (fields["policy_weight"] > 0) & (objective.every_action | (advantage != 0))
+        fields["active"] = reads | (fields["observation_weight"] > 0) | (fields["kl_weight"] > 0)
+        cuts = np.cumsum([len(trajectories[i].ids) for i in branches])[:-1]
+        for name, values in fields.items():
+            fields[name] = np.split(values.astype(np.float32), cuts)
+        for k, i in enumerate(branches):
+            weights[i] = TokenWeights(**{name: parts[k] for name, parts in fields.items()})
+    return weights
+
+
+def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """Returns the indices of each rollout's branches, the one that shares nothing first."""
+    rollouts: dict[tuple[int, int], list[int]] = {}
+    for i, t in enumerate(trajectories):
+        rollouts.setdefault((t.group, t.rollout), []).append(i)
+    return [sorted(members, key=lambda i: trajectories[i].shared) for members in rollouts.values()]
+
+
+def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
+    """Returns lambda for each trajectory. The reward-adaptive form of PaW (arXiv 2606.02388) is taken as 1 minus the
+    group's mean reward (held to [0, 1]): the worse a task goes, the more is learned from what was seen."""
+    lambdas = np.full(len(trajectories), objective.observation_weight)
+    if objective.reward_adaptive:
+        for group, members in groups_of(trajectories).items():
+            own = list(rewards[group].values())
+            lambdas[members] *= 1.0 - np.clip(np.mean(own) if own else 0.0, 0.0, 1.0)
+    return lambdas
+
+
+def _in_policy_term(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
+    """Returns bool [R]. Overlong filtering and the filter of zero-variance groups are DAPO's (arXiv 2503.14476, section
+    3.4 and eq. 11), here without dropping the rollouts: their observations are still trained."""
+    kept = np.ones(len(trajectories), bool)
+    if objective.mask_overlong:
+        kept &= np.asarray([t.outcome not in ENDED_BY_BUDGET for t in trajectories], bool)
+    if objective.filter_zero_variance:
+        for group, members in groups_of(trajectories).items():
+            kept[members] &= len(set(rewards[group].values())) > 1
+    return kept
+
+
+def _of_quality(trajectory: Trajectory, objective: Objective) -> bool:
+    return parsed_well(trajectory, min_valid_calls=objective.min_valid_calls, clean=objective.clean_parse)

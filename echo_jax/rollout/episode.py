@@ -1,0 +1,254 @@
+"""One episode as a pure state machine: `advance(episode, event) -> episode`. No clock, no device, no subprocess.
+
+In: events (what was sampled, what a tool answered). Out: the episode's next wish (sample so many tokens, run this
+call, stop) and in the end a `Trajectory`. Every token's role is stamped here, when the token is born.
+"""
+
+import dataclasses
+import enum
+import math
+
+import numpy as np
+
+from echo_jax.render import Part, Rendered, Renderer
+from echo_jax.render.calls import GRAMMARS, Call, Malformed
+from echo_jax.roles import Role
+from echo_jax.rollout.trajectory import Attempt, Sampled, Trajectory
+from echo_jax.tools import TOOL_IDS, TOOLS
+from echo_jax.tools.sandbox import CommandResult, Status
+
+
+class Phase(enum.Enum):
+    GENERATE = enum.auto()  # wants a turn from the policy
+    CALL = enum.auto()  # wants the first of `pending` run
+    DONE = enum.auto()
+
+
+class Outcome(enum.StrEnum):
+    RUNNING = "running"
+    SUBMITTED = "submitted"
+    MAX_TURNS = "max_turns"
+    MAX_TOKENS = "max_tokens"  # the next observation or turn would not have fitted
+    MAX_SECONDS = "max_seconds"  # its calls took too long, all together
+    FORMAT_ERRORS = "format_errors"  # too many turns on end without a call that could run
+    INFRA = "infra"  # the fault of the machine, not of the policy: kept, but not scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The budgets of an episode."""
+
+    max_turns: int
+    max_tokens: int  # of the whole trajectory
+    max_turn_tokens: int  # sampled in one turn
+    warn_last_turn: bool = False  # say so before it
+    max_seconds: float = math.inf  # that its tool calls may run, all together
+    max_format_errors: int = 8  # turns on end without a call that could run
+    grammar: str = "plain"  # of GRAMMARS
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """Where an episode stands. All fields are values; `advance` returns a new one."""
+
+    renderer: Renderer
+    rules: Rules
+    available: tuple[str, ...]  # names of the tools that there are
+    ids: tuple[int, ...] = ()
+    roles: tuple[Role, ...] = ()
+    tools: tuple[int, ...] = ()  # which tool wrote the token, as in TOOL_IDS; 0: none did
+    logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
+    phase: Phase = Phase.GENERATE
+    outcome: Outcome = Outcome.RUNNING
+    turns: int = 0
+    pending: tuple[Call | Malformed, ...] = ()  # attempts of the last turn that have no observation yet
+    answered: bool = False  # whether one of them has
+    answer: str | None = None
+    attempts: tuple[Attempt, ...] = ()  # those that were dealt with
+    format_errors: int = 0  # turns on end
+    seconds: float = 0.0  # that its calls have run
+    policy_version: int = -1
+
+    @property
+    def call(self) -> Call | None:
+        """What to run, in phase CALL."""
+        return self.pending[0] if self.phase is Phase.CALL else None
+
+    @property
+    def sample_budget(self) -> int:
+        """Tokens the next turn may have."""
+        return min(self.rules.max_turn_tokens, self.rules.max_tokens - len(self.ids))
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that its tool calls may still run."""
+        return self.rules.max_seconds - self.seconds
+
+
+def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] = ("bash",)) -> Episode:
+    """Returns an episode that waits for its first turn. `tools`: names of those that there are beside `submit`.
+
+    Raises:
+      ValueError: the prompt alone leaves no room to act.
+    """
+    available = (*tools, "submit")
+    rendered = renderer.prompt(prompt, available) + renderer.generation_prompt()
+    if len(rendered.ids) >= rules.max_tokens:
+        raise ValueError(
+            f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}"
+        )
+    return _append(Episode(renderer, rules, available), rendered)
+
+
+def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
+    """Returns the episode after one event: a turn in phase GENERATE, a tool's result in phase CALL."""
+    if isinstance(event, Sampled) and episode.phase is Phase.GENERATE:
+        return _after_turn(episode, event)
+    if isinstance(event, CommandResult) and episode.phase is Phase.CALL:
+        return _after_call(episode, event)
+    raise ValueError(f"an episode in phase {episode.phase.name} cannot take a {type(event).__name__}")
+
+
+def abandon(episode: Episode) -> Episode:
+    """Returns the episode ended by a fault of the infrastructure; its tokens are kept."""
+    return _end(episode, Outcome.INFRA)
+
+
+def _after_turn(episode: Episode, turn: Sampled) -> Episode:
+    if not 0 < len(turn.ids) == len(turn.logprobs) == len(turn.entropies) <= episode.sample_budget:
+        raise ValueError(
+            f"a turn of {len(turn.ids)} ids, {len(turn.logprobs)} log-probs and {len(turn.entropies)} entropies, where "
+            f"1 to {episode.sample_budget} tokens were asked for"
+        )
+    episode = dataclasses.replace(
+        episode,
+        ids=episode.ids + turn.ids,
+        roles=episode.roles + (Role.ACTION,) * len(turn.ids),
+        tools=episode.tools + (0,) * len(turn.ids),
+        logprobs=episode.logprobs + turn.logprobs,
+        entropies=episode.entropies + turn.entropies,
+        turns=episode.turns + 1,
+        answered=False,
+        policy_version=turn.policy_version,
+    )
+    if not turn.stopped:
+        if len(episode.ids) >= episode.rules.max_tokens:
+            return _end(_note(episode, "unclosed"), Outcome.MAX_TOKENS)
+        episode = _append(episode, episode.renderer.close_turn())
+        attempts = [Malformed("unclosed", "the turn was cut off")]
+    else:
+        attempts = GRAMMARS[episode.rules.grammar].parse(episode.renderer.turn_text(turn.ids), episode.available)
+    runs = any(isinstance(attempt, Call) for attempt in attempts)
+    errors = 0 if runs else episode.format_errors + 1
+    return _next(dataclasses.replace(episode, pending=tuple(attempts), format_errors=errors))
+
+
+def _after_call(episode: Episode, result: CommandResult) -> Episode:
+    tool = episode.call.tool
+    episode = _note(episode, str(result.status), tool, result.exit_code, result.limit, result.dropped_bytes)
+    if result.status is Status.INFRA:
+        return abandon(episode)
+    episode = dataclasses.replace(episode, pending=episode.pending[1:], seconds=episode.seconds + result.seconds)
+    return _next(_observe(episode, observation_parts(result), TOOL_IDS[tool]))
+
+
+def _next(episode: Episode) -> Episode:
+    """Goes through the attempts of the turn as far as nothing has to run, then on to the next turn."""
+    while episode.phase is not Phase.DONE and episode.pending:
+        attempt, *rest = episode.pending
+        if isinstance(attempt, Call):
+            if TOOLS[attempt.tool].ends_episode:
+                episode = _note(episode, "submit", attempt.tool)
+                return dataclasses.replace(_end(episode, Outcome.SUBMITTED), answer=attempt.arguments["answer"])
+            if episode.seconds >= episode.rules.max_seconds:
+                return _end(episode, Outcome.MAX_SECONDS)
+            return dataclasses.replace(episode, phase=Phase.CALL)
+        episode = _note(dataclasses.replace(episode, pending=tuple(rest)), attempt.status)
+        episode = _observe(episode, [Part(attempt.message, Role.FEEDBACK)])
+    if episode.phase is Phase.DONE:
+        return episode
+    rules = episode.rules
+    for spent, outcome in (
+        (episode.turns >= rules.max_turns, Outcome.MAX_TURNS),
+        (episode.format_errors >= rules.max_format_errors, Outcome.FORMAT_ERRORS),
+        (episode.seconds >= rules.max_seconds, Outcome.MAX_SECONDS),
+    ):
+        if spent:
+            return _end(episode, outcome)
+    next_turn = episode.renderer.generation_prompt()
+    if len(episode.ids) + len(next_turn.ids) >= rules.max_tokens:
+        return _end(episode, Outcome.MAX_TOKENS)
+    return dataclasses.replace(_append(episode, next_turn), phase=Phase.GENERATE)
+
+
+def observation_parts(result: CommandResult) -> list[Part]:
+    """Returns what the agent is shown of a result: body, notice of a cut, and how it ended when not well."""
+    bodies = [result.head, result.tail] if result.dropped_bytes else [result.head + result.tail]
+    parts = [Part(body.decode("utf-8", "surrogateescape"), Role.OBSERVATION) for body in bodies]
+    if result.dropped_bytes:
+        parts.insert(1, Part(f"{result.dropped_bytes} bytes dropped", Role.TRUNCATION))
+    if result.status is not Status.OK:
+        notice = str(result.status) if result.exit_code is None else f"exit {result.exit_code}"
+        notice += f", limit of {result.limit}" if result.limit else ""
+        parts.append(Part(notice, Role.BOILERPLATE))
+    return parts
+
+
+def _observe(episode: Episode, parts: list[Part], tool: int = 0) -> Episode:
+    """Appends an observation, unless the episode ends for want of room."""
+    if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1 and not episode.pending:
+        parts = [*parts, Part("last turn", Role.WARNING)]
+    observation = episode.renderer.observation(parts, first=not episode.answered, last=not episode.pending)
+    if len(episode.ids) + len(observation.ids) > episode.rules.max_tokens:
+        return _end(episode, Outcome.MAX_TOKENS)
+    return dataclasses.replace(_append(episode, observation, tool), answered=True)
+
+
+def _note(episode: Episode, status: str, tool: str = "", *details) -> Episode:
+    attempt = Attempt(episode.turns, tool, status, *details)
+    return dataclasses.replace(episode, attempts=(*episode.attempts, attempt))
+
+
+def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
+    """Adds what was not sampled; of it, the tool wrote its output and what its wrapper adds to that."""
+    by_tool = (Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION)
+    zeros = (0.0,) * len(new.ids)
+    return dataclasses.replace(
+        episode,
+        ids=episode.ids + new.ids,
+        roles=episode.roles + new.roles,
+        tools=episode.tools + tuple(tool if role in by_tool else 0 for role in new.roles),
+        logprobs=episode.logprobs + zeros,
+        entropies=episode.entropies + zeros,
+    )
+
+
+def _end(episode: Episode, outcome: Outcome) -> Episode:
+    return dataclasses.replace(episode, phase=Phase.DONE, outcome=outcome, pending=())
+
+
+def to_trajectory(
+    episode: Episode, *, task: str, group: int, rollout: int, reward: float, limits_by: str = ""
+) -> Trajectory:
+    """Returns a finished episode as numpy arrays."""
+    if episode.phase is not Phase.DONE:
+        raise ValueError(f"an episode in phase {episode.phase.name} is not finished")
+    return Trajectory(
+        ids=np.asarray(episode.ids, np.int32),
+        role=np.asarray(episode.roles, np.int8),
+        tool=np.asarray(episode.tools, np.int8),
+        logprob=np.asarray(episode.logprobs, np.float32),
+        entropy=np.asarray(episode.entropies, np.float32),
+        task=task,
+        group=group,
+        rollout=rollout,
+        shared=0,
+        policy_version=episode.policy_version,
+        reward=reward,
+        scored=episode.outcome is not Outcome.INFRA,
+        outcome=str(episode.outcome),
+        turns=episode.turns,
+        attempts=episode.attempts,
+        limits_by=limits_by,
+    )

@@ -1,0 +1,87 @@
+"""What a set of rollouts looks like, in numbers.
+
+In: trajectories. Out: a few numbers on each, which processes can exchange; and from those of all, the metrics under
+`rollout/` and `eval/`.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from echo_jax.render.calls import MALFORMED
+from echo_jax.roles import Role
+from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.system.peers import Peers
+from echo_jax.tools.sandbox import Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What the metrics need of one rollout."""
+
+    group: int
+    scored: bool
+    reward: float
+    turns: int
+    tokens: int
+    actions: int  # tokens
+    imagined: int  # action tokens that spell the header of an observation
+    calls: dict[str, int]  # status -> attempts
+
+    @classmethod
+    def of(cls, t: Trajectory, header: tuple[int, ...]) -> "Summary":
+        """`header`: the ids that an observation begins with."""
+        return cls(
+            group=t.group,
+            scored=t.scored,
+            reward=t.reward,
+            turns=t.turns,
+            tokens=len(t.ids),
+            actions=int((t.role == Role.ACTION).sum()),
+            imagined=_imagined(t, header),
+            calls=dict(collections.Counter(attempt.status for attempt in t.attempts)),
+        )
+
+
+def summaries(trajectories: Sequence[Trajectory], header: tuple[int, ...], peers: Peers) -> list[Summary]:
+    """Returns the summaries of this process's rollouts and of all the others'."""
+    own = [dataclasses.asdict(Summary.of(t, header)) for t in trajectories]
+    return [Summary(**fields) for fields in peers.join(own, "summaries of rollouts")]
+
+
+def _imagined(t: Trajectory, header: tuple[int, ...]) -> int:
+    """The policy writes what only the environment should."""
+    places = len(t.ids) - len(header) + 1
+    if places < 1:
+        return 0
+    window = np.arange(places)[:, None] + np.arange(len(header))
+    action = t.role == Role.ACTION
+    return len(header) * int((action[window] & (t.ids[window] == header)).all(axis=1).sum())
+
+
+def rollout_metrics(rollouts: Sequence[Summary], prefix: str) -> dict[str, float]:
+    """Returns what a set of rollouts looks like; rewards are averaged over those that were scored."""
+    scored = [r.reward for r in rollouts if r.scored]
+    statuses = sum((collections.Counter(r.calls) for r in rollouts), collections.Counter())
+    groups: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.scored:
+            groups.setdefault(rollout.group, []).append(rollout.reward)
+    metrics = {
+        "turns": float(np.mean([r.turns for r in rollouts])),
+        "tokens": float(np.mean([r.tokens for r in rollouts])),
+        "submitted": len(rollouts),
+        "accepted": len(scored),
+        "rejected": len(rollouts) - len(scored),  # faults of the machine
+        "imagined_observations": sum(r.imagined for r in rollouts) / max(sum(r.actions for r in rollouts), 1),
+    }
+    if scored:
+        metrics["solve_rate"] = float(np.mean([reward >= 1.0 for reward in scored]))
+        metrics["reward"] = float(np.mean(scored))
+        if len(scored) > len(groups):  # else no group has two to compare
+            metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))
+    for status in (*Status, *MALFORMED, "submit"):
+        metrics[f"calls_{status}"] = statuses[status]
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

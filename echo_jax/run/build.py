@@ -1,0 +1,243 @@
+"""The parts of a run, built from its config and checked before any work starts.
+
+In: a config. Out: `Parts`: the learner, and what the host needs beside it: tokenizer, tasks, engine, collector, saved
+rollouts.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+
+from echo_jax import config as config_lib
+from echo_jax import tokenizer as tokenizers
+from echo_jax.config import ConfigError
+from echo_jax.learner.learner import Learner, build_learner
+from echo_jax.models.pretrained import check_fields, check_tensors
+from echo_jax.models.sources import Source, WeightsError, open_source
+from echo_jax.objective.advantages import groups_of
+from echo_jax.render import Renderer, make_renderer
+from echo_jax.rollout.collector import Collector
+from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.episode import Rules, start
+from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.rollout.trajectory import load as load_trajectories
+from echo_jax.rollout.world import Machine
+from echo_jax.run.validate import validate
+from echo_jax.system import peers as peers_lib
+from echo_jax.system import provenance
+from echo_jax.system.peers import Peers
+from echo_jax.tasks.stream import make_families, task_stream
+from echo_jax.tasks.task import Task
+from echo_jax.tokenizer import Tokenizer
+from echo_jax.tools import TOOLS, sandbox
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What train and evaluate share."""
+
+    learner: Learner
+    renderer: Renderer
+    train_tasks: grain.MapDataset
+    heldout_tasks: grain.MapDataset
+    imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
+    replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
+    source: Source | None  # of model.weights; None: weights are random
+    peers: Peers
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        return self.learner.config
+
+    def make_engine(self) -> DenseEngine:
+        rollout, learner = self.config.rollout, self.learner
+        return DenseEngine(
+            learner.graphdef,
+            learner.model_config,
+            lanes=learner.rollouts_at_once,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            stop_ids=self.renderer.stop_ids,
+            seed=self.config.seed,
+            mesh=learner.mesh,
+        )
+
+    def make_collector(self) -> Collector:
+        rollout = self.config.rollout
+        rules, machine = episode_rules(self.config), sandboxes(self.config)
+        return Collector(self.renderer, rules, machine, rollout.tool_threads, self.peers)
+
+
+def episode_rules(config: ml_collections.ConfigDict) -> Rules:
+    rollout = config.rollout
+    return Rules(
+        max_turns=rollout.max_turns,
+        max_tokens=rollout.max_tokens,
+        max_turn_tokens=rollout.max_turn_tokens,
+        warn_last_turn=rollout.warn_last_turn,
+        max_seconds=rollout.max_seconds,
+        max_format_errors=rollout.max_format_errors,
+        grammar=rollout.grammar,
+    )
+
+
+def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
+    """Raises `ConfigError` if a task has a tool that there is not, or its prompt or the first turn of its solution does
+    not fit the budgets of an episode."""
+    for task in tasks:
+        if unknown := [name for name in task.tools if name not in TOOLS]:
+            raise ConfigError(f"task {task.name} has the tools {unknown}; there are {', '.join(TOOLS)}")
+        try:
+            episode = start(renderer, episode_rules(config), task.prompt, task.tools)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        turn = next(task.demonstrate(np.random.default_rng(0), solve=True))
+        length = len(renderer.action(turn).ids)
+        if length > episode.sample_budget:
+            raise ConfigError(
+                f"the turn {turn!r}, which solves task {task.name}, has {length} tokens: more than "
+                f"config.rollout.max_turn_tokens = {config.rollout.max_turn_tokens} or than a prompt of "
+                f"{len(episode.ids)} tokens leaves of config.rollout.max_tokens = {config.rollout.max_tokens}"
+            )
+
+
+def sandboxes(config: ml_collections.ConfigDict) -> Machine:
+    """Returns how this config's sandboxes are made.
+
+    Raises:
+      ValueError: its limits cannot hold.
+    """
+    box = config.sandbox
+    names = [field.name for field in dataclasses.fields(sandbox.Limits)]
+    return Machine(
+        limits=sandbox.Limits(**{name: box[name] for name in names}),
+        backend=box.backend,
+        setup_seconds=box.setup_seconds,
+        score_seconds=box.score_seconds,
+    )
+
+
+def _saved(path: str, field: str, config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    """Returns the scored rollouts of a file that a field of the config names; none for no file."""
+    if not path:
+        return []
+    trajectories = [t for t in load_trajectories(Path(path), vocab_size=vocab_size) if t.scored]
+    longest = max((len(t.ids) for t in trajectories), default=0)
+    if not 0 < longest <= config.rollout.max_tokens:
+        raise ConfigError(
+            f"config.{field} = {path}: {len(trajectories)} scored rollouts, the longest of {longest} tokens; there "
+            f"must be some, of at most config.rollout.max_tokens = {config.rollout.max_tokens}"
+        )
+    return trajectories
+
+
+def _replay(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    trajectories = _saved(config.rollout.replay, "rollout.replay", config, vocab_size)
+    largest = max(map(len, groups_of(trajectories).values()), default=0)
+    if largest > config.rollout.group_size:
+        raise ConfigError(
+            f"config.rollout.replay = {config.rollout.replay} has a group of {largest} rollouts, more than "
+            f"config.rollout.group_size = {config.rollout.group_size}"
+        )
+    if any(t.policy_version < 0 for t in trajectories):
+        raise ConfigError(
+            f"config.rollout.replay = {config.rollout.replay} has rollouts that no policy sampled: they have no "
+            "log-probs to take a ratio to; imitate them with config.warm_start.trajectories"
+        )
+    return trajectories
+
+
+def _imitated(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    warm = config.warm_start
+    trajectories = _saved(warm.trajectories, "warm_start.trajectories", config, vocab_size)
+    least = warm.min_reward
+    chosen = [t for t in trajectories if t.reward >= least]
+    if trajectories and len(chosen) < warm.batch:
+        raise ConfigError(
+            f"config.warm_start.trajectories = {warm.trajectories} has {len(chosen)} rollouts with a reward of "
+            f"warm_start.min_reward = {least} or more: less than a batch of warm_start.batch = {warm.batch}"
+        )
+    return chosen
+
+
+def _weights(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[Source | None, int]:
+    """Returns the published weights that a config names, and the rows of the embedding.
+
+    Raises:
+      WeightsError: they are of another model than the config's, or of another vocabulary than the tokenizer's.
+    """
+    if not config.model.weights:
+        return None, tokenizer.vocab_size
+    path = Path(config.model.weights)
+    source = open_source(path)
+    rows = check_fields(source, path, config.model)
+    if rows < tokenizer.vocab_size:
+        raise WeightsError(
+            f"{path}: model.embed_tokens.weight has {rows} rows, the tokenizer {config.tokenizer.path or '(built-in)'} "
+            f"has {tokenizer.vocab_size} pieces: it is of another vocabulary"
+        )
+    return source, rows
+
+
+def start_peers(config: ml_collections.ConfigDict) -> Peers:
+    """Joins the other processes of this run; comes before any use of JAX's devices."""
+    limits = {name: config.system[name] for name in ("silence_seconds", "barrier_seconds")}
+    return peers_lib.start(**limits)
+
+
+def _code(peers: Peers) -> dict[str, str | None]:
+    """What has to be the same for all processes beside the config."""
+    if peers.count == 1:
+        return {}
+    commit, diff = provenance.source()
+    return {"jax": jax.__version__, "commit": commit, "diff": diff and hashlib.sha256(diff.encode()).hexdigest()}
+
+
+def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Parts:
+    """Builds the parts. Everything that can be wrong with a config or a host is found here.
+
+    Raises:
+      PeerError: the processes have not got the same config or the same JAX.
+      ConfigError: a field's value cannot work.
+      TokenizerError: the tokenizer cannot be used, or not with these weights.
+      WeightsError: the weights are damaged, or of another model than the config's.
+      RenderError: the tokenizer does not fit the chat format.
+      TrajectoryError: saved rollouts that are to be used are damaged.
+      SandboxUnavailable: no sandbox works on this host.
+    """
+    peers = peers or Peers()
+    validate(config)
+    given = {f"config.{name}": str(value) for name, value in config_lib.flat(config).items()}
+    peers.same(given | _code(peers), "start all of them with the same code and command")
+    tokenizer = tokenizers.find(config.tokenizer.path, config.model.weights)
+    mixture = dict(config.task.mixture)
+    parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
+    try:
+        sandboxes(config)
+        families = make_families(mixture, parameters)
+        if any(family.make("train", 0).world() is None for family in families.values()):
+            sandbox.probe(config.sandbox.backend)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    source, rows = _weights(config, tokenizer)
+    learner = build_learner(config, rows, jax.devices())
+    if source is not None:
+        check_tensors(source, Path(config.model.weights), learner.model_config)
+    renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
+    train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
+    _check_tasks(config, renderer, [train_tasks[i] for i in range(16)])
+    return Parts(
+        learner=learner,
+        renderer=renderer,
+        train_tasks=train_tasks,
+        heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
+        imitated=_imitated(config, learner.vocab_size),
+        replay=_replay(config, learner.vocab_size),
+        source=source,
+        peers=peers,
+    )

@@ -1,0 +1,125 @@
+"""How well a policy acts on held-out tasks, and how well it predicts what the tools write there.
+
+In: parameters. Out: metrics under `eval/`.
+"""
+
+from collections.abc import Callable, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_jax.learner.checkpoint import Checkpointer
+from echo_jax.learner.parameters import restore
+from echo_jax.learner.scoring import Scorer, compare
+from echo_jax.rollout import trajectory as trajectory_lib
+from echo_jax.rollout.collector import Collector, Job
+from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.summary import Summary, rollout_metrics, summaries
+from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.run.build import Parts
+from echo_jax.run.workdir import check_workdir
+
+FIRST_EVAL_ROLLOUT = 1 << 30  # sampling keys of evaluation: away from training's, the same at every evaluation
+SHUFFLE_SEED = 21
+TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
+
+
+class Evaluator:
+    """Evaluates parameters of one run: make it once, use it at every evaluation."""
+
+    def __init__(self, parts: Parts, collector: Collector, engine: DenseEngine, workdir: Path):
+        self._parts = parts
+        self._collector = collector
+        self._engine = engine
+        self._workdir = workdir
+        self._score = Scorer(parts.learner, parts.peers)
+        self._transcripts: list[Trajectory] | None = None
+
+    def __call__(
+        self,
+        params,
+        version: int,
+        *,
+        episodes: int,
+        samples: int = 1,
+        on_finish: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, float]:
+        """Returns the `eval/` metrics of `samples` rollouts on each of `episodes` held-out tasks, which the processes
+        share."""
+        parts, peers = self._parts, self._parts.peers
+        self._engine.set_params(params, version)
+        jobs = [
+            Job(parts.heldout_tasks[task], group=task, rollout=FIRST_EVAL_ROLLOUT + task * samples + sample)
+            for task in peers.share(range(episodes))
+            for sample in range(samples)
+        ]
+        trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
+        rollouts = summaries(trajectories, parts.renderer.observation_header, peers)
+        metrics = rollout_metrics(rollouts, "eval") | pass_at_k(rollouts, samples)
+        metrics["eval/observation_ce"] = self.observation_ce(params)
+        return metrics
+
+    def observation_ce(self, params) -> float:
+        """Returns the mean cross-entropy, in nats a token, of the tool output in the fixed held-out transcripts."""
+        if self._transcripts is None:
+            self._transcripts = self._load_transcripts()
+        return self._score(params, self._transcripts)["ce"]
+
+    def _load_transcripts(self) -> list[Trajectory]:
+        """Half right, half flawed demonstrations on held-out tasks: the same for every run of a config's tasks."""
+        parts, peers = self._parts, self._parts.peers
+        path = self._workdir / "rollouts" / "heldout_transcripts.jsonl.gz"
+        if not peers.first(path.exists):
+            own = peers.share(range(parts.config.eval.transcripts))
+            jobs = [Job(parts.heldout_tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in own]
+            made = self._collector.scripted(jobs, [i % 2 == 0 for i in own], TRANSCRIPT_SEED)
+            trajectory_lib.save_shares(path, made, vocab_size=parts.learner.vocab_size, peers=peers)
+        return trajectory_lib.load(path, vocab_size=parts.learner.vocab_size)
+
+
+def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
+    """Returns pass@1 and pass@`samples` with the standard error over tasks, by the unbiased estimator
+    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1); rollouts that were not scored are left out."""
+    tasks: dict[int, list[bool]] = {}
+    for rollout in rollouts:
+        if rollout.scored:
+            tasks.setdefault(rollout.group, []).append(rollout.reward >= 1.0)
+    metrics = {}
+    for k in sorted({1, samples}):
+        rates = [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
+        if rates:
+            metrics[f"eval/pass@{k}"] = float(np.mean(rates))
+            metrics[f"eval/pass@{k}_stderr"] = (
+                float(np.std(rates, ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else 0.0
+            )
+    return metrics
+
+
+def evaluate(
+    parts: Parts, workdir: Path, *, episodes: int | None = None, samples: int = 1, trajectories: str | None = None
+) -> dict[str, Any]:
+    """Returns what `echo_jax.evaluate` prints of a run's newest checkpoint.
+
+    Args:
+      episodes: held-out tasks; None: as many as the config says.
+      samples: rollouts of each task.
+      trajectories: a file of saved rollouts to score, in place of sampling.
+    """
+    config = parts.config
+    check_workdir(config, workdir)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        policy = restore(checkpointer, parts.learner, parts.source, quiet=not parts.peers.is_first)
+    result = {"step": policy.step}
+    if trajectories:
+        saved = trajectory_lib.load(Path(trajectories), vocab_size=parts.learner.vocab_size)
+        result |= {"trajectories": trajectories, "count": len(saved)}
+        result |= compare(Scorer(parts.learner, parts.peers), policy.params, saved, SHUFFLE_SEED)
+    else:
+        episodes = episodes or config.eval.episodes
+        with parts.make_collector() as collector:
+            evaluator = Evaluator(parts, collector, parts.make_engine(), workdir)
+            metrics = evaluator(policy.params, policy.step, episodes=episodes, samples=samples)
+        result |= {"episodes": episodes, "samples": samples} | metrics
+    return result

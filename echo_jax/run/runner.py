@@ -1,0 +1,137 @@
+"""One start of a run, from claiming its workdir to DONE: signals, resuming, exit statuses.
+
+In: a config and a workdir. Out: the exit status, as train.py lists them.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from echo_jax.rollout.collector import Collector, Interrupted
+from echo_jax.run.build import Parts, build
+from echo_jax.run.trainer import Trainer
+from echo_jax.run.workdir import Taken, check_workdir, claim_for, claim_workdir, only_process_in
+from echo_jax.system import provenance
+from echo_jax.system.metrics import read_metrics
+from echo_jax.system.peers import AGAIN, TAKEN, Peers
+
+
+@contextlib.contextmanager
+def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
+    """Turns the first SIGINT or SIGTERM, of this process or another of the run, into `collector.stop`; a second one
+    ends the process as usual.
+
+    Yields a list that then holds the signal's number.
+    """
+    received: list[int] = []
+
+    def stop(number):
+        received.append(number)
+        collector.stop.set()
+
+    def handle(number, _):
+        stop(number)
+        peers.stop(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.write(1, b"\nstopping: saving a checkpoint (once more to stop at once)\n")  # print is not reentrant
+
+    peers.on_stop(stop)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", peers: Peers | None = None) -> int:
+    """Runs or resumes a run; returns the exit status, see above.
+
+    Raises:
+      UserError, OSError: what is wrong and what to do, before work is lost.
+    """
+    parts = build(config, peers)
+    peers = parts.peers
+    if config.system.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
+    done = workdir / "DONE"
+    with contextlib.ExitStack() as held:
+
+        def claim() -> str:
+            claim_workdir(config, workdir)
+            if done.exists():
+                return "done"
+            try:
+                held.enter_context(only_process_in(workdir))
+                if owner:
+                    claim_for(owner, workdir)
+            except Taken as taken:
+                print(f"error: {taken}", file=sys.stderr)
+                return "taken"
+            return "ours"
+
+        whose = peers.first(claim)
+        if whose == "taken":
+            return TAKEN
+        check_workdir(config, workdir)
+        if whose == "ours":
+            if status := _run(parts, workdir):
+                return status
+            peers.first(lambda: done.write_text(f"{config.warm_start.num_steps + config.num_steps} steps\n"))
+        if peers.is_first:
+            print(summary(workdir))
+    return 0
+
+
+@contextlib.contextmanager
+def _closing(trainer: Trainer, peers: Peers) -> Iterator[None]:
+    """Closes the trainer, which waits for a save under way, and so for the other processes: they may not come to it
+    where one of them failed."""
+    try:
+        yield
+    except BaseException:
+        if peers.count == 1:
+            trainer.close()
+        raise
+    trainer.close()
+
+
+def _run(parts: Parts, workdir: Path) -> int:
+    """Trains to the end, or until it is stopped; returns the exit status."""
+    peers = parts.peers
+    say = print if peers.is_first else lambda text: None
+    with parts.make_collector() as collector, stop_on_signal(collector, peers) as received:
+        trainer = Trainer(parts, collector, workdir)
+        with _closing(trainer, peers):
+            if peers.is_first:
+                provenance.record(workdir)
+            if trainer.step:
+                say(f"resuming {workdir} from step {trainer.step} of {trainer.last_step}")
+            try:
+                trainer.run()
+            except Interrupted:
+                if trainer.recorded_step == trainer.step:  # else its metrics are not written: it is made again
+                    trainer.save()
+                stopped = f"stopped; run the same command again to resume from step {trainer.saved_step or 0}"
+                say(f"{stopped} of {trainer.last_step}")
+                signals = peers.gather(received[0] if received else 0, "stop")
+                return 128 + signal.SIGINT if signal.SIGINT in signals else AGAIN
+    return 0
+
+
+def summary(workdir: Path) -> str:
+    """Returns the first and the last evaluation of a run, from its metrics."""
+    lines = [f"complete: {workdir}"]
+    evaluations = [r for r in read_metrics(workdir / "metrics.jsonl") if r.get("eval/pass@1") is not None]
+    for record in evaluations[:1] + evaluations[1:][-1:]:
+        lines.append(
+            f"  step {record['step']}: held-out solve rate {record['eval/solve_rate']:.3f} "
+            f"± {record['eval/pass@1_stderr']:.3f}, observation CE {record['eval/observation_ce']:.3f} nats"
+        )
+    return "\n".join(lines)

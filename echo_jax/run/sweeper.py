@@ -1,0 +1,305 @@
+"""The runs of a sweep, one after the other, each a process of its own; and the table of their results.
+
+In: a config file with a `sweep()`. Out: a workdir a run, results.csv.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, TextIO
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from echo_jax.config import ConfigError, load_config_file
+from echo_jax.system.errors import UserError
+from echo_jax.system.metrics import read_metrics
+from echo_jax.system.peers import AGAIN, TAKEN
+
+METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
+TRAIN = (sys.executable, "-m", "echo_jax.train")
+_TAIL_LINES = 20
+_KILL_SECONDS = 15.0  # after a second interruption, for what is left of a run
+_LONGEST_NAME = 150
+_PLAIN_WIDTH = 240  # of the table where there is no terminal to ask
+
+
+class SweepError(UserError, ValueError):
+    """The sweep cannot be run as it is written; the message names the run and the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the sweep."""
+
+    name: str  # also the name of its workdir
+    overrides: Mapping[str, Any]  # field of the config -> value
+    workdir: Path
+    command: tuple[str, ...]
+    log: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.workdir / "DONE").exists()
+
+
+def run_sweep(
+    config: str,
+    workdir: Path,
+    *,
+    common: Mapping[str, Any] | None = None,
+    only: str = "",
+    dry_run: bool = False,
+    report: bool = False,
+    train: Sequence[str] = TRAIN,
+    launcher: Sequence[str] | None = None,
+    owner: str = "",
+    logs: Path | None = None,
+    table: Sequence[str] | None = None,
+    output: TextIO | None = None,
+) -> int:
+    """Runs the sweep; see sweep.py.
+
+    Args:
+      config: path of the config file, with `:arg` behind it if `get_config` takes one.
+      workdir: parent of the runs' workdirs.
+      common: overrides for every run; they do not show in the names.
+      only: a regular expression; only runs in whose name it is found are started.
+      dry_run: print the commands of all these runs, and do nothing.
+      report: start nothing, only print the table and write results.csv from what is there.
+      train: the program that runs one, as a command without arguments.
+      launcher: a command that is used in its place, and whose status 0 says that the run is done.
+      owner: runs that another owner has taken are left alone.
+      logs: folder for the runs' logs and results.csv; None: the workdirs.
+      table: a command that prints the table, in place of what is done here.
+      output: where to print; stdout if None.
+
+    Returns:
+      The exit status: 0 if every run is done or another owner's, 1 if one failed, 130 after an interruption.
+
+    Raises:
+      SweepError: before anything is started, if one of the runs cannot be.
+    """
+    output = sys.stdout if output is None else output
+    command = (*(launcher or train), *([f"--owner={owner}"] if owner else []))
+    runs = plan(config, Path(workdir), common or {}, command, logs)
+    try:
+        chosen = [run for run in runs if re.search(only, run.name)]
+    except re.error as error:
+        raise SweepError(f"--only={only} is not a regular expression: {error}") from error
+    if not chosen:
+        raise SweepError(f"--only={only} matches none of the runs: {', '.join(run.name for run in runs)}")
+    if dry_run:
+        for run in chosen:
+            print(shlex.join(run.command), file=output)
+        if table is not None:
+            print(shlex.join(table), file=output)
+        return 0
+    status = 0
+    done = {run.name for run in runs if run.done}
+    try:
+        with _signals_interrupt():
+            for number, run in enumerate([] if report else chosen, start=1):
+                ended = _execute(run, f"[{number}/{len(chosen)}] {run.name}", output, believe=launcher is not None)
+                if ended == 0:
+                    done.add(run.name)
+                elif ended != TAKEN:
+                    status = 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=output, flush=True)
+        status = 130
+    if table is None:
+        _report(runs, done, Path(logs or workdir) / "results.csv", output)
+    elif status != 130:
+        _print_table(table, output)
+    return status
+
+
+def plan(
+    config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str], logs: Path | None = None
+) -> list[Run]:
+    """All runs of the sweep, checked: each field exists and takes its value, and no two runs have one name."""
+    path, *arg = config.split(":", 1)
+    try:
+        module = load_config_file(Path(path))
+    except ConfigError as error:
+        raise SweepError(str(error)) from error
+    if not hasattr(module, "sweep"):
+        raise SweepError(f"{path} has no sweep(); to run it as it is: python -m echo_jax.train --config={config} …")
+    runs: dict[str, Run] = {}
+    for overrides in map(dict, module.sweep()):
+        name = run_name(overrides)
+        if name in runs:
+            raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
+        if twice := common.keys() & overrides.keys():
+            raise SweepError(f"run {name}: {', '.join(sorted(twice))} is set by the sweep and on the command line")
+        arguments = [f"--config.{field}={_argument(value)}" for field, value in (common | overrides).items()]
+        _check(module.get_config(*arg), name, common | overrides, arguments)
+        command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
+        runs[name] = Run(name, overrides, workdir / name, command, (logs or workdir) / name / "log.txt")
+    if not runs:
+        raise SweepError(f"sweep() in {config} yields no run")
+    return list(runs.values())
+
+
+def run_name(overrides: Mapping[str, Any]) -> str:
+    """`{"loss.observation_weight": 0.05, "seed": 1}` -> `observation_weight=0.05,seed=1`; the order does not matter."""
+    short = [field.rsplit(".", 1)[-1] for field in overrides]
+    parts = []
+    for field, value in sorted(overrides.items()):
+        last = field.rsplit(".", 1)[-1]
+        key = last if short.count(last) == 1 else field
+        text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        parts.append(f"{key}={text}")
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", ",".join(parts)) or "base"
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _argument(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _check(
+    config: ml_collections.ConfigDict, name: str, overrides: Mapping[str, Any], arguments: Sequence[str]
+) -> None:
+    """Reads the arguments back as the train program will, and compares: a wrong type shows as another value."""
+    values = flags.FlagValues()
+    argv = ["train", *arguments]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise SweepError(f"run {name}: the config does not take {dict(overrides)}: {reason}") from error
+    for field, value in config_flags.get_override_values(values["config"]).items():
+        if value != overrides[field]:
+            raise SweepError(
+                f"run {name}: {field} is of type {type(value).__name__} and does not take {overrides[field]!r}: "
+                f"it would become {value!r}"
+            )
+
+
+def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
+    """Runs one and returns its status, 0 if it is done: if there is DONE, or status 0 is to be believed.
+
+    An interruption is passed on to it once, then waited for.
+    """
+    if run.done:
+        print(f"{title}: done before", file=output, flush=True)
+        return 0
+    print(f"{title}: started", file=output, flush=True)
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with run.log.open("ab") as file:
+        # A session of its own: a terminal's Ctrl-C would otherwise reach it twice.
+        child = subprocess.Popen(
+            run.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            print(f"{title}: interrupted, waiting for it to stop (once more to kill it)", file=output, flush=True)
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                _kill(child)
+            raise
+    seconds = time.monotonic() - began
+    if status == 0 and (believe or run.done):
+        print(f"{title}: done in {seconds:.0f} s", file=output, flush=True)
+        return 0
+    if status == TAKEN:
+        print(f"{title}: another owner's, left alone", file=output, flush=True)
+        return TAKEN
+    if status == 0:
+        reason = "ended without writing DONE"
+    else:
+        reason = f"FAILED with status {status}"
+        if status == AGAIN:
+            reason += " (the same command goes on)"
+    print(f"{title}: {reason} after {seconds:.0f} s; the end of {run.log}:", file=output)
+    for line in run.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
+        print(f"    {line}", file=output)
+    output.flush()
+    return status or 1
+
+
+def _kill(child: subprocess.Popen) -> None:
+    """Ends it by a second interruption, which lets a launcher end what it started elsewhere, or else by force."""
+    child.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.wait(_KILL_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop the sweep as Ctrl-C does, or they would leave the run behind without its sweep."""
+    previous = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _print_table(command: Sequence[str], output: TextIO) -> None:
+    print(f"asking for the table: {shlex.join(command)}", file=output, flush=True)
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace")
+    print(ended.stdout, end="", file=output, flush=True)
+    if ended.returncode:
+        print(f"no table: status {ended.returncode}", file=output, flush=True)
+
+
+def _report(runs: Sequence[Run], done: Set[str], path: Path, output: TextIO) -> None:
+    """Writes and prints one row a run: its overrides, whether it is done, the last value of each metric it has."""
+    last = {run.name: _last_values(run.workdir / "metrics.jsonl") for run in runs}
+    fields = sorted({field for run in runs for field in run.overrides})
+    metrics = [metric for metric in METRICS if any(metric in values for values in last.values())]
+    header = ["run", *fields, "done", *metrics]
+    rows = []
+    for run in runs:
+        cells = [str(run.overrides.get(field, "")) for field in fields]
+        values = [last[run.name].get(metric, "") for metric in metrics]
+        rows.append([run.name, *cells, "yes" if run.name in done else "no", *values])
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    os.replace(temporary, path)
+    # The name repeats the overrides: the table on the screen does without it.
+    first = 1 if fields else 0
+    table = Table(*header[first:])
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row[first:]))
+    Console(file=output, width=None if output.isatty() else _PLAIN_WIDTH, markup=False, highlight=False).print(table)
+    print(path, file=output, flush=True)
+
+
+def _last_values(path: Path) -> dict[str, float]:
+    """Metric -> its value in the last record that has it; null reads as nan."""
+    latest: dict[str, float] = {}
+    for record in read_metrics(path):
+        latest |= {name: float("nan") if value is None else value for name, value in record.items()}
+    return latest

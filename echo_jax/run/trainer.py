@@ -1,0 +1,303 @@
+"""One run: a warm start on scripted demonstrations, then ECHO on its own rollouts.
+
+In: the parts of a run, and its workdir, which may hold the beginning of it. Out: the workdir's metrics, rollouts and
+checkpoints. What surrounds it, runner.py, claims the workdir and handles signals.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from rich.console import Console
+
+from echo_jax.learner import parameters
+from echo_jax.learner.checkpoint import Checkpointer, check_free_space
+from echo_jax.learner.step import TrainState, init_state
+from echo_jax.learner.update import Update, UpdateError
+from echo_jax.models import lora
+from echo_jax.objective.advantages import groups_of
+from echo_jax.objective.weights import MODES, TokenWeights, weigh
+from echo_jax.rollout import trajectory as trajectory_lib
+from echo_jax.rollout.collector import Collector, Interrupted, Job
+from echo_jax.rollout.summary import rollout_metrics, summaries
+from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.run.build import Parts
+from echo_jax.run.evaluator import Evaluator
+from echo_jax.system.errors import UserError
+from echo_jax.system.metrics import MetricsWriter
+from echo_jax.system.profiler import Profiler
+from echo_jax.system.progress import Progress
+
+SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
+DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
+DEMONSTRATION_ORDER_SEED = 11
+
+
+class TrainError(UserError, RuntimeError):
+    """The run cannot go on; what was saved before is intact."""
+
+
+class Trainer:
+    """One run. Everything random in it is a function of (seed, step), so a checkpoint needs no random state."""
+
+    def __init__(self, parts: Parts, collector: Collector, workdir: Path):
+        self.parts = parts
+        self.learner = parts.learner
+        self.config = parts.config
+        self.peers = parts.peers
+        self.workdir = workdir
+        self.collector = collector
+        self.engine = parts.make_engine()
+        self.evaluator = Evaluator(parts, collector, self.engine, workdir)
+        if self.peers.is_first:
+            trajectory_lib.remove_shares(workdir / "rollouts")
+        self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
+        self.warm_steps = self.config.warm_start.num_steps
+        self.last_step = self.warm_steps + self.config.num_steps
+        self.step = 0
+        self.state, self.frozen = self._restore_or_init()
+        self.saved_step = self.checkpointer.latest_step()
+        self.recorded_step = self.step  # a step is complete once its metrics are written
+        self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
+        self.metrics = (
+            MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0) if self.peers.is_first else None
+        )
+        self.console = Console(quiet=not self.peers.is_first)
+
+    @property
+    def params(self) -> dict:
+        """All parameters of the policy."""
+        return lora.join(self.state.params, self.frozen)
+
+    def run(self) -> None:
+        """Goes from wherever the workdir stands to the end of the run."""
+        if self.step < self.warm_steps:
+            self._warm_start()
+        elif self.step == 0:
+            self._record(self._evaluate())
+        if self.step < self.last_step:
+            self._reinforce()
+        self.save()
+
+    def close(self) -> None:
+        self.profiler.close()
+        self.checkpointer.close()
+        if self.metrics:
+            self.metrics.close()
+
+    # Phases.
+
+    def _warm_start(self) -> None:
+        """Imitates scripted demonstrations, with cross-entropy on what the tools answered them."""
+        warm = self.config.warm_start
+        learner = self.learner
+        demonstrations = self._demonstrations()
+        objective = learner.imitation_objective()
+        stream = grain.MapDataset.source(demonstrations)
+        stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
+        update = Update(learner, learner.imitation_options(), warm.learning_rate, frozen=self.frozen)
+        at_most = learner.share(warm.batch)
+        with Progress("warm start", total=self.warm_steps, start=self.step, console=self.console) as progress:
+            while self.step < self.warm_steps:
+                self.collector.check_stop()
+                start = time.perf_counter()
+                first = self.step * warm.batch
+                own = self.peers.share(range(first, first + warm.batch))
+                # A demonstration that comes twice in a batch is two sequences, not branches of one rollout.
+                chosen = [dataclasses.replace(stream[i], rollout=i) for i in own]
+                weights = weigh(chosen, np.zeros(len(chosen)), objective)
+                metrics = self._updated(update, chosen, weights, at_most=at_most)
+                metrics["time/step"] = time.perf_counter() - start
+                if self.step == self.warm_steps:
+                    progress.log("evaluating the warm start on held-out tasks")
+                    metrics |= self._evaluate()
+                self._finish_step(metrics, progress)
+
+    def _reinforce(self) -> None:
+        """ECHO: sample rollouts, then one update on actions and observations alike."""
+        rollout, optimizer, loss = self.config.rollout, self.config.optimizer, self.config.loss
+        learner = self.learner
+        update = Update(
+            learner,
+            learner.loss_options(),
+            optimizer.learning_rate,
+            passes=optimizer.updates_per_batch,
+            recompute=loss.old_logprobs == "recomputed",
+            reference=self._reference() if loss.kl_weight else None,
+            frozen=self.frozen,
+        )
+        if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
+            fresh = learner.make_optimizer(optimizer.learning_rate)
+            self.state = init_state(self.state.params, fresh, learner.mesh, self.step)
+        done = self.step - self.warm_steps
+        with Progress("ECHO", total=self.config.num_steps, start=done, console=self.console) as progress:
+            while self.step < self.last_step:
+                self.collector.check_stop()
+                self.profiler.before(self.step - self.warm_steps + 1)
+                start = time.perf_counter()
+                trajectories = self._rollouts()
+                everyone = summaries(trajectories, self.parts.renderer.observation_header, self.peers)
+                rollout_seconds = time.perf_counter() - start
+                metrics = rollout_metrics(everyone, "rollout")
+                metrics["rollout/retried"] = sum(self.peers.gather(self.collector.retried))
+                objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
+                weights = weigh(trajectories, learner.advantages(trajectories, pool), objective, pool)
+                metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
+                metrics["rollout/accepted"] -= metrics["rollout/filtered"]
+                metrics |= self._updated(
+                    update,
+                    trajectories,
+                    weights,
+                    at_most=learner.rollouts_at_once,
+                    compare_gradients=_due(self.step - self.warm_steps, loss.gradient_metrics_every),
+                )
+                observed = "observation" in MODES[objective.mode]
+                metrics["loss/observation_weight"] = objective.observation_weight if observed else 0.0
+                metrics["time/rollout"] = rollout_seconds
+                metrics["time/step"] = time.perf_counter() - start
+                metrics["rollout/tokens_per_second"] = sum(r.tokens for r in everyone) / rollout_seconds
+                if _due(self.step, rollout.save_every) or self.step == self.last_step:
+                    self._save_rollouts(f"step_{self.step:06d}", trajectories)
+                if _due(self.step - self.warm_steps, self.config.eval.every) or self.step == self.last_step:
+                    metrics |= self._evaluate()
+                self.profiler.after(self.step - self.warm_steps)
+                self._finish_step(metrics, progress)
+
+    # Parts of a step.
+
+    def _updated(self, update: Update, trajectories: list[Trajectory], weights, **options) -> dict[str, float]:
+        """Advances state and step by an update; returns its metrics."""
+        try:
+            self.state, metrics = update(self.state, trajectories, weights, **options)
+        except UpdateError as error:
+            raise TrainError(
+                f"step {self.step + 1}: {error}. Nothing of it was saved; the last checkpoint is of step "
+                f"{self.saved_step}. Try a smaller optimizer.learning_rate, in another --workdir"
+            ) from error
+        self.step += 1
+        return metrics
+
+    def _reference(self):
+        """Returns the parameters that RL began with, which the KL is taken to; the workdir keeps them."""
+        with Checkpointer(self.workdir / "reference", keep=1) as saved:
+            if self.step == self.warm_steps and saved.latest_step() is None:
+                self.checkpointer.wait()  # orbax knows saves of one step apart by nothing else: one at a time
+                saved.save(self.step, self.state.params, {})
+            return saved.restore(self.learner.abstract_trained)[0]
+
+    def _rollouts(self) -> list[Trajectory]:
+        if self.parts.replay:
+            return self._replayed()
+        rollout = self.config.rollout
+        first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
+        first_rollout = self.step * self.learner.rollouts_per_step
+        group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.learner.rollouts_per_step))}
+        tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
+        jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
+        self.engine.set_params(self.params, self.step)
+        name = f"interrupted_{self.step:06d}"  # what was made of this step's rollouts when the run was stopped
+        path = self._rollouts_file(name)
+        kept = self.peers.first(path.exists)
+        finished = trajectory_lib.load(path, vocab_size=self.learner.vocab_size) if kept else []
+        try:
+            trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
+        except Interrupted as interrupted:
+            if any(self.peers.gather(len(interrupted.finished))):
+                self._save_rollouts(name, interrupted.finished)
+            raise
+        self.peers.first(lambda: path.unlink(missing_ok=True))
+        return trajectories
+
+    def _replayed(self) -> list[Trajectory]:
+        """Returns the groups of saved rollouts that this step trains on, in turn."""
+        groups = list(groups_of(self.parts.replay).values())
+        first = (self.step - self.warm_steps) * self.config.rollout.groups
+        chosen = [
+            dataclasses.replace(self.parts.replay[i], group=k)
+            for k in range(self.config.rollout.groups)
+            for i in groups[(first + k) % len(groups)]
+        ]
+        rollouts = list(dict.fromkeys((t.group, t.rollout) for t in chosen))  # with all their branches
+        own = set(self.peers.share(rollouts))
+        return [t for t in chosen if (t.group, t.rollout) in own]
+
+    def _demonstrations(self) -> list[Trajectory]:
+        """Returns what the warm start imitates: rollouts that were saved, or scripted ones, made once a run."""
+        warm = self.config.warm_start
+        if self.parts.imitated:
+            return self.parts.imitated
+        path = self._rollouts_file("demonstrations")
+        if not self.peers.first(path.exists):
+            seed = _fold(self.config.seed, DEMONSTRATION_SEED)
+            solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
+            own = self.peers.share(range(warm.demonstrations))
+            jobs = [Job(self.parts.train_tasks[i], group=i, rollout=i) for i in own]
+            with Progress("demonstrations", total=len(jobs), console=self.console) as progress:
+                made = self.collector.scripted(jobs, solve[own].tolist(), seed, progress.update)
+            self._save_rollouts("demonstrations", made)
+        return trajectory_lib.load(path, vocab_size=self.learner.vocab_size)
+
+    def _evaluate(self) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = self.evaluator(self.params, self.step, episodes=self.config.eval.episodes)
+        return metrics | {"time/evaluate": time.perf_counter() - start}
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self.metrics:
+            self.metrics.write(self.step, metrics)
+
+    def _finish_step(self, metrics: dict[str, float], progress: Progress) -> None:
+        self._record(metrics)
+        self.recorded_step = self.step
+        progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
+        if _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step):
+            self.save()
+
+    def save(self) -> None:
+        """Saves a checkpoint of this step, in the background, unless there is one."""
+        if self.saved_step != self.step:
+            parameters.save(self.checkpointer, self.step, self.state, self.frozen)
+            self.saved_step = self.step
+
+    def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
+        path = self._rollouts_file(name)
+        trajectory_lib.save_shares(path, trajectories, vocab_size=self.learner.vocab_size, peers=self.peers)
+
+    def _rollouts_file(self, name: str) -> Path:
+        return self.workdir / "rollouts" / f"{name}.jsonl.gz"
+
+    def _restore_or_init(self) -> tuple[TrainState, dict]:
+        newest = self.checkpointer.latest_step()
+        self.peers.same({f"the newest checkpoint of {self.workdir}": newest}, "all must see one and the same workdir")
+        if newest is not None:
+            restored = parameters.restore(
+                self.checkpointer, self.learner, self.parts.source, quiet=not self.peers.is_first
+            )
+            self.step = restored.step
+            return restored.state, restored.frozen
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.learner.abstract_state()))
+        check_free_space(self.workdir, size, self.config.checkpoint.keep)
+        trained, frozen = parameters.begin(self.learner, self.parts.source, quiet=not self.peers.is_first)
+        return init_state(trained, self.learner.make_optimizer(0.0), self.learner.mesh), frozen
+
+
+def nothing_trained(trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights]) -> int:
+    """Returns how many scored rollouts have no token that any term trains."""
+    return sum(t.scored and not w.active.any() for t, w in zip(trajectories, weights, strict=True))
+
+
+def progress_step(step: int, warm_steps: int) -> int:
+    """Returns the step within its phase."""
+    return step if step <= warm_steps else step - warm_steps
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _fold(seed: int, purpose: int) -> int:
+    return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])

@@ -1,0 +1,66 @@
+"""How every program starts: flags, and errors that its user can mend as one message instead of a traceback."""
+
+import itertools
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from echo_jax.system.errors import USER_ERRORS
+
+
+def run_program(
+    main: Callable[[flags.FlagValues], int | None],
+    required: tuple[str, ...] = ("config", "workdir"),
+) -> None:
+    """Runs a program's main on its flags. Exits with its status; with 1 after one of `USER_ERRORS` or a config that
+    cannot be read."""
+    flags.mark_flags_as_required(required)
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            return main(flags.FLAGS)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _cause(said: str) -> str:
+    """Returns the place in a config file, and the error, of a message that has the whole traceback in it."""
+    _, found, trace = said.rpartition("Traceback (most recent call last):\n")
+    if not found:
+        return f"{said}\n--help shows the flags"
+    lines = trace.rstrip().splitlines()
+    frames = list(itertools.takewhile(lambda line: line.startswith(" "), lines))
+    places = re.findall(r'File "(.+)", line (\d+), in (?:get_config|sweep)\b', "\n".join(frames))
+    place = "{}:{}: ".format(*places[-1]) if places else ""
+    return place + re.sub(r"^(\w+\.)+(?=\w+:)", "", "\n".join(lines[len(frames) :]))
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; a config file or an override that does not fit the config is one message with its place."""
+    for argument in argv:
+        name, _, value = argument.partition("=")
+        path = Path(value.split(":")[0])
+        if name.lstrip("-") == "config" and not path.is_file():
+            sys.exit(f"error: there is no config file {path}")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {_cause(str(error))}")
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "sweep")]
+        place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+        cause = error
+        while cause.args and isinstance(cause.args[0], BaseException):
+            cause = cause.args[0]
+        reason = " ".join(str(cause.args[0] if cause.args else cause).split())
+        sys.exit(f"error: {place}{type(error).__name__}: {reason}")

@@ -1,0 +1,324 @@
+"""The processes of one run: how they find each other, agree, and notice that one of them is gone.
+
+In: the environment that a launcher set. Out: a `Peers`. What they exchange here is small and goes through JAX's
+coordination service, which process 0 hosts; arrays go through the devices. A process that dies would leave the others
+waiting in a collective for ever, so each has a thread that gives and watches for signs of life, and ends its own
+process when another's stay away. When process 0 itself dies, JAX ends the others at once, with a message of its own.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+
+from echo_jax.system.errors import USER_ERRORS, UserError
+
+# Exit statuses of a run.
+AGAIN = 75  # EX_TEMPFAIL: the same command, given again, goes on
+TAKEN = 69  # EX_UNAVAILABLE: it is another's
+_FOLDER = "echo_jax"  # of our keys
+_START_SECONDS = 300.0  # that all processes have to come
+_GRACE_SECONDS = 10.0  # that a process 0 which fails stays, for the others to read why
+
+
+class PeerError(UserError, RuntimeError):
+    """The processes of a run cannot work together; the message names the one that is missing or other."""
+
+
+class Peers:
+    """This process among those of its run; all of them make the same calls of `gather` and `first`, in the same order.
+
+    A context manager: leaving it by an exception tells the others why, and ends this process at once, since JAX would
+    wait for processes that no longer come. Alone, a process is left as if there were no manager.
+    """
+
+    def __init__(
+        self,
+        *,
+        silence_seconds: float = 30.0,
+        barrier_seconds: float = 3600.0,
+        client: Any = None,
+        index: int = 0,
+        count: int = 1,
+    ):
+        """
+        Args:
+          silence_seconds: without a sign of life for so long, a process is taken for dead.
+          barrier_seconds: that a process may be late for a `gather`, though alive.
+          client: of JAX's coordination service; None for one process.
+        """
+        self.index, self.count = index, count
+        self._silence, self._barrier = silence_seconds, barrier_seconds
+        self._client = client
+        self._hosts = [socket.gethostname()] if count == 1 else ["an unknown host"] * count
+        self._gathered = 0
+        self._on_stop: Callable[[int], None] = lambda signal_number: None
+        self._stop = 0  # the signal by which this process was asked to stop
+        self._others_stop = 0  # that by which another was
+        self._done = threading.Event()
+        self._status = 0  # that this process ends with, once that is decided
+        self._looked = time.monotonic()  # when the watch last got an answer
+        if count > 1:
+            self._hosts = self.gather(socket.gethostname(), "start")
+            self._threads = [
+                threading.Thread(target=target, daemon=True) for target in (self._watch, self._watch_watch)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what a run writes once."""
+        return self.index == 0
+
+    def gather(self, value: Any, what: str = "result") -> list[Any]:
+        """Returns every process's value, by index, once all have given it. `value`: what `json` can write.
+
+        Raises:
+          PeerError: one that is alive did not come within `barrier_seconds`; `what` and its host are named.
+        """
+        if self.count == 1:
+            return [value]
+        self._gathered += 1
+        folder = f"{_FOLDER}_gather/{self._gathered}"
+        self._client.key_value_set(f"{folder}/{self.index}", json.dumps(value))
+        values = [value if i == self.index else self._await(f"{folder}/{i}", i, what) for i in range(self.count)]
+        # Who gives its n-th value has read all of the n-1-th: those before are read by everyone.
+        if self._gathered > 2:
+            self._client.key_value_delete(f"{_FOLDER}_gather/{self._gathered - 2}/{self.index}")
+        return values
+
+    def join(self, values: Sequence[Any], what: str = "results") -> list[Any]:
+        """Returns the values of all processes in one list."""
+        return [value for own in self.gather(list(values), what) for value in own]
+
+    def share(self, everything: Sequence[Any]) -> Sequence[Any]:
+        """Returns what of it this process gets, dealt out in turn."""
+        return everything[self.index :: self.count]
+
+    def first(self, make: Callable[[], Any], what: str = "process 0") -> Any:
+        """Returns what `make` returns on process 0, the only one that calls it."""
+        return self.gather(make() if self.is_first else None, what)[0]
+
+    def same(self, values: Mapping[str, Any], remedy: str) -> None:
+        """Raises `PeerError`, naming process and key, if a process has other values than process 0."""
+        everyone = self.gather(dict(values), "comparison")
+        for index, other in enumerate(everyone):
+            for name in sorted(everyone[0].keys() | other.keys()):
+                if everyone[0].get(name) != other.get(name):
+                    raise PeerError(
+                        f"{self._name(index)} has {name} = {other.get(name)!r}, process 0 on {self._hosts[0]} has "
+                        f"{everyone[0].get(name)!r}: {remedy}"
+                    )
+
+    def stop(self, signal_number: int) -> None:
+        """Asks all processes to stop; can be called from a signal handler."""
+        self._stop = self._stop or signal_number
+
+    def on_stop(self, callback: Callable[[int], None]) -> None:
+        """`callback` is called in another thread, with the signal, when another process was asked to stop."""
+        self._on_stop = callback
+        if self._others_stop:
+            callback(self._others_stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, _) -> None:
+        if self.count == 1:
+            return
+        if error is None:
+            self.gather(None, "end")
+            self._done.set()
+            for thread in self._threads:  # else they would miss what is shut down
+                thread.join()
+            jax.distributed.shutdown()
+            return
+        if self._of_a_collective(error):  # most likely another is gone: the watch finds out which, and ends us
+            time.sleep(self._silence + 2 * self._period)
+        if isinstance(error, USER_ERRORS):
+            reason = str(error)
+            print(f"error: {reason}", file=sys.stderr)
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            traceback.print_exception(error)
+        self._fail(reason, 130 if isinstance(error, KeyboardInterrupt) else 1)
+
+    # Signs of life.
+
+    @property
+    def _period(self) -> float:
+        return min(self._silence / 10, 3.0)
+
+    def _watch(self) -> None:
+        """Gives signs of life, and looks for the others'."""
+        heard = dict.fromkeys(range(self.count), (None, time.monotonic()))
+        beat = 0
+        while not self._done.wait(self._period):
+            beat += 1
+            try:
+                self._say("alive", str(beat))
+                if self._stop:
+                    self._say("stop", str(self._stop))
+                said = dict(self._client.key_value_dir_get(_FOLDER))
+            except (RuntimeError, ValueError):
+                continue  # a blip, or process 0 is gone: the time tells
+            now = self._looked = time.monotonic()
+            for index in (i for i in range(self.count) if i != self.index):
+                of = {what: said.get(f"{_FOLDER}/{what}/{index}") for what in ("failed", "left", "stop", "alive")}
+                if of["failed"] is not None:
+                    failed = json.loads(of["failed"])
+                    self._end(f"{self._name(index)} failed: {failed['reason']}", failed["status"])
+                if of["left"] is not None:
+                    self._end(f"{self._name(index)} has stopped")
+                if of["stop"] and not self._others_stop:
+                    self._others_stop = int(of["stop"])
+                    if not self._stop:
+                        self._on_stop(self._others_stop)
+                if of["alive"] != heard[index][0]:
+                    heard[index] = (of["alive"], now)
+                elif now - heard[index][1] > self._silence:
+                    self._end(f"{self._name(index)} gave no sign of life for {self._silence:.0f} s")
+
+    def _watch_watch(self) -> None:
+        """Ends this process when the watch itself gets no answer: a host that vanished leaves it waiting."""
+        while not self._done.wait(self._period):
+            if time.monotonic() - self._looked > self._silence + self._period:
+                self._end(f"{self._name(0)} does not answer for {self._silence:.0f} s", answers=False)
+
+    def _say(self, what: str, text: str) -> None:
+        self._client.key_value_set(f"{_FOLDER}/{what}/{self.index}", text, allow_overwrite=True)
+
+    def _await(self, key: str, index: int, what: str) -> Any:
+        deadline = time.monotonic() + self._barrier
+        while True:
+            seconds = max(0.01, min(5.0, deadline - time.monotonic()))
+            try:
+                return json.loads(self._client.blocking_key_value_get(key, int(1000 * seconds)))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if time.monotonic() >= deadline:
+                raise PeerError(
+                    f"{self._name(index)} did not come to {what!r} within system.barrier_seconds = {self._barrier:.0f}"
+                )
+
+    def _name(self, index: int) -> str:
+        return f"process {index} of {self.count} on {self._hosts[index]}"
+
+    @staticmethod
+    def _of_a_collective(error: BaseException) -> bool:
+        while error is not None:
+            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+                return True
+            error = error.__cause__ or error.__context__
+        return False
+
+    def _end(self, why: str, status: int = AGAIN, *, answers: bool = True) -> None:
+        """Ends this process, whatever its other threads wait for: nothing else gets them out of a collective."""
+        if self._done.is_set() or (self._status and answers):  # it is about to end: others leaving is no news
+            return
+        advice = ". What was saved is complete: the same command again resumes" if status == AGAIN else ""
+        print(f"error: {why}; {self._name(self.index)} stops too{advice}", file=sys.stderr, flush=True)
+        self._exit(status, others=self.count - 2, answers=answers)
+
+    def _fail(self, reason: str, status: int) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone already
+            self._say("failed", json.dumps({"reason": reason, "status": status}))
+        self._exit(status, others=self.count - 1)
+
+    def _exit(self, status: int, others: int, *, answers: bool = True) -> None:
+        """Ends this process; process 0, which the others ask, once so many `others` left or had the time to. The first
+        to call it decides the status."""
+        self._status = self._status or status
+        with contextlib.suppress(RuntimeError, ValueError):
+            if answers:
+                self._say("left", "")
+            deadline = time.monotonic() + _GRACE_SECONDS * self.is_first
+            while time.monotonic() < deadline and len(self._client.key_value_dir_get(f"{_FOLDER}/left")) <= others:
+                time.sleep(0.1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self._status)
+
+
+def start(*, silence_seconds: float, barrier_seconds: float) -> Peers:
+    """Joins the other processes of this run, if the environment says that there are any. Comes before any use of JAX's
+    devices.
+
+    One of: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; a SLURM step of several tasks;
+    `ECHO_JAX_CLUSTER=auto`, for what `jax.distributed.initialize` finds by itself (a TPU pod's metadata).
+
+    Raises:
+      PeerError: the environment is incomplete, or the others did not come.
+    """
+    limits = {"silence_seconds": silence_seconds, "barrier_seconds": barrier_seconds}
+    arguments = _arguments(os.environ)
+    if arguments is None:
+        return Peers(**limits)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which ours handles
+    patience = min(barrier_seconds, _START_SECONDS)
+    late = threading.Timer(patience, _give_up, (arguments, patience))
+    late.daemon = True
+    late.start()
+    try:
+        # JAX's own limits are longer than ours: beyond one it aborts the process, without saying which was lost.
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=int(2 * patience) + 60,
+            heartbeat_timeout_seconds=int(2 * silence_seconds) + 30,
+            shutdown_timeout_seconds=60,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise PeerError(f"the processes of this run cannot find each other with {arguments}: {error}") from error
+    finally:
+        late.cancel()
+    from jax._src import distributed  # the only way to the client; orbax takes it too
+
+    state = distributed.global_state
+    return Peers(**limits, client=state.client, index=state.process_id, count=state.num_processes)
+
+
+def _give_up(arguments: dict[str, Any], patience: float) -> None:
+    """Ends a process whose others did not come: JAX would wait, and nobody can be asked who is missing before all are
+    there."""
+    known = {
+        n: os.environ[n] for n in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID") if n in os.environ
+    }
+    print(
+        f"error: after {patience:.0f} s this process on {socket.gethostname()} still waits for others of its run "
+        f"({', '.join(f'{name} {value}' for name, value in (arguments | known).items())}): the log of the one that is "
+        "missing ends before the first step, or does not exist",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(AGAIN)
+
+
+def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the arguments of `jax.distributed.initialize`; None for a process that is alone."""
+    if address := environment.get("JAX_COORDINATOR_ADDRESS"):
+        numbers = {}
+        for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+            if not environment.get(name, "").isdecimal():
+                raise PeerError(f"JAX_COORDINATOR_ADDRESS = {address}, but {name} = {environment.get(name, '')!r}")
+            numbers[name] = int(environment[name])
+        count, index = numbers["JAX_NUM_PROCESSES"], numbers["JAX_PROCESS_ID"]
+        if index >= count:
+            raise PeerError(f"JAX_PROCESS_ID = {index}: it must be less than JAX_NUM_PROCESSES = {count}")
+        explicit = {"coordinator_address": address, "num_processes": count, "process_id": index}
+        return explicit | {"cluster_detection_method": "deactivate"}
+    in_a_step = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"}
+    if in_a_step <= environment.keys() and environment["SLURM_NTASKS"] != "1":
+        return {"cluster_detection_method": "slurm"}
+    if method := environment.get("ECHO_JAX_CLUSTER"):
+        return {} if method == "auto" else {"cluster_detection_method": method}
+    return None

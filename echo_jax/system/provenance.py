@@ -1,0 +1,50 @@
+"""What a run was made with: one line in `WORKDIR/provenance.jsonl` each time it is started or resumed.
+
+In: the running process. Out: command, commit, uncommitted diff, interpreter and package versions.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, where the package was not installed away from it
+
+
+def record(workdir: Path, root: Path = ROOT) -> None:
+    """Appends one line. Where there is neither a git checkout nor what launch.sh notes of the one that it ships,
+    `git_sha` and `git_diff` are null."""
+    sha, diff = source(root)
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.orig_argv,
+        "git_sha": sha,
+        "git_diff": diff,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name)},
+    }
+    with (workdir / "provenance.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def source(root: Path = ROOT) -> tuple[str | None, str | None]:
+    """Returns commit and uncommitted diff of the source; the diff of a shipped tree was not shipped."""
+    if _git(root, "rev-parse", "--show-toplevel") == f"{root}\n":
+        commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")
+    else:
+        noted = [root / ".shipped" / name for name in ("commit", "diff")]
+        commit, diff = (path.read_text(errors="replace") if path.exists() else None for path in noted)
+    return commit and commit.strip(), diff
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None where there is no git or it refuses."""
+    try:
+        run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace")
+    except FileNotFoundError:
+        return None
+    return run.stdout if run.returncode == 0 else None

@@ -1,0 +1,305 @@
+"""Whole runs from published weights: they begin with them, train what they should, resume, and are written out."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import published_tokenizers
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import tiny
+from echo_jax import tokenizer as tokenizers
+from echo_jax.learner import parameters
+from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
+from echo_jax.models import lora
+from echo_jax.models.families import published_config
+from echo_jax.models.save_pretrained import write_weights
+from echo_jax.models.sources import SINGLE, WeightsError
+from echo_jax.run.build import build
+from echo_jax.run.evaluator import Evaluator
+from echo_jax.run.exporter import ExportError, complete, export
+from echo_jax.run.runner import train
+from echo_jax.system.metrics import read_metrics
+from echo_jax.tokenizer import TokenizerError
+
+TARGETS = ("query", "down")
+ROOT = Path(__file__).parents[2]
+
+
+def published(folder: Path, config) -> Path:
+    """Writes the weights that seed 7 of a config gives."""
+    config = config.copy_and_resolve_references()
+    config.seed = 7
+    built = build(config)
+    folder.mkdir()
+    write_weights(parameters.begin(built.learner, built.source)[0], built.learner.model_config, folder, dtype="float32")
+    built.renderer.tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps(published_config(built.learner.model_config, max_length=64)))
+    return folder
+
+
+def small(weights: Path, **fields):
+    config = tiny.get_config()
+    config.num_steps, config.warm_start.num_steps, config.warm_start.batch = 2, 3, 4
+    config.model.weights, config.model.vocab_size = str(weights), 0
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return published(tmp_path_factory.mktemp("published") / "model", tiny.get_config())
+
+
+@pytest.fixture(scope="module")
+def adapted(weights, tmp_path_factory):
+    """(config, workdir) of a finished run that trains adapters of published weights."""
+    config = small(weights, **{"lora.rank": 2, "lora.targets": TARGETS, "optimizer.learning_rate": 1e-2})
+    workdir = tmp_path_factory.mktemp("adapted") / "run"
+    assert train(config, workdir) == 0
+    return config, workdir
+
+
+def restored(config, workdir):
+    built = build(config)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        return built, parameters.restore(checkpointer, built.learner, built.source)
+
+
+def test_a_run_begins_with_the_published_weights(weights, tmp_path):
+    config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "optimizer.learning_rate": 0.0})
+    config.optimizer.weight_decay = 0.0
+    assert train(config, tmp_path / "run") == 0
+    built, found = restored(config, tmp_path / "run")
+    write_weights(found.params, built.learner.model_config, tmp_path, dtype="float32")
+    ours, theirs = load_file(tmp_path / SINGLE), load_file(weights / SINGLE)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_a_run_with_adapters_trains_and_keeps_them_alone(adapted, weights):
+    config, workdir = adapted
+    built, found = restored(config, workdir)
+    assert found.step == 5
+    begun = parameters.begin(built.learner, built.source)
+    assert set(found.state.params["layers"]) == {name + part for name in TARGETS for part in (lora.A, lora.B)}
+    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (found.state.params, begun[0])), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, found.frozen, begun[1])
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(found.state))
+    stored = sum(path.stat().st_size for path in (workdir / "checkpoints" / "5" / "state").rglob("*") if path.is_file())
+    assert stored < 4 * state_bytes < (weights / SINGLE).stat().st_size
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert last["policy/sampler_gap_max"] < 1e-4  # the sampler has the adapters too
+    assert last["train/gradient_norm"] > 0
+    divergences = [record.get("policy/reference_kl") for record in read_metrics(workdir / "metrics.jsonl")]
+    assert divergences[3] == pytest.approx(0.0, abs=1e-9)  # the first RL step begins at the reference, adapters and all
+
+
+def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not(adapted, tmp_path):
+    config, workdir = adapted
+    half = config.copy_and_resolve_references()
+    half.num_steps = 1
+    assert train(half, tmp_path / "run") == 0
+    for name in ("config.json", "DONE"):
+        (tmp_path / "run" / name).unlink()
+    assert train(config, tmp_path / "run") == 0
+    ours, theirs = restored(config, tmp_path / "run")[1], restored(config, workdir)[1]
+    jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
+
+
+def test_adapters_are_evaluated_with_the_weights_that_they_were_trained_on(adapted, tmp_path):
+    config, workdir = adapted
+    built, found = restored(config, workdir)
+    with built.make_collector() as collector:
+        evaluator = Evaluator(built, collector, built.make_engine(), workdir)
+        again = evaluator(found.params, found.step, episodes=config.eval.episodes)
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert again["eval/observation_ce"] == last["eval/observation_ce"]
+
+
+def test_adapters_of_other_weights_are_refused(adapted, weights, tmp_path):
+    config, workdir = adapted
+    tensors = load_file(weights / SINGLE)
+    whole = (weights / SINGLE).read_bytes()
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, weights / SINGLE)
+    try:
+        with pytest.raises(WeightsError, match=f"{weights} are not those that the adapters of step 5 were trained on"):
+            restored(config, workdir)
+    finally:
+        (weights / SINGLE).write_bytes(whole)
+
+
+def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
+    config, workdir = adapted
+    said = export(config, workdir, tmp_path / "merged", dtype="bfloat16", adapter=False)
+    assert said == f"step 5 of {workdir} is in {tmp_path / 'merged'}"
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "generation_config.json", SINGLE, "tokenizer.model"} == names
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir() if path.name != "tokenizer.model"}
+    assert len(modes) == 1
+    described = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert described["torch_dtype"] == "bfloat16"
+    built, found = restored(config, workdir)
+    merged = lora.merged(found.params["layers"], "down", (1,), built.learner.model_config.lora)
+    tensors = load_file(tmp_path / "merged" / SINGLE)
+    np.testing.assert_array_equal(
+        tensors["model.layers.1.mlp.down_proj.weight"], np.asarray(merged.T.astype("bfloat16"))
+    )
+    with pytest.raises(ExportError, match="exists; choose another --output"):
+        export(config, workdir, tmp_path / "merged", dtype="float32", adapter=False)
+
+
+def test_an_export_says_of_itself_what_the_weights_said(adapted, weights, tmp_path):
+    config, workdir = adapted
+    (weights / "generation_config.json").write_text('{"top_k": 20}')
+    path = weights / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"max_position_embeddings": 4096, "bos_token_id": 7}))
+    try:
+        export(config, workdir, tmp_path / "out", dtype="float32", adapter=False)
+        (weights / "generation_config.json").write_text("[]")
+        with pytest.raises(WeightsError, match=r"generation_config\.json holds no JSON object"):
+            export(config, workdir, tmp_path / "bad", dtype="float32", adapter=False)
+    finally:
+        path.write_text(whole)
+        (weights / "generation_config.json").unlink()
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (described["max_position_embeddings"], described["bos_token_id"]) == (4096, 7)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"top_k": 20}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_without_a_fingerprint_is_refused(adapted, monkeypatch):
+    config, workdir = adapted
+    plain = Checkpointer.restore
+    monkeypatch.setattr(Checkpointer, "restore", lambda *given: (plain(*given)[0], {"step": 5}))
+    with pytest.raises(CheckpointError, match="step 5 is of an earlier version"):
+        restored(config, workdir)
+
+
+def test_adapters_of_random_weights_are_no_export(tmp_path):
+    config = tiny.get_config()
+    config.lora.rank = 2
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ExportError, match=r"rank = 2, config\.model\.weights = '': this run has no adapters"):
+        export(config, tmp_path / "run", tmp_path / "out", dtype="float32", adapter=True)
+
+
+def test_an_export_of_adapters_is_small(adapted, tmp_path):
+    config, workdir = adapted
+    export(config, workdir, tmp_path / "half", dtype="bfloat16", adapter=True)
+    half = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {str(x.dtype) for x in half.values()} == {"bfloat16"}
+    export(config, workdir, tmp_path / "adapter", dtype="float32", adapter=True)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (said["r"], said["target_modules"]) == (2, ["q_proj", "down_proj"])
+    assert said["base_model_name_or_path"] == config.model.weights
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape == (2, 64)
+    assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].shape == (32, 2)
+    assert len(tensors) == 2 * 2 * 2
+
+
+def test_an_export_that_fails_leaves_no_folder(tmp_path):
+    def fail(folder):
+        (folder / "half").write_text("")
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"), complete(tmp_path / "out") as folder:
+        fail(folder)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("")
+    with pytest.raises(ExportError, match=r"out\.tmp exists: another export is at work, or was killed"):
+        complete(tmp_path / "out").__enter__()
+    assert (tmp_path / "out.tmp" / "mine").exists()
+    shutil.rmtree(tmp_path / "out.tmp")
+
+    def taken(folder):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("")
+
+    with pytest.raises(OSError, match="not empty"), complete(tmp_path / "out") as folder:
+        taken(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with complete(tmp_path / "another") as folder:
+        assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model.num_layers": 3}, r"another model than config\.model .*:\n  config\.model\.num_layers = 3, there 2"),
+        ({"model.vocab_size": 1300}, r"config\.model\.vocab_size = 1300, there 1280"),
+        ({"model.qk_norm": True}, r"config\.model\.qk_norm = True, there False"),
+    ],
+)
+def test_weights_of_another_model_are_refused_before_any_work(weights, fields, message):
+    with pytest.raises(WeightsError, match=message):
+        build(small(weights, **fields))
+
+
+def resized(weights: Path, rows: int) -> Path:
+    tensors = load_file(weights / SINGLE)
+    tensors["model.embed_tokens.weight"] = np.resize(tensors["model.embed_tokens.weight"], (rows, 32))
+    save_file(tensors, weights / SINGLE)
+    path = weights / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": rows}))
+    return weights
+
+
+def test_an_embedding_may_have_more_rows_than_the_tokenizer_pieces(tmp_path):
+    weights = resized(published(tmp_path / "model", tiny.get_config()), 1344)
+    config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "rollout.save_every": 1})
+    assert train(config, tmp_path / "run") == 0
+    saved = tmp_path / "run" / "rollouts" / "step_000001.jsonl.gz"
+    config.rollout.replay = str(saved)
+    assert build(config).replay
+    shown = subprocess.run([sys.executable, "-m", "echo_jax.view", f"--trajectories={saved}"], capture_output=True)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
+    weights = published(tmp_path / "model", tiny.get_config())
+    own = shutil.copyfile(weights / "tokenizer.model", tmp_path / "own.model")
+    assert tokenizers.find(own, weights).vocab_size == 1280
+    other = str(published_tokenizers.write(tmp_path / "other", "qwen3"))
+    with pytest.raises(TokenizerError, match=rf"{other} is of another vocabulary than the tokenizer of {weights}: '"):
+        build(small(weights, **{"tokenizer.path": other}))
+    (weights / "tokenizer.model").unlink()
+    build(small(weights, **{"tokenizer.path": str(own)}))
+    with pytest.raises(TokenizerError, match=rf"{weights} has no tokenizer\.json and no tokenizer\.model"):
+        build(small(weights))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("none", "there are no weights at PATH: .*"), ("mamba", "PATH: model_type = 'mamba'; .*")],
+)
+def test_weights_that_cannot_be_used_are_one_message(tmp_path, weights, message):
+    folder = tmp_path / "mamba"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    save_file({"x": np.zeros(1, np.float32)}, folder / SINGLE)
+    command = [sys.executable, "-m", "echo_jax.train", f"--config=configs/pretrained.py:{tmp_path / weights}"]
+    ended = subprocess.run([*command, f"--workdir={tmp_path}/w"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    place, said = (
+        r"error: configs/pretrained\.py:\d+: WeightsError: ",
+        message.replace("PATH", str(tmp_path / weights)),
+    )
+    assert re.fullmatch(rf"{place}{said}\n", ended.stderr)
+    assert not (tmp_path / "w").exists()
+
+
+def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):
+    weights = resized(published(tmp_path / "model", tiny.get_config()), 1000)
+    with pytest.raises(WeightsError, match=r"embed_tokens\.weight has 1000 rows, the tokenizer .* has 1280 pieces"):
+        build(small(weights))

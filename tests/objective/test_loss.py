@@ -1,0 +1,243 @@
+"""The packed, micro-batched, sharded loss and its gradient equal the papers' equations written out in float64.
+
+Seen to fail when broken on purpose: |O'| for |O| in one normaliser; class weights left out of the numerator or put
+into a denominator; one denominator for both terms; the shared prefix of a branch trained twice; one clip bound for the
+other; the ratio taken to the sampler where old log-probs are given; the importance weight on observations too.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import reference
+from synthetic import GRAPHDEF, HEAD, MESH, OPTIONS, TINY, gradient, initial, relative_difference, varied
+
+from echo_jax.kernels.fused_logprobs import fused_logprobs
+from echo_jax.models.transformer import bind
+from echo_jax.objective import loss
+from echo_jax.objective.advantages import ADVANTAGES, advantages_of
+from echo_jax.objective.loss import HeadOptions, LossOptions, finish_metrics
+from echo_jax.objective.policy_losses import KL_ESTIMATORS, POLICY_LOSSES, Clip
+from echo_jax.objective.selection import Selection
+from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective, weigh
+from echo_jax.system.sharding import make_mesh
+
+CHOSEN = varied()
+LOW, HIGH, TEMPERATURE, WEIGHT, CONSTANT = 0.2, 0.28, 0.8, 0.3, 17.0
+CLASS_WEIGHTS = {"body": 1.0, "boilerplate": 0.5, "truncation": 0.0, "feedback": 0.25, "warning": 0.0}
+BASE = Objective(
+    observation_weight=WEIGHT,
+    temperature=TEMPERATURE,
+    selection=Selection(class_weights=CLASS_WEIGHTS),
+    observation_constant=CONSTANT,
+    policy_constant=CONSTANT,
+)
+CLOSE = 1e-5
+
+
+@functools.cache
+def logits_and_pullback():
+    """Each trajectory's logits, alone in a row of its own, and the map from their gradients to the parameters'."""
+    longest = max(len(t.ids) for t in CHOSEN)
+    ids = np.stack([np.pad(t.ids, (0, longest - len(t.ids))) for t in CHOSEN])
+
+    def forward(params):
+        model = bind(GRAPHDEF, params)
+        hidden = model(ids, np.broadcast_to(np.arange(longest), ids.shape), np.ones_like(ids))
+        return hidden @ model.head().T
+
+    logits, pullback = jax.vjp(jax.jit(forward), initial(TINY, MESH)[1])
+    pullback = jax.jit(pullback)
+    logits = np.asarray(logits, np.float64)
+
+    def to_parameters(gradients):
+        padded = np.zeros(logits.shape, np.float32)
+        for i, g in enumerate(gradients):
+            padded[i, : len(g)] = g
+        return jax.device_get(pullback(padded)[0])
+
+    return [z[: len(t.ids) - 1] for z, t in zip(logits, CHOSEN, strict=True)], to_parameters
+
+
+def check(objective: Objective, options: LossOptions, advantage: str, *, mesh=None, arguments=None, **written_out):
+    """Compares loss and gradient with the equations, on one device and on `mesh`, in two layouts."""
+    arguments = arguments or {}
+    logits, to_parameters = logits_and_pullback()
+    shared = dict(advantage=advantage, weight=WEIGHT, temperature=TEMPERATURE, low=LOW, high=HIGH, constant=CONSTANT)
+    shared |= {"class_weights": tuple(CLASS_WEIGHTS.values()), "policy": options.policy}
+    loss, by_logits = reference.loss(CHOSEN, logits, **shared | arguments | written_out)
+    expected = to_parameters(by_logits)
+    advantages = advantages_of(CHOSEN, advantage)
+    layouts = [dict(length=64, rows=2), dict(length=40, rows=8, mesh=mesh)] if mesh else [dict(length=64, rows=2)]
+    for layout in layouts:
+        sums, grads, _ = gradient(CHOSEN, advantages, objective=objective, options=options, **layout, **arguments)
+        np.testing.assert_allclose(sums["loss/total"], loss, rtol=CLOSE, atol=1e-7)
+        assert relative_difference(grads, expected) < CLOSE, layout
+
+
+@pytest.mark.parametrize("policy", sorted(POLICY_LOSSES))
+def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(policy):
+    mesh = make_mesh(2, 2, 2)
+    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), head=HEAD)
+    for policy_normalizer in POLICY_NORMALIZERS:
+        for observation_normalizer in OBSERVATION_NORMALIZERS:
+            normalizers = dict(policy_normalizer=policy_normalizer, observation_normalizer=observation_normalizer)
+            objective = dataclasses.replace(BASE, every_action=POLICY_LOSSES[policy].every_action, **normalizers)
+            check(objective, options, POLICY_LOSSES[policy].advantage, mesh=mesh, **normalizers)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_every_advantage(advantage):
+    check(BASE, dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH)), advantage)
+
+
+@pytest.mark.parametrize("policy_normalizer", POLICY_NORMALIZERS)
+def test_filtered_and_masked_rollouts_leave_the_policy_term_and_keep_their_observations(policy_normalizer):
+    objective = dataclasses.replace(
+        BASE, policy_normalizer=policy_normalizer, filter_zero_variance=True, mask_overlong=True
+    )
+    options = dataclasses.replace(OPTIONS, policy="dapo", clip=Clip(LOW, HIGH))
+    check(
+        objective,
+        options,
+        "group",
+        zero_variance_filter=True,
+        mask_overlong=True,
+        policy_normalizer=policy_normalizer,
+    )
+
+
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
+    options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH, dual=1.3))
+    check(BASE, options, "group", dual=1.3)
+
+
+def test_env_only_trains_observations_alone():
+    check(dataclasses.replace(BASE, mode="env_only"), OPTIONS, "group", use_policy=False)
+
+
+def noisy_logprobs(seed):
+    rng = np.random.default_rng(seed)
+    return [(t.logprob + rng.normal(0, 0.4, len(t.ids)) * (t.role == 3)).astype(np.float32) for t in CHOSEN]
+
+
+@pytest.mark.parametrize("policy", ["grpo", "gspo", "cispo", "reinforce"])
+def test_old_log_probs_and_truncated_importance_sampling(policy):
+    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), head=HEAD, importance_cap=1.2)
+    check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=1.2)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_the_kl_to_a_reference(estimator):
+    options = LossOptions(policy="grpo", clip=Clip(LOW, HIGH), head=HEAD, kl_estimator=estimator)
+    objective = dataclasses.replace(BASE, kl_weight=0.3)
+    arguments = {"reference": noisy_logprobs(2)}
+    check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_estimator=estimator)
+
+
+def test_a_token_that_is_likely_enough_is_no_longer_trained():
+    clip = 1 / 64  # an untrained model gives about half of the tokens more
+    options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH), observation_clip=clip)
+    check(BASE, options, "group", observation_clip=clip)
+
+
+def test_scoring_only_what_is_trained_changes_no_gradient():
+    """Also where a token that is not scored had a log-prob so low that its ratio to 0 would overflow."""
+    advantages = advantages_of(CHOSEN, "group")
+    idle = [i for i, t in enumerate(CHOSEN) if advantages[i] == 0 and (t.role[1:] == 3).any()]
+    assert idle
+    low = [np.where((t.role == 3) & (i in idle), -200.0, t.logprob).astype(np.float32) for i, t in enumerate(CHOSEN)]
+    chosen = [dataclasses.replace(t, logprob=own) for t, own in zip(CHOSEN, low, strict=True)]
+    frugal = dataclasses.replace(OPTIONS, head=dataclasses.replace(HEAD, score_all=False))
+    all_sums, expected, _ = gradient(CHOSEN, advantages, objective=BASE)
+    sums, grads, _ = gradient(chosen, advantages, objective=BASE, options=frugal)
+    assert relative_difference(grads, expected) < CLOSE
+    np.testing.assert_allclose(sums["loss/total"], all_sums["loss/total"], rtol=CLOSE)
+    assert 0 < sums["policy/tokens"] < all_sums["policy/tokens"]
+
+
+def test_metrics_of_a_frugal_run_count_what_was_scored_by_class_and_tool():
+    names = {
+        "observation/tokens": (4, None),
+        "observation/tokens_tool_bash": (4, 1),
+        "observation/tokens_tool_python": (4, 2),
+    }
+    chosen = [dataclasses.replace(t, tool=(t.tool * (1 + i % 2)).astype(np.int8)) for i, t in enumerate(CHOSEN)]
+    advantages = advantages_of(chosen, "group")
+    objective = dataclasses.replace(
+        BASE, selection=Selection(class_weights={"body": 1.0}, tool_weights={"python": 0.0})
+    )
+    frugal = dataclasses.replace(OPTIONS, head=dataclasses.replace(HEAD, score_all=False))
+    sums, _, _ = gradient(chosen, advantages, objective=objective, options=frugal)
+    active = [w.active > 0 for w in weigh(chosen, advantages, objective)]
+    assert sums["loss/active_fraction"] == sum(a[1:].sum() for a in active)
+    for name, (role, tool) in names.items():
+        expected = sum(
+            (a & (t.role == role) & (True if tool is None else t.tool == tool))[1:].sum()
+            for t, a in zip(chosen, active, strict=True)
+        )
+        assert sums[name] == expected, name
+    assert sums["observation/tokens_tool_python"] == 0 < sums["observation/tokens_tool_bash"]
+
+
+def test_the_options_of_the_head_reach_the_kernel(monkeypatch):
+    seen = []
+
+    def spy(*arguments, **options):
+        seen.append(options)
+        return fused_logprobs(*arguments, **options)
+
+    monkeypatch.setattr(loss, "fused_logprobs", spy)
+    head = HeadOptions(token_block=24, vocab_block=56, score_all=True, mesh=None)
+    gradient(CHOSEN, advantages_of(CHOSEN, "group"), objective=BASE, options=dataclasses.replace(OPTIONS, head=head))
+    assert (seen[0]["token_block"], seen[0]["vocab_block"]) == (24, 56)
+
+
+def test_metrics_equal_their_definitions_written_out():
+    """Per token, in float64, over every place that is predicted."""
+    clip = Clip(0.05, 0.1)
+    options = dataclasses.replace(OPTIONS, clip=clip)
+    advantages = advantages_of(CHOSEN, "group")
+    sums, _, _ = gradient(CHOSEN, advantages, objective=dataclasses.replace(BASE, kl_weight=0.1), options=options)
+    metrics = finish_metrics(sums)
+    entropies, gaps, kls, stopped, reference_kls = [], [], [], [], []
+    ce = {role: [] for role in range(4, 9)}
+    correct = []
+    for t, z, advantage in zip(CHOSEN, logits_and_pullback()[0], advantages, strict=True):
+        for p in range(1, len(t.ids)):
+            row = reference.log_softmax(z[p - 1] / (TEMPERATURE if t.role[p] == 3 else 1.0))
+            if t.role[p] in ce:
+                ce[t.role[p]].append(-row[t.ids[p]])
+            if t.role[p] == 4:
+                correct.append(row.argmax() == t.ids[p])
+            if t.role[p] != 3:
+                continue
+            difference = row[t.ids[p]] - t.logprob[p]
+            entropies.append(-(np.exp(row) * row).sum())
+            gaps.append(abs(difference))
+            kls.append(np.exp(difference) - 1 - difference)
+            ratio = np.exp(difference)
+            stopped.append((advantage > 0 and ratio > 1 + clip.high) or (advantage < 0 and ratio < 1 - clip.low))
+            if p >= t.shared:
+                reference_kls.append(np.exp(-row[t.ids[p]]) - 1 + row[t.ids[p]])  # k3 to log-probs of 0
+    expected = {
+        "policy/entropy": np.mean(entropies),
+        "policy/sampler_gap": np.mean(gaps),
+        "policy/sampler_gap_max": np.max(gaps),
+        "policy/mismatch_kl": np.mean(kls),
+        "policy/clip_fraction": np.mean(stopped),
+        "policy/reference_kl": np.mean(reference_kls),
+        "observation/ce": np.mean(ce[4]),
+        "observation/accuracy": np.mean(correct),
+        "observation/ce_boilerplate": np.mean(ce[5]),
+        "observation/ce_truncation": np.mean(ce[6]),
+        "observation/ce_feedback": np.mean(ce[7]),
+        "observation/ce_warning": np.mean(ce[8]),
+        "observation/tokens": len(ce[4]),
+        "observation/loss": metrics["loss/observation"] / WEIGHT,
+    }
+    assert 0.1 < expected["policy/clip_fraction"] < 0.9
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)

@@ -1,0 +1,263 @@
+"""Weights by hand, and the laws that keep the two terms apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import ECHO, OPTIONS, make_trajectory, trajectories, varied
+
+from echo_jax.objective.advantages import advantages_of
+from echo_jax.objective.loss import denominators, echo_loss
+from echo_jax.objective.packing import pack
+from echo_jax.objective.selection import Selection
+from echo_jax.objective.weights import MODES, SCHEDULES, Objective, mode_at, scheduled_weight, weigh
+from echo_jax.roles import Role
+from echo_jax.rollout.trajectory import Trajectory
+
+S, P, A, O, N, T = Role.SCAFFOLD, Role.PROMPT, Role.ACTION, Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION  # noqa: E741
+W = Role.WARNING
+
+
+def with_roles(*roles: Role) -> Trajectory:
+    return make_trajectory(np.arange(len(roles)), roles)
+
+
+def weigh_one(trajectory: Trajectory, advantage: float, objective: Objective = ECHO):
+    return weigh([trajectory], [advantage], objective)[0]
+
+
+EXAMPLE = with_roles(S, P, A, A, S, O, O, O, T, N, S)  # |A| = 2, |O'| = 3, |O| = 5
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "weight", "denominator"),
+    [("observation", 1 / 5, 1.0), ("selected", 1 / 3, 1.0), ("token", 1.0, 3.0)],
+)
+def test_observation_normalizers_by_hand(normalizer, weight, denominator):
+    weights = weigh_one(EXAMPLE, 1.0, dataclasses.replace(ECHO, observation_normalizer=normalizer))
+    expected = np.where(EXAMPLE.role == O, 0.05 * weight, 0.0)
+    np.testing.assert_allclose(weights.observation_weight, expected, rtol=1e-6)
+    assert weights.observation_denominator.sum() == denominator
+
+
+@pytest.mark.parametrize(("normalizer", "weight", "denominator"), [("sequence", 1 / 2, 1.0), ("token", 1.0, 2.0)])
+def test_policy_normalizers_by_hand(normalizer, weight, denominator):
+    weights = weigh_one(EXAMPLE, -3.0, dataclasses.replace(ECHO, policy_normalizer=normalizer))
+    np.testing.assert_allclose(weights.policy_weight, np.where(EXAMPLE.role == A, weight, 0.0))
+    assert weights.policy_denominator.sum() == denominator
+
+
+def test_the_constant_normalisers_divide_by_a_given_length():
+    objective = dataclasses.replace(
+        ECHO,
+        observation_normalizer="constant",
+        observation_constant=8.0,
+        policy_normalizer="constant",
+        policy_constant=16.0,
+    )
+    weights = weigh_one(EXAMPLE, 1.0, objective)
+    np.testing.assert_allclose(weights.policy_weight, np.where(EXAMPLE.role == A, 1 / 16, 0.0))
+    np.testing.assert_allclose(weights.observation_weight, np.where(EXAMPLE.role == O, 0.05 / 8, 0.0), rtol=1e-6)
+    assert weights.policy_denominator.sum() == weights.observation_denominator.sum() == 1
+
+
+def observation_loss(objective: Objective) -> float:
+    """The observation term of three sequences, through packing and loss, over a vocabulary of 16 in which the model
+    gives token k the probability 2^-k.
+
+    Sequence one: bodies of probability 1/2, 1/4, 1/8 and two warnings; two: two bodies of 1/2; three: none.
+    """
+    sequences = [
+        make_trajectory([0, 1, 2, 3, 1, 2], [P, O, O, O, W, W]),
+        make_trajectory([0, 1, 1, 0], [P, O, O, A], rollout=1),
+        make_trajectory([0, 0, 0], [P, A, A], rollout=2),
+    ]
+    batch = pack(sequences, weigh(sequences, np.zeros(3), objective), length=16, rows=1, micro_batches=1).batch
+    micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+    probabilities = np.full((16, 16), 1e-9)
+    for k in range(16):  # hidden states are one-hot by target, so row k of the head's logits is what it is scored by
+        probabilities[k, k] = 2.0**-k if k else 0.5
+        probabilities[k, (k + 1) % 16] = 1.0 - probabilities[k].sum() + 1e-9
+    head = jnp.asarray(np.log(probabilities).T, jnp.float32)
+    hidden = jax.nn.one_hot(micro.targets, 16)
+    total, sums = echo_loss(hidden, head, micro, denominators(batch), OPTIONS)
+    assert total == sums["loss/observation"]
+    return float(total)
+
+
+def test_the_papers_number():
+    """Z = |O|, warnings in Z only: sequence one (1 + 2 + 3) ln 2 / 5, two (1 + 1) ln 2 / 2, three 0; their mean times
+    lambda."""
+    expected = 0.05 * (6 / 5 + 2 / 2 + 0) / 3 * np.log(2)
+    np.testing.assert_allclose(observation_loss(ECHO), expected, rtol=1e-5)
+
+
+def test_prime_rls_number():
+    """Weight 0.1 for the role, over the global count of selected tokens: (1 + 2 + 3 + 1 + 1) ln 2 / 5."""
+    prime = dataclasses.replace(ECHO, observation_weight=0.1, observation_normalizer="token")
+    np.testing.assert_allclose(observation_loss(prime), 0.1 * 8 / 5 * np.log(2), rtol=1e-5)
+
+
+def test_class_weights_are_in_the_numerator_only():
+    """Warnings at half weight: one has 1 ln 2, the other 2 ln 2; seven tokens are selected."""
+    prime = dataclasses.replace(
+        ECHO,
+        observation_weight=0.1,
+        observation_normalizer="token",
+        selection=Selection(class_weights={"body": 1.0, "warning": 0.5}),
+    )
+    np.testing.assert_allclose(observation_loss(prime), 0.1 * (8 + 0.5 * 3) / 7 * np.log(2), rtol=1e-5)
+
+
+def test_the_first_token_is_never_trained():
+    weights = weigh_one(with_roles(A, O, A), 1.0, ECHO)
+    assert weights.policy_weight[0] == weights.observation_weight[0] == weights.policy_denominator[0] == 0
+
+
+def test_a_sequence_without_observations_counts_in_the_mean_over_sequences():
+    weights = weigh_one(with_roles(S, P, A, A), 1.0, ECHO)
+    assert weights.observation_weight.sum() == 0
+    assert weights.observation_denominator.sum() == 1
+
+
+def test_zero_lambda_leaves_the_policy_weights_bit_for_bit():
+    for t in trajectories(1):
+        with_echo, without = (
+            weigh_one(t, 0.7, ECHO),
+            weigh_one(t, 0.7, dataclasses.replace(ECHO, observation_weight=0.0)),
+        )
+        assert not without.observation_weight.any()
+        for name in ("policy_weight", "policy_denominator", "advantage", "temperature"):
+            np.testing.assert_array_equal(getattr(with_echo, name), getattr(without, name))
+
+
+def test_advantage_scale_does_not_touch_the_observation_term():
+    for t in trajectories(2):
+        small, large = weigh_one(t, 0.1, ECHO), weigh_one(t, 1000.0, ECHO)
+        np.testing.assert_array_equal(small.observation_weight, large.observation_weight)
+        np.testing.assert_array_equal(small.policy_weight, large.policy_weight)
+
+
+def test_the_sampling_temperature_is_for_actions_only():
+    weights = weigh_one(EXAMPLE, 1.0, ECHO)
+    np.testing.assert_allclose(weights.temperature, np.where(EXAMPLE.role == A, 0.8, 1.0))
+
+
+def test_grpo_mode_is_lambda_zero_bit_for_bit():
+    chosen = varied()
+    advantages = np.linspace(-1, 1, len(chosen))
+    mode = weigh(chosen, advantages, dataclasses.replace(ECHO, mode="grpo"))
+    zero = weigh(chosen, advantages, dataclasses.replace(ECHO, observation_weight=0.0))
+    for a, b in zip(mode, zero, strict=True):
+        for name in vars(a):
+            assert getattr(a, name).tobytes() == getattr(b, name).tobytes()
+
+
+def test_env_only_has_no_policy_term_and_leaves_out_rollouts_of_low_quality():
+    calls = [{"ok": 3, "unclosed": 1}, {"ok": 1, "unknown_tool": 3}, {"ok": 4}]
+    chosen = [make_trajectory([0] * 4, [P, A, O, O], rollout=i, turns=4, calls=c) for i, c in enumerate(calls)]
+    env_only = dataclasses.replace(ECHO, mode="env_only")
+    trained = lambda **options: [  # noqa: E731
+        bool(w.observation_weight.any() and w.observation_denominator.any())
+        for w in weigh(chosen, np.ones(3), dataclasses.replace(env_only, **options))
+    ]
+    assert trained() == [True, True, True]
+    assert trained(min_valid_calls=0.5) == [True, False, True]
+    assert trained(clean_parse=True) == [False, True, True]
+    assert not any(w.policy_weight.any() or w.policy_denominator.any() for w in weigh(chosen, np.ones(3), env_only))
+
+
+def test_reward_adaptive_lambda_is_larger_where_a_task_goes_badly():
+    rewards = [1.0, 0.5, 0.0, 0.0, 1.0, 1.0]
+    chosen = [make_trajectory([0] * 3, [P, A, O], group=i // 2, rollout=i, reward=r) for i, r in enumerate(rewards)]
+    weights = weigh(chosen, np.zeros(6), dataclasses.replace(ECHO, reward_adaptive=True))
+    np.testing.assert_allclose([w.observation_weight[2] / 0.05 for w in weights], [0.25, 0.25, 1, 1, 0, 0], rtol=1e-6)
+
+
+def test_a_shared_prefix_is_trained_once_and_branches_share_one_normaliser():
+    first = make_trajectory([1, 2, 3, 4, 5], [P, A, O, A, O])
+    second = make_trajectory([1, 2, 3, 6, 7, 8], [P, A, O, A, A, O], shared=3)
+    one, two = weigh([first, second], [1.0, 1.0], ECHO)
+    np.testing.assert_allclose(one.policy_weight, [0, 1 / 4, 0, 1 / 4, 0])
+    np.testing.assert_allclose(two.policy_weight, [0, 0, 0, 1 / 4, 1 / 4, 0])
+    np.testing.assert_allclose(two.observation_weight / 0.05, [0, 0, 0, 0, 0, 1 / 3], rtol=1e-6)
+    assert one.policy_denominator.sum() + two.policy_denominator.sum() == 1
+    assert one.observation_denominator.sum() + two.observation_denominator.sum() == 1
+
+
+def test_active_is_every_token_whose_log_probability_is_read():
+    chosen = [make_trajectory([0] * 4, [P, A, O, N])]
+    active = lambda advantage, **options: weigh(chosen, [advantage], dataclasses.replace(ECHO, **options))[0].active  # noqa: E731
+    assert active(1.0).tolist() == [0, 1, 1, 0]
+    assert active(0.0).tolist() == [0, 0, 1, 0]
+    assert active(0.0, observation_weight=0.0).tolist() == [0, 0, 0, 0]
+    assert active(0.0, kl_weight=0.1).tolist() == [0, 1, 1, 0]
+    assert active(0.0, every_action=True).tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at_0", "at_5", "at_10", "later"),
+    [("constant", 1, 1, 1, 1), ("linear", 1, 0.5, 0, 0), ("step", 1, 1, 0, 0), ("warmup", 0, 0.5, 1, 1)],
+)
+def test_schedules_by_hand(schedule, at_0, at_5, at_10, later):
+    values = [scheduled_weight(0.2, schedule, step, 10) for step in (0, 5, 10, 500)]
+    np.testing.assert_allclose(values, 0.2 * np.asarray([at_0, at_5, at_10, later]))
+    assert len(SCHEDULES) == 4
+
+
+def test_a_mode_holds_from_its_step_on():
+    changes = ((10, "echo"), (30, "grpo"))
+    assert [mode_at(step, "env_only", changes) for step in (0, 9, 10, 29, 30, 99)] == [
+        "env_only", "env_only", "echo", "echo", "grpo", "grpo"
+    ]  # fmt: skip
+    assert mode_at(7, "echo", ()) == "echo"
+    assert {mode for _, mode in changes} <= MODES.keys()
+
+
+def test_the_last_listed_mode_of_a_step_holds():
+    assert mode_at(3, "env_only", ((3, "grpo"), (3, "echo"))) == "echo"
+
+
+def test_reward_adaptive_lambda_is_never_negative():
+    chosen = [make_trajectory([0] * 3, [P, A, O], reward=2.0)]
+    assert (
+        weigh(chosen, [0.0], dataclasses.replace(ECHO, reward_adaptive=True))[0].observation_weight.tolist() == [0] * 3
+    )
+
+
+def test_unscored_rollouts_are_no_variance_and_no_reward():
+    """One fails, another is lost with a made-up reward: the group has no variance, and its mean reward is 0."""
+    chosen = [
+        make_trajectory([0] * 3, [P, A, O]),
+        make_trajectory([0] * 3, [P, A, O], rollout=1, reward=1.0, scored=False),
+    ]
+    objective = dataclasses.replace(ECHO, filter_zero_variance=True, reward_adaptive=True)
+    for w in weigh(chosen, [0.0, 0.0], objective):
+        assert not w.policy_weight.any()
+        np.testing.assert_allclose(w.observation_weight[2], 0.05)
+
+
+def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():
+    short = with_roles(S, P, A, O, A, A)
+    long = with_roles(S, P, A, O, O, O, N, A, A)
+    few, many = weigh_one(short, 0.7), weigh_one(long, 0.7)
+    for name in ("policy_weight", "advantage", "temperature"):
+        np.testing.assert_array_equal(
+            getattr(few, name)[short.role == A], getattr(many, name)[long.role == A], err_msg=name
+        )
+    assert few.policy_denominator.sum() == many.policy_denominator.sum()
+
+
+@pytest.mark.parametrize("mode", ["grpo", "echo", "env_only"])
+def test_a_process_without_rollouts_has_no_weights(mode):
+    """Every rule, on none: a step may have fewer rollouts than there are processes."""
+    selection = Selection(top_entropy=0.5, dedupe=True)
+    objective = Objective(
+        1.0, 1.0, mode=mode, selection=selection, reward_adaptive=True, filter_zero_variance=True, mask_overlong=True,
+        min_valid_calls=0.5, clean_parse=True,
+    )  # fmt: skip
+    assert weigh([], advantages_of([]), objective) == []
+    packed = pack([], [], length=16, rows=2, micro_batches=1)
+    assert packed.micro_batches == 0

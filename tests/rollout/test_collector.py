@@ -1,0 +1,684 @@
+"""Laws of collecting rollouts, with real sandboxes and a tiny model that knows how to call tools."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import TINY, make_trajectory
+
+from echo_jax.kernels.fused_logprobs import fused_logprobs
+from echo_jax.models.transformer import abstract_params, bind
+from echo_jax.render import BuiltinRenderer
+from echo_jax.render.calls import MALFORMED
+from echo_jax.roles import Role
+from echo_jax.rollout import world as environment
+from echo_jax.rollout.collector import ATTEMPTS, Collector, Interrupted, Job, RolloutError
+from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.episode import Rules
+from echo_jax.rollout.summary import rollout_metrics, summaries
+from echo_jax.rollout.trajectory import DTYPES
+from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine
+from echo_jax.system.peers import Peers
+from echo_jax.system.sharding import make_mesh
+from echo_jax.tasks.task import Script, Task
+from echo_jax.tokenizer import SentencePieces
+from echo_jax.tools import cgroup
+from echo_jax.tools.sandbox import Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
+
+TOKENIZER = SentencePieces()
+RENDERER = BuiltinRenderer(TOKENIZER)
+RULES = Rules(max_turns=4, max_tokens=96, max_turn_tokens=12)
+LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
+LANES, TEMPERATURE = 3, 0.9
+CALLER = dataclasses.replace(TINY, vocab_size=TOKENIZER.vocab_size, embed_dim=32, tie_embeddings=False)
+HABITS = {
+    "bash ls": 1.8,
+    "bash cat oak": 1.8,
+    "bash wc -l oak": 1.8,
+    "bash false": 1.8,
+    "submit oak": 1.65,
+    "submit ./elm": 1.65,
+    "oak": 1.5,
+}  # what the model writes, and how strongly
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScriptedTask(Task):
+    """A task whose script and score are given."""
+
+    script: Callable[[], Script] = lambda: iter(())
+    judge: Callable[[str | None], float] = lambda answer: float(answer == "oak")
+    prompt: str = "value of oak"
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=lambda: {"oak": b"elm\nash\n", "elm": b"1\n"})
+
+    def score(self, answer, world):
+        return self.judge(answer)
+
+    def demonstrate(self, rng, *, solve):
+        yield from self.script()
+
+
+def says(*turns):
+    """A script that says these turns, whatever it is answered."""
+
+    def script():
+        for text in turns:
+            assert isinstance((yield text), str)
+
+    return script
+
+
+def jobs_of(count, **fields):
+    """Jobs of the same words and files, apart by their names, groups and rollouts."""
+    return [Job(ScriptedTask(name=f"task {i}", **fields), group=i // 2, rollout=100 + i) for i in range(count)]
+
+
+def scripted_jobs(*scripts, **fields):
+    return [
+        Job(ScriptedTask(name=f"task {i}", script=script, **fields), group=i, rollout=i)
+        for i, script in enumerate(scripts)
+    ]
+
+
+@functools.cache
+def caller():
+    """Returns (graph definition, parameters) of a model that mostly continues a token as one of `HABITS` does."""
+    graphdef, abstract = abstract_params(CALLER, make_mesh(1, 1, 1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0.0, 0.1, x.shape).astype(x.dtype), abstract)
+    params["final_norm"] += 1.0
+    for name in ("attention_norm", "ffn_norm"):
+        params["layers"][name] += 1.0
+    codes: dict[int, int] = {}
+    for text, strength in HABITS.items():
+        turn = [TOKENIZER.assistant, *TOKENIZER.encode(text), TOKENIZER.end]
+        for token, following in itertools.pairwise(turn):
+            code = codes.setdefault(token, len(codes))
+            params["embedding"][token] = 3.0 * np.eye(CALLER.embed_dim)[code]
+            params["lm_head"][following, code] = max(strength, params["lm_head"][following, code])
+    assert len(codes) <= CALLER.embed_dim
+    return graphdef, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    engine = DenseEngine(
+        caller()[0], CALLER, lanes=LANES, max_tokens=RULES.max_tokens, temperature=TEMPERATURE,
+        stop_ids=RENDERER.stop_ids, seed=0,
+    )  # fmt: skip
+    engine.set_params(caller()[1], 5)
+    return engine
+
+
+@pytest.fixture
+def engine(shared):
+    yield shared
+    assert not shared.busy
+    shared.set_params(caller()[1], 5)  # which needs all sessions ended
+
+
+@pytest.fixture
+def collector():
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        yield collector
+    assert own_sandboxes() == 0
+
+
+def own_sandboxes():
+    """Counts the bwrap processes that this process started."""
+    count = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        count += fields["Name"] == "bwrap" and int(fields["PPid"]) == os.getpid()
+    return count
+
+
+def same(a, b):
+    """Whether two trajectories are equal to the last bit."""
+    arrays = DTYPES
+    return all(
+        x.tobytes() == y.tobytes() if name in arrays else x == y
+        for name, x, y in ((name, getattr(a, name), getattr(b, name)) for name in vars(a))
+    )
+
+
+@functools.cache
+def scorer():
+    def score(params, ids):
+        model = bind(caller()[0], params)
+        hidden = model(ids[None], jnp.arange(RULES.max_tokens)[None], jnp.ones((1, RULES.max_tokens), jnp.int32))[0]
+        return fused_logprobs(hidden[:-1], model.head(), ids[1:], temperature=TEMPERATURE).logprob
+
+    return jax.jit(score)
+
+
+def with_task(jobs, i, **fields):
+    """Returns the jobs with another task at place i."""
+    changed = dataclasses.replace(jobs[i], task=dataclasses.replace(jobs[i].task, **fields))
+    return [*jobs[:i], changed, *jobs[i + 1 :]]
+
+
+def begins_like(part, whole):
+    """Whether a trajectory is the other one up to where it ends, to the last bit."""
+    arrays = DTYPES
+    return all(getattr(whole, name).tobytes().startswith(getattr(part, name).tobytes()) for name in arrays)
+
+
+def unreliable(times, which=lambda files: True):
+    """Returns a Sandbox class whose first `times` starts for each set of files (of `which`) fail, and its starts."""
+    starts = []
+
+    class Unreliable(Sandbox):
+        def __init__(self, *, files, **options):
+            starts.append(tuple(files))
+            if which(files) and starts.count(tuple(files)) <= times:
+                raise SandboxBroken("injected")
+            super().__init__(files=files, **options)
+
+    return Unreliable, starts
+
+
+class Dying(Sandbox):
+    """A sandbox that dies at its second command."""
+
+    calls = 0
+
+    def run(self, command, **options):
+        self.calls += 1
+        if self.calls == 2:
+            self.close()
+        return super().run(command, **options)
+
+
+# -- sampled rollouts ----------------------------------------------------------------------------------------------
+
+
+def test_every_job_gives_one_trajectory_in_order_however_many_there_are(collector, engine):
+    for count in (0, 1, LANES, 4 * LANES + 1):
+        jobs = jobs_of(count)
+        trajectories = collector.rollouts(jobs, engine)
+        assert [(t.task, t.group) for t in trajectories] == [(job.task.name, job.group) for job in jobs]
+        assert all(t.policy_version == 5 for t in trajectories)
+    # The model must do all that a policy can do, or these tests show little.
+    assert {t.outcome for t in trajectories} >= {"submitted", "max_turns"}
+    assert {status for t in trajectories for status in t.calls} >= {"ok", "nonzero", "submit", "unknown_tool"}
+    assert {t.reward for t in trajectories} == {0.0, 1.0}
+
+
+def test_the_trainer_agrees_on_every_sampled_token(collector, engine):
+    """Through prompt, turns, observations and their roles: what is stored is what was computed."""
+    for trajectory in collector.rollouts(jobs_of(9), engine):
+        action = trajectory.role == Role.ACTION
+        assert ((trajectory.entropy > 0) == action).all()
+        assert ((trajectory.logprob != 0) == action).all()
+        ids = np.zeros(RULES.max_tokens, np.int32)
+        ids[: len(trajectory.ids)] = trajectory.ids
+        expected = np.asarray(scorer()(caller()[1], ids))[: len(trajectory.ids) - 1]
+        np.testing.assert_allclose(trajectory.logprob[1:][action[1:]], expected[action[1:]], atol=1e-4)
+
+
+def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkeypatch):
+    jobs = jobs_of(10)
+    expected = collector.rollouts(jobs, engine)
+    clock = random.Random(0)
+
+    def slowed(method):
+        def slow(environment, *arguments):
+            time.sleep(clock.random() ** 4 * 0.15)
+            return method(environment, *arguments)
+
+        return slow
+
+    for name in ("open", "run", "finish"):
+        monkeypatch.setattr(EpisodeWorld, name, slowed(getattr(EpisodeWorld, name)))
+    for _ in range(3):
+        assert all(map(same, collector.rollouts(jobs, engine), expected))
+
+
+def test_a_rollout_does_not_depend_on_its_neighbours(collector, engine):
+    jobs = jobs_of(9)
+    expected = collector.rollouts(jobs, engine)
+    for i in (0, 4, 8):  # with fewer jobs, but each still in the lane that it had
+        alone = collector.rollouts([*jobs_of(i % LANES), jobs[i]], engine)[-1]
+        assert same(alone, expected[i])
+
+
+def test_one_thread_is_enough_for_all_tools(engine):
+    jobs = jobs_of(7)
+    with (
+        Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=1) as one,
+        Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=16) as many,
+    ):
+        assert all(map(same, one.rollouts(jobs, engine), many.rollouts(jobs, engine)))
+
+
+def test_progress_counts_up_to_the_number_of_jobs(collector, engine):
+    seen = []
+    collector.rollouts(jobs_of(5), engine, seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 5
+    seen.clear()
+    collector.scripted(scripted_jobs(*[says("submit oak")] * 4), [True] * 4, 0, seen.append)
+    assert seen == [1, 2, 3, 4]
+
+
+# -- faults of the machine -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, START_ATTEMPTS - 1])
+def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkeypatch, times):
+    jobs = jobs_of(5)
+    for i in range(5):
+        jobs = with_task(jobs, i, files={f"f{i}": b""})
+    expected = collector.rollouts(jobs, engine)
+    replacement, starts = unreliable(times)
+    monkeypatch.setattr(environment, "Sandbox", replacement)
+    assert all(map(same, collector.rollouts(jobs, engine), expected))
+    assert len(starts) == 5 * (times + 1)
+
+
+def test_a_sandbox_that_never_starts_gives_an_unscored_trajectory_and_stops_no_other(collector, engine, monkeypatch):
+    expected = collector.rollouts(jobs_of(7), engine)
+    replacement, starts = unreliable(99, lambda files: "bad" in files)
+    monkeypatch.setattr(environment, "Sandbox", replacement)
+    trajectories = collector.rollouts(with_task(jobs_of(7), 2, files={"bad": b""}), engine)
+    assert starts.count(("bad",)) == START_ATTEMPTS * ATTEMPTS
+    assert collector.retried == 1
+    lost, other = trajectories.pop(2), expected.pop(2)
+    assert (lost.outcome, lost.scored, lost.reward) == ("infra", False, 0.0)
+    assert lost.turns >= 1
+    assert begins_like(lost, other)  # what was sampled until the fault is kept
+    assert all(map(same, trajectories, expected))
+
+
+def test_a_setup_that_fails_is_a_fault_of_the_machine(collector, engine):
+    trajectories = collector.rollouts(with_task(jobs_of(3), 1, setup="exit 3"), engine)
+    assert [t.scored for t in trajectories] == [True, False, True]
+    assert trajectories[1].outcome == "infra"
+    with pytest.raises(RolloutError, match="script of task task 0 failed .* setup 'exit 3': nonzero"):
+        collector.scripted(scripted_jobs(says("submit oak"), setup="exit 3"), [True], 0)
+
+
+def test_setup_runs_where_the_agent_will_stand(collector):
+    job = scripted_jobs(says("bash pwd", "submit oak"), setup="mkdir d; cd d")
+    trajectory = collector.scripted(job, [True], 0)[0]
+    assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "/work/d\n"
+
+
+def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, engine, monkeypatch):
+    expected = collector.rollouts(jobs_of(12), engine)
+    monkeypatch.setattr(environment, "Sandbox", Dying)
+    trajectories = collector.rollouts(jobs_of(12), engine)
+    lost = [i for i, t in enumerate(trajectories) if not t.scored]
+    assert 0 < len(lost) < 12
+    for i, trajectory in enumerate(trajectories):
+        assert (i in lost) == (trajectory.outcome == "infra")
+        if i in lost:
+            assert begins_like(trajectory, expected[i])
+            assert (trajectory.calls["infra"], trajectory.reward) == (1, 0.0)
+        else:
+            assert same(trajectory, expected[i])
+    with pytest.raises(RolloutError, match="task 0 failed on this machine: .*closed"):
+        collector.scripted(scripted_jobs(says("bash ls", "bash ls", "submit oak")), [True], 0)
+
+
+def test_a_rollout_that_the_machine_failed_once_is_made_again_to_the_last_bit(collector, engine, monkeypatch):
+    died = set()
+
+    class DiesOnce(Sandbox):
+        def __init__(self, *, files, **options):
+            super().__init__(files=files, **options)
+            self.dies = next(name for name in files if name.startswith("task"))
+
+        def run(self, command, **options):
+            if self.dies not in died:
+                died.add(self.dies)
+                self.close()
+            return super().run(command, **options)
+
+    jobs = jobs_of(8)
+    for i in range(8):
+        jobs = with_task(jobs, i, files={"oak": b"elm\n", f"task{i}": b""})
+    expected = collector.rollouts(jobs, engine)
+    assert collector.retried == 0
+    monkeypatch.setattr(environment, "Sandbox", DiesOnce)
+    assert all(map(same, collector.rollouts(jobs, engine), expected))
+    assert collector.retried == len(died) > 0
+    script = scripted_jobs(says("bash ls", "submit oak"), files={"task99": b""})
+    assert collector.scripted(script, [True], 0)[0].reward == 1.0
+
+
+def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, monkeypatch):
+    class DiesLate(Sandbox):
+        def __init__(self, *, files, **options):
+            super().__init__(files=files, **options)
+            self.dies = "bad" in files
+
+        def kill_processes(self):
+            if self.dies:
+                raise SandboxError("injected")
+
+    expected = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
+    monkeypatch.setattr(environment, "Sandbox", DiesLate)
+    trajectories = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
+    assert (trajectories[0].outcome, trajectories[0].scored, trajectories[0].reward) == ("infra", False, 0.0)
+    assert trajectories[0].ids.tobytes() == expected[0].ids.tobytes()
+    assert all(map(same, trajectories[1:], expected[1:]))
+    with pytest.raises(RolloutError, match="task 0 failed on this machine: injected"):
+        collector.scripted(scripted_jobs(says("submit oak"), files={"bad": b""}), [True], 0)
+
+
+def test_a_machine_on_which_every_rollout_fails_is_an_error_with_its_cause(collector, engine, monkeypatch):
+    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
+    with pytest.raises(RolloutError, match="all 5 rollouts failed on this machine.*injected"):
+        collector.rollouts(jobs_of(5), engine)
+
+
+class WithAnother(Peers):
+    """Two processes, of which the other one answers what it always does."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self._answer = answer
+
+    def gather(self, value, what="result"):
+        return [value, self._answer[what]]
+
+
+def test_a_host_that_fails_its_share_fails_no_run_whose_other_hosts_can_score(collector, engine, monkeypatch):
+    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
+    well, ill = {"rollouts": False, "faults": [3, 3, ""]}, {"rollouts": False, "faults": [3, 0, "theirs"]}
+    monkeypatch.setattr(collector, "_peers", WithAnother(well))
+    assert not any(t.scored for t in collector.rollouts(jobs_of(2), engine))
+    monkeypatch.setattr(collector, "_peers", WithAnother(ill))
+    with pytest.raises(RolloutError, match="all 5 rollouts failed.*theirs"):
+        collector.rollouts(jobs_of(2), engine)
+
+
+def test_all_are_interrupted_when_another_process_is(collector, engine, monkeypatch):
+    monkeypatch.setattr(collector, "_peers", WithAnother({"rollouts": True, "a step": True}))
+    with pytest.raises(Interrupted) as interrupted:
+        collector.rollouts(jobs_of(2), engine)
+    assert len(interrupted.value.finished) == 2
+    with pytest.raises(Interrupted):
+        collector.check_stop()
+
+
+def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
+    """Else an agent could leave the baseline of its group at will."""
+
+    class UsedUp(Sandbox):
+        def run(self, command, **options):
+            self._jail._broken = SandboxUsedUp("injected")
+            return super().run(command, **options)
+
+    monkeypatch.setattr(environment, "Sandbox", UsedUp)
+    trajectory = collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)[0]
+    assert (trajectory.outcome, trajectory.scored, trajectory.reward) == ("submitted", True, 0.0)
+    assert trajectory.calls == {"oom": 1, "submit": 1}
+
+
+# -- what the policy brings about is scored ------------------------------------------------------------------------
+
+
+def test_what_tools_do_to_an_agent_is_an_observation(collector):
+    script = says("bash kill -9 $$", "bash sleep 9", "submit oak")
+    limits = dataclasses.replace(LIMITS, timeout_seconds=0.2)
+    with Collector(RENDERER, RULES, Machine(limits), tool_threads=1) as hasty:
+        trajectory = hasty.scripted(scripted_jobs(script), [True], 0)[0]
+    assert (trajectory.scored, trajectory.reward, trajectory.outcome) == (True, 1.0, "submitted")
+    assert trajectory.calls == {"signal": 1, "timeout": 1, "submit": 1}
+    statuses = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.BOILERPLATE])
+    assert statuses == "exit 137timeout"
+
+
+@pytest.mark.parametrize("size", [100, 128, 129, 255, 256, 257])
+def test_an_output_is_observed_whole_up_to_the_cap(size):
+    """The sandbox gives what is longer than half the cap in two pieces."""
+    jobs = scripted_jobs(says(f"bash printf %{size}s | tr ' ' x", "submit oak"))
+    with Collector(RENDERER, Rules(4, 900, 40), Machine(LIMITS), tool_threads=1) as roomy:
+        trajectory = roomy.scripted(jobs, [True], 0)[0]
+    assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "x" * min(size, LIMITS.output_bytes)
+    notice = TOKENIZER.decode(trajectory.ids[trajectory.role == Role.TRUNCATION])
+    assert notice == ("1 bytes dropped" if size > LIMITS.output_bytes else "")
+
+
+def test_an_answer_never_given_is_judged_as_none(collector):
+    answers = []
+    jobs = scripted_jobs(says(*["bash ls"] * 9), judge=lambda answer: answers.append(answer) or 0.5)
+    trajectory = collector.scripted(jobs, [True], 0)[0]
+    assert (answers, trajectory.reward, trajectory.scored, trajectory.outcome) == ([None], 0.5, True, "max_turns")
+
+
+# -- scripts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_hears_what_its_call_printed(collector):
+    heard = []
+
+    def script():
+        heard.append((yield "bash ls; exit 1"))
+        heard.append((yield "nonsense"))
+        yield "submit oak"
+
+    trajectory = collector.scripted(scripted_jobs(script), [True], 0)[0]
+    assert heard == ["elm\noak\n", ""]
+    assert trajectory.reward == 1.0
+
+
+def test_a_script_whose_turn_was_cut_off_goes_on(collector):
+    trajectory = collector.scripted(scripted_jobs(says("bash " + "oak " * 50, "submit oak")), [True], 0)[0]
+    assert (trajectory.calls, trajectory.reward) == ({"unclosed": 1, "submit": 1}, 1.0)
+    assert trajectory.count(Role.ACTION) == RULES.max_turn_tokens + len(RENDERER.action("submit oak").ids)
+
+
+def test_a_script_that_does_not_submit_is_an_error_that_names_its_task(collector):
+    with pytest.raises(RolloutError, match=r"script of task task 0 ended without submitting.*12 tokens"):
+        collector.scripted(scripted_jobs(says("bash ls")), [True], 0)
+
+
+def test_an_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, engine):
+    def crash(answer):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        collector.rollouts(with_task(jobs_of(4), 1, judge=crash), engine)
+    assert own_sandboxes() == 0
+    with pytest.raises(ZeroDivisionError):
+        collector.scripted(scripted_jobs(says("submit oak"), judge=crash), [True], 0)
+    with pytest.raises(ValueError, match="leaves no room in rollout.max_tokens = 96"):
+        collector.rollouts(jobs_of(1, prompt="oak " * 99), engine)
+    assert len(collector.rollouts(jobs_of(4), engine)) == 4
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["sampled", "scripted"])
+def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine, monkeypatch, way):
+    """Soon: when the calls under way have ended, which takes their time-out at most."""
+    limits = dataclasses.replace(LIMITS, timeout_seconds=1.0)
+    under_way = threading.Event()
+
+    class Waiting(Sandbox):
+        def run(self, command, **options):
+            under_way.set()
+            return super().run("sleep 60", **options)
+
+    def stop():
+        assert under_way.wait(30)
+        stopped.append(time.monotonic())
+        collector.stop.set()
+
+    monkeypatch.setattr(environment, "Sandbox", Waiting)
+    stopped = []
+    thread = threading.Thread(target=stop)
+    with Collector(RENDERER, RULES, Machine(limits), tool_threads=3) as collector:
+        collect = {
+            "sampled": lambda: collector.rollouts(jobs_of(20), engine),
+            "scripted": lambda: collector.scripted(scripted_jobs(*[says(*["bash ls"] * 4)] * 20), [True] * 20, 0),
+        }
+        thread.start()
+        with pytest.raises(Interrupted):
+            collect[way]()
+        assert time.monotonic() - stopped[0] < limits.timeout_seconds + 2
+        thread.join()
+        assert own_sandboxes() == 0
+        with pytest.raises(Interrupted):  # it stays stopped
+            collect["sampled"]()
+    assert own_sandboxes() == 0
+
+
+def test_what_was_finished_when_the_stop_came_is_kept_and_not_made_again(engine, monkeypatch):
+    jobs = jobs_of(11)
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        expected = collector.rollouts(jobs, engine)
+        stop_after = lambda done: collector.stop.set() if done >= 4 else None  # noqa: E731
+        with pytest.raises(Interrupted) as stopped:
+            collector.rollouts(jobs, engine, stop_after)
+    finished = stopped.value.finished
+    assert 4 <= len(finished) < 11
+    by_rollout = {t.rollout: t for t in expected}
+    assert all(same(t, by_rollout[t.rollout]) for t in finished)
+    opened = []
+    original = EpisodeWorld.open
+    monkeypatch.setattr(EpisodeWorld, "open", lambda self: opened.append(self) or original(self))
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        assert all(map(same, collector.rollouts(jobs, engine, finished=finished), expected))
+        assert len(opened) == 11 - len(finished)
+        assert all(map(same, collector.rollouts(jobs, engine, finished=expected), expected))
+        assert len(opened) == 11 - len(finished)
+
+
+def test_what_the_machine_failed_before_the_stop_is_made_again(collector, engine):
+    jobs = jobs_of(4)
+    expected = collector.rollouts(jobs, engine)
+    failed = [dataclasses.replace(t, scored=False, outcome="infra") for t in expected[:2]]
+    assert all(map(same, collector.rollouts(jobs, engine, finished=[*failed, *expected[2:]]), expected))
+
+
+def test_scripts_of_different_rollouts_draw_different_numbers(collector):
+    class Drawing(ScriptedTask):
+        def demonstrate(self, rng, *, solve):
+            yield f"submit {rng.integers(10**9)}"
+
+    jobs = [Job(Drawing(name="task"), group=0, rollout=i) for i in range(4)]
+    made = [collector.scripted(jobs, [True] * 4, seed) for seed in (0, 0, 1)]
+    assert all(map(same, made[0], made[1]))
+    assert len({t.ids.tobytes() for t in (*made[0], *made[2])}) == 8
+
+
+def leftovers():
+    """Child processes, descriptors, mounts, threads of tools, control groups and temporary files of this process."""
+    groups = [
+        folder for _, parents in cgroup.choices() for p in parents for folder in p.glob(f"*sandbox-{os.getpid()}-*")
+    ]
+    return {
+        "children": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "threads": sum(thread.name.startswith("tool") for thread in threading.enumerate()),
+        "groups": len(groups),
+        "files": len([name for name in os.listdir("/tmp") if "sandbox" in name or "bwrap" in name]),
+    }
+
+
+def test_a_thousand_episodes_at_64_at_once_leave_nothing():
+    messes = [
+        "bash sleep 60 & setsid sleep 60 & echo 1",
+        "bash (trap '' TERM; sleep 60) & mkfifo p; ln -s /proc/1 q; echo 2",
+        "python import os, time\nif not os.fork(): time.sleep(60)",
+        "bash kill -9 $$",
+        "bash exec 1>&-; cat",
+        "write a/b/c\ntext",
+    ]
+    limits = dataclasses.replace(LIMITS, memory_bytes=64 << 20, disk_bytes=4 << 20)
+    rules = Rules(max_turns=4, max_tokens=900, max_turn_tokens=200)
+    with Collector(RENDERER, rules, Machine(limits), tool_threads=2) as collector:  # what is made once
+        collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)
+    before = leftovers()
+    scripts = [says(messes[i % len(messes)], messes[(i * 5 + 1) % len(messes)], "submit oak") for i in range(1000)]
+    jobs = scripted_jobs(*scripts, tools=("bash", "python", "write"))
+    with Collector(RENDERER, rules, Machine(limits), tool_threads=64) as collector:
+        trajectories = collector.scripted(jobs, [True] * 1000, 0)
+    assert sum(t.reward for t in trajectories) == 1000
+    assert {a.status for t in trajectories for a in t.attempts} == {"ok", "nonzero", "signal", "submit"}
+    assert leftovers() == before
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+
+HEADER = (TOKENIZER.tool,)
+
+
+def trajectory(*, tokens=10, **fields):
+    return make_trajectory(np.zeros(tokens), **fields)
+
+
+def metrics_of(trajectories, prefix="rollout", header=HEADER):
+    return rollout_metrics(summaries(trajectories, header, Peers()), prefix)
+
+
+def test_metrics_by_hand():
+    metrics = metrics_of(
+        [
+            trajectory(group=0, reward=1.0, turns=2, calls={"ok": 1, "submit": 1}),
+            trajectory(group=0, reward=0.0, turns=3, tokens=20, calls={"ok": 2, "oom": 1}),
+            trajectory(group=1, reward=0.5, turns=1, calls={"submit": 1}),
+            trajectory(group=1, reward=0.9, turns=1, scored=False, calls={"infra": 1}),
+        ],
+        "x",
+    )
+    calls = {"ok": 3, "submit": 2, "oom": 1, "infra": 1}
+    for status in (*Status, *MALFORMED, "submit"):
+        assert metrics.pop(f"x/calls_{status}") == calls.get(status, 0)
+    assert metrics == {
+        "x/turns": 1.75, "x/tokens": 12.5,
+        "x/submitted": 4, "x/accepted": 3, "x/rejected": 1,
+        "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5,
+        "x/imagined_observations": 0.0,
+    }  # fmt: skip
+
+
+def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
+    monkeypatch.setattr(environment, "Sandbox", Dying)
+    trajectories = collector.rollouts(jobs_of(12), engine)
+    metrics = metrics_of(trajectories)
+    assert metrics["rollout/calls_infra"] > 0
+    counted = sum(value for name, value in metrics.items() if name.startswith("rollout/calls_"))
+    assert counted == sum(sum(t.calls.values()) for t in trajectories) == sum(t.turns for t in trajectories)
+
+
+def test_rollouts_of_which_none_was_scored_have_no_rates():
+    metrics = metrics_of([trajectory(scored=False), trajectory(scored=False)])
+    assert (metrics["rollout/submitted"], metrics["rollout/rejected"]) == (2, 2)
+    assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_one_rollout_a_task_says_nothing_about_mixed_groups():
+    assert "rollout/mixed_groups" not in metrics_of([trajectory(group=0), trajectory(group=1)])
+
+
+def test_imagined_observations_are_headers_that_the_policy_wrote():
+    a, o = Role.ACTION, Role.OBSERVATION
+    t = make_trajectory([7, 8, 7, 8, 7, 7, 8, 9], [o, o, a, a, a, a, o, a])
+    assert metrics_of([t], header=(7,))["rollout/imagined_observations"] == 3 / 5
+    assert (
+        metrics_of([t], header=(7, 8))["rollout/imagined_observations"] == 2 / 5
+    )  # the pair that ends in an observation does not count
+    assert metrics_of([t], header=(1,) * 9)["rollout/imagined_observations"] == 0.0

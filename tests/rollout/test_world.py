@@ -1,0 +1,127 @@
+"""Laws of an episode's environment: budgets apart, scores that are rewards, worlds without a sandbox."""
+
+import dataclasses
+import math
+import time
+
+import pytest
+
+from echo_jax.render.calls import Call
+from echo_jax.rollout import world as environment
+from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine, ScoreError
+from echo_jax.tasks.task import Task
+from echo_jax.tools.sandbox import CommandResult, Limits, SandboxError, Status
+
+MACHINE = Machine(Limits(timeout_seconds=5.0, memory_bytes=128 << 20, disk_bytes=8 << 20, output_bytes=256))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged(Task):
+    name: str = "judged/train/0"
+    prompt: str = "do it"
+    judge: object = lambda answer, world: 1.0
+
+    def score(self, answer, world):
+        return self.judge(answer, world)
+
+    def demonstrate(self, rng, *, solve):
+        yield "submit"
+
+
+def bash(command):
+    return Call("bash", {"command": command})
+
+
+def test_a_call_runs_no_longer_than_its_limit_and_than_what_its_episode_has_left():
+    with_limit = EpisodeWorld(Judged(), dataclasses.replace(MACHINE, limits=Limits(timeout_seconds=0.3)))
+    roomy = EpisodeWorld(Judged(), MACHINE)
+    for own, seconds in ((with_limit, math.inf), (with_limit, 60.0), (roomy, 0.3)):
+        assert own._world is not None or own.open()
+        result = own.run(bash("sleep 60"), seconds)
+        assert result.status is Status.TIMEOUT
+        assert 0.2 < result.seconds < 3
+    assert roomy.run(bash("sleep 0.5; echo done"), math.inf).head == b"done\n"
+    for own in (with_limit, roomy):
+        assert own.finish("") == 1.0
+
+
+def test_setup_has_a_budget_of_its_own_and_is_not_the_agents_fault():
+    slow = EpisodeWorld(Judged(setup="sleep 60"), dataclasses.replace(MACHINE, setup_seconds=0.2))
+    start = time.monotonic()
+    assert not slow.open()
+    assert time.monotonic() - start < START_ATTEMPTS * 3
+    assert "setup 'sleep 60': timeout" in slow.fault
+    assert slow.finish("") is None
+    patient = EpisodeWorld(
+        Judged(setup="sleep 0.4; mkdir d"), dataclasses.replace(MACHINE, limits=Limits(timeout_seconds=0.2))
+    )
+    assert patient.open()
+    assert patient.run(bash("ls"), math.inf).head == b"d\n"
+    patient.close()
+
+
+def test_scoring_has_a_budget_of_its_own():
+    def judge(answer, world):
+        result = world.run("sleep 60", fresh=True)
+        return float(result.status is Status.OK)
+
+    own = EpisodeWorld(Judged(judge=judge), dataclasses.replace(MACHINE, score_seconds=0.3))
+    assert own.open()
+    start = time.monotonic()
+    assert own.finish("") == 0.0
+    assert time.monotonic() - start < 4
+
+
+def test_what_the_agent_left_running_is_ended_before_it_is_scored():
+    def judge(answer, world):
+        try:
+            world.write_files({"f": b"honest"})
+        except SandboxError:  # it was there again
+            return 0.0
+        return float({world.read_file("f", limit=100) for _ in range(200)} == {b"honest"})
+
+    own = EpisodeWorld(Judged(judge=judge), MACHINE)
+    assert own.open()
+    forge = "(setsid sh -c 'while :; do echo forged > f; done' &); sleep 0.1; echo started"
+    assert own.run(bash(forge), math.inf).head == b"started\n"
+    forge = "import os\nif not os.fork():\n    while True: open('f', 'w').write('forged')"
+    assert own.run(Call("python", {"code": forge}), math.inf).status is Status.OK
+    assert judge("", own._world) == 0.0  # they are at work
+    assert own.finish("") == 1.0
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -0.1, 1.5])
+def test_a_score_that_is_no_reward_is_an_error_that_names_the_task(score):
+    own = EpisodeWorld(Judged(judge=lambda answer, world: score), MACHINE)
+    assert own.open()
+    with pytest.raises(ScoreError, match=r"judged/train/0 is .*a reward lies in \[0, 1\]"):
+        own.finish("")
+
+
+def test_a_task_with_a_world_of_its_own_needs_no_sandbox(monkeypatch):
+    class Counter:
+        timeout, cwd, closed = 1.0, "", 0
+        steps = 0
+
+        def go(self, direction):
+            self.steps += 1
+            return CommandResult(Status.OK, 0, b"at %d" % self.steps, b"", 0, 0.0, "")
+
+        def kill_processes(self):
+            pass
+
+        def close(self):
+            self.closed += 1
+
+    world = Counter()
+
+    class Walk(Judged):
+        def world(self):
+            return world
+
+    monkeypatch.setattr(environment, "Sandbox", None)
+    own = EpisodeWorld(Walk(tools=("go",), judge=lambda answer, world: float(world.steps == 2)), MACHINE)
+    assert own.open()
+    assert own.run(Call("go", {"direction": "n"}), math.inf).head == b"at 1"
+    assert own.run(Call("go", {"direction": "n"}), math.inf).head == b"at 2"
+    assert (own.finish(""), world.closed, own.limits_by) == (1.0, 1, "")

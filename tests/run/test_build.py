@@ -1,0 +1,161 @@
+"""Each field under `loss` has its effect: what a config says is what the loss and its weights are made with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from synthetic import varied
+
+from configs import maze, tiny
+from echo_jax.config import ConfigError
+from echo_jax.objective.advantages import advantages_of
+from echo_jax.objective.policy_losses import POLICY_LOSSES, Clip
+from echo_jax.run.build import build
+from echo_jax.run.validate import validate
+from echo_jax.tasks import FAMILIES
+from echo_jax.tasks.lookup import LookupFamily
+from echo_jax.tools import bubblewrap, sandbox
+
+BUILT = build(tiny.get_config()).learner
+
+
+def with_fields(**fields):
+    config = tiny.get_config()
+    config.num_steps, config.loss.kl_weight = 100, 0.0
+    config.update_from_flattened_dict({f"loss.{name}": value for name, value in fields.items()})
+    validate(config)
+    return dataclasses.replace(BUILT, config=config)
+
+
+def keep_nothing(trajectory, mask):
+    return np.zeros_like(mask)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "attribute", "expected"),
+    [
+        ("mode", "env_only", "mode", "env_only"),
+        ("observation_weight", 0.3, "observation_weight", 0.3),
+        ("observation_normalizer", "token", "observation_normalizer", "token"),
+        ("observation_constant", 7, "observation_constant", 7),
+        ("policy_normalizer", "constant", "policy_normalizer", "constant"),
+        ("policy_constant", 9, "policy_constant", 9),
+        ("mask_overlong", True, "mask_overlong", True),
+        ("policy", "dapo", "filter_zero_variance", True),
+        ("policy", "dapo", "policy_normalizer", "token"),
+        ("reward_adaptive", True, "reward_adaptive", True),
+        ("kl_weight", 0.25, "kl_weight", 0.25),
+        ("tool_weights.bash", 0.5, "selection.tool_weights", {"bash": 0.5}),
+        ("top_entropy", 0.75, "selection.top_entropy", 0.75),
+        ("dedupe", True, "selection.dedupe", True),
+        ("observation_filter", f"{__name__}:keep_nothing", "selection.keep.__name__", "keep_nothing"),
+    ],
+)
+def test_a_field_reaches_the_objective(field, value, attribute, expected):
+    found = with_fields(**{field: value}).objective(0)
+    before = BUILT.objective(0)
+    for part in attribute.split("."):
+        found, before = getattr(found, part), getattr(before, part, None)
+    assert found == expected != before
+
+
+def test_class_weights_and_the_filters_of_env_only_reach_the_objective():
+    objective = with_fields(**{"class_weights.warning": 0.5, "mode": "env_only", "min_valid_calls": 0.5}).objective(0)
+    assert objective.selection.class_weights["warning"] == 0.5
+    assert objective.min_valid_calls == 0.5
+    assert with_fields(mode="env_only", clean_parse=True).objective(0).clean_parse
+    assert BUILT.objective(0).temperature == tiny.get_config().rollout.temperature == 0.8
+
+
+def test_schedule_and_modes_follow_the_step():
+    built = with_fields(observation_weight=0.2, observation_schedule="linear", mode_changes=((30, "grpo"),))
+    assert [built.objective(step).observation_weight for step in (0, 50, 100)] == [0.2, 0.1, 0.0]
+    assert [built.objective(step).mode for step in (0, 29, 30)] == ["echo", "echo", "grpo"]
+    sooner = with_fields(observation_weight=0.2, observation_schedule="linear", observation_schedule_steps=50)
+    assert sooner.objective(25).observation_weight == 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "attribute", "expected"),
+    [
+        ({"clip_low": 0.1, "clip_high": 0.4}, "clip", Clip(0.1, 0.4)),
+        ({"dual_clip": 3.0}, "clip", Clip(0.2, 0.2, 3.0)),
+        ({"policy": "gspo"}, "clip", Clip(3e-4, 4e-4)),
+        ({"policy": "dapo"}, "clip", Clip(0.2, 0.28)),
+        ({"old_logprobs": "recomputed"}, "importance_cap", 2.0),
+        ({"old_logprobs": "recomputed", "importance_cap": 1.5}, "importance_cap", 1.5),
+        ({"observation_clip": 0.2}, "observation_clip", 0.2),
+        ({"kl_estimator": "k1"}, "kl_estimator", "k1"),
+        ({"token_block": 32, "vocab_block": 48, "score_all": False}, "head.score_all", False),
+    ],
+)
+def test_a_field_reaches_the_loss(fields, attribute, expected):
+    options = with_fields(**fields).loss_options()
+    for part in attribute.split("."):
+        options = getattr(options, part)
+    assert options == expected
+
+
+def test_the_warm_start_is_the_same_whatever_rl_ablates():
+    other = with_fields(
+        observation_normalizer="token", observation_clip=0.2, policy="dapo", clip_low=0.1, dedupe=True, top_entropy=0.5
+    )
+    assert other.imitation_objective() == BUILT.imitation_objective()
+    assert other.imitation_options() == BUILT.imitation_options()
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICY_LOSSES) - {"imitation"}))
+def test_a_policy_loss_brings_its_advantage_and_normaliser_unless_told_otherwise(policy):
+    chosen, loss = varied(), POLICY_LOSSES[policy]
+    built = with_fields(policy=policy)
+    np.testing.assert_array_equal(built.advantages(chosen), advantages_of(chosen, loss.advantage))
+    assert built.objective(0).policy_normalizer == loss.normalizer
+    told = with_fields(policy=policy, advantage="reward", policy_normalizer="token")
+    np.testing.assert_array_equal(told.advantages(chosen), advantages_of(chosen, "reward"))
+    assert told.objective(0).policy_normalizer == "token"
+
+
+class NoSuchTool(LookupFamily):
+    def make(self, split, index):
+        return dataclasses.replace(super().make(split, index), tools=("bash", "browser"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"task.mixture": {"shel": 1.0}}, r"\['shel'\]; choose from lookup, rooms, shell, python, sqlite, maze"),
+        ({"task.mixture": {"shell": 1.0}, "task.shell.level": 9}, "task.shell.level = 9: choose 1 to 3"),
+        ({"task.mixture": {"maze": 1.0}, "task.maze.width": 1}, "task.maze: 1 × 6 cells"),
+        ({"task.mixture": {"shell": 1.0}}, "leaves of config.rollout.max_tokens = 64|no room in rollout.max_tokens"),
+        ({"rollout.grammar": "xml"}, "choose one of plain, json"),
+        ({"sandbox.disk_bytes": 1 << 40}, "disk_bytes"),
+        ({"sandbox.backend": "docker"}, "auto, bubblewrap"),
+        ({"rollout.max_seconds": 0.0}, "max_seconds = 0.0: it must be above 0"),
+    ],
+)
+def test_a_task_tool_or_limit_that_cannot_be_is_named_before_any_episode(fields, named):
+    config = tiny.get_config()
+    for name, value in fields.items():
+        if name == "task.mixture":
+            config.task.mixture = value
+        else:
+            config.update_from_flattened_dict({name: value})
+    with pytest.raises(ConfigError, match=named):
+        build(config)
+
+
+def test_a_task_with_a_tool_that_there_is_not_is_named(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "lookup", NoSuchTool)
+    with pytest.raises(ConfigError, match=r"lookup/train/0 has the tools \['browser'\]; there are bash, python"):
+        build(tiny.get_config())
+
+
+def test_tasks_that_run_no_subprocess_need_no_sandbox(monkeypatch):
+    monkeypatch.setattr(bubblewrap, "candidates", lambda: [])
+    sandbox._accepted.cache_clear()
+    try:
+        assert build(maze.get_config()).heldout_tasks[0].tools == ("go",)
+        with pytest.raises(sandbox.SandboxUnavailable, match="configs/maze.py"):
+            build(tiny.get_config())
+    finally:
+        sandbox._accepted.cache_clear()

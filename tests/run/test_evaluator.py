@@ -1,0 +1,40 @@
+"""What an evaluation says about a set of rollouts."""
+
+import dataclasses
+from math import comb
+
+import numpy as np
+import pytest
+from synthetic import trajectories
+
+from echo_jax.run.evaluator import pass_at_k
+
+
+def rollouts(*rewards_of_tasks, scored=True):
+    base = trajectories(0, 1)[0]
+    return [
+        dataclasses.replace(base, group=task, reward=reward, scored=scored)
+        for task, rewards in enumerate(rewards_of_tasks)
+        for reward in rewards
+    ]
+
+
+def test_pass_at_k_by_hand():
+    metrics = pass_at_k(rollouts([1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0.5, 1, 0]), samples=4)
+    assert metrics["eval/pass@1"] == (0.5 + 0 + 1 + 0.25) / 4
+    assert metrics["eval/pass@4"] == 0.75
+    assert metrics["eval/pass@1_stderr"] == pytest.approx(np.std([0.5, 0, 1, 0.25], ddof=1) / 2)
+    assert metrics["eval/pass@4_stderr"] == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_rollouts():
+    """3 of 8 solved, k = 8 with two rollouts lost: the others still say something about k = 1, nothing about k = 8."""
+    kept = rollouts([1, 1, 1, 0, 0, 0])
+    lost = rollouts([1, 0], scored=False)
+    metrics = pass_at_k(kept + lost, samples=8)
+    assert metrics["eval/pass@1"] == 1 - comb(3, 1) / comb(6, 1)
+    assert "eval/pass@8" not in metrics
+
+
+def test_one_task_has_no_spread():
+    assert pass_at_k(rollouts([1, 0]), samples=1) == {"eval/pass@1": 0.5, "eval/pass@1_stderr": 0.0}

@@ -1,0 +1,474 @@
+"""Several processes train one run: what they compute is what one computes, and none waits for one that is gone."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorded_batches import MESHES, three_updates
+from runs import comparable, wait_for_step
+from synthetic import relative_difference
+
+from echo_jax.learner.checkpoint import Checkpointer
+from echo_jax.models.sources import SINGLE
+from echo_jax.system.metrics import read_metrics
+from echo_jax.system.peers import AGAIN, PeerError, Peers, _arguments
+from echo_jax.system.sharding import make_mesh
+from echo_jax.tools import sandbox
+
+ROOT = Path(__file__).parents[2]
+CLOSE = 1e-5
+# Enough steps to be interrupted in, little to compile.
+SMALL = (
+    "--config=configs/tiny.py", "--config.mesh.fsdp=0", "--config.warm_start.num_steps=24", "--config.num_steps=3",
+    "--config.rollout.save_every=1", "--config.checkpoint.every=8", "--config.rollout.groups=3",
+    "--config.system.silence_seconds=6.0",
+)  # fmt: skip
+PROLOGUE = "import sys, time\nfrom echo_jax.system.peers import PeerError, start\n"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(arguments: list[str], *, count: int, devices: int = 1, last: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Starts `count` processes of one run, each with so many devices, the last one with more arguments."""
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    shared = clean | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    address = f"localhost:{free_port()}"
+    processes = []
+    for index in range(count):
+        own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        command = [sys.executable, *arguments, *(last if index == count - 1 else ())]
+        environment = shared | (own if count > 1 else {})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
+    return processes
+
+
+def train(workdir: Path, *more: str, count: int = 2) -> list[subprocess.Popen]:
+    return start(["-m", "echo_jax.train", f"--workdir={workdir}", *SMALL, *more], count=count)
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 600.0) -> tuple[list[int], list[str]]:
+    """Returns the exit statuses and what each printed; kills them all if they take longer."""
+    deadline = time.monotonic() + seconds
+    try:
+        outputs = [p.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [p.returncode for p in processes], outputs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("peers") / "w"
+    statuses, outputs = finish(train(workdir))
+    assert statuses == [0, 0], outputs
+    return workdir
+
+
+# What they compute.
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> dict[str, np.ndarray]:
+    """Of `recorded_batches`, by two processes of four devices, which launch.sh starts."""
+    folder = tmp_path_factory.mktemp("recorded")
+    script = f"""
+with start(silence_seconds=60.0, barrier_seconds=300.0) as peers:
+    sys.path.append("tests")
+    import recorded_batches  # which looks at the devices
+    recorded_batches.write({str(folder / "found.npz")!r}, peers)
+"""
+    (folder / "script.py").write_text(PROLOGUE + script)
+    python = folder / "python"  # what launch.sh takes for the interpreter; it would run echo_jax.train
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/script.py"\n')
+    python.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    launch = [ROOT / "tpu_scripts" / "launch.sh", "--local=2", "--config=-", f"--workdir={folder}"]
+    run = subprocess.run(
+        launch,
+        cwd=ROOT,
+        env=clean | {"JAX_NUM_CPU_DEVICES": "4", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return dict(np.load(folder / "found.npz"))
+
+
+@pytest.fixture(scope="module")
+def one_device() -> dict[str, np.ndarray]:
+    return three_updates(make_mesh(1, 1, 1), Peers())
+
+
+def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=CLOSE)
+    for part in ("gradient", "parameters"):
+        ours, theirs = ({n: x for n, x in tree.items() if n.startswith(part)} for tree in (found, expected))
+        assert len(ours) > 8
+        assert relative_difference(ours, theirs) < CLOSE, part
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_eight_devices_make_the_updates_of_one(shape, one_device):
+    close(three_updates(make_mesh(*shape), Peers()), one_device)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_two_processes_with_uneven_rollouts_make_the_updates_of_one_device(shape, recorded, one_device):
+    own = {name.removeprefix(f"{shape}/"): x for name, x in recorded.items() if name.startswith(f"{shape}/")}
+    close(own, one_device)
+
+
+def test_a_run_of_two_processes_is_that_of_one(uninterrupted, tmp_path):
+    """Rollouts too: sampled by an engine of each process, on three groups that two do not share evenly."""
+    statuses, outputs = finish(train(tmp_path / "w", count=1))
+    assert statuses == [0], outputs
+    packed_otherwise = ("pack/efficiency", "pack/slots", "policy/sampler_gap", "policy/reference")
+    for two, one in zip(comparable(uninterrupted), comparable(tmp_path / "w"), strict=True):
+        assert two.keys() == one.keys()
+        for name in (n for n in two if not n.startswith(packed_otherwise)):
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5, err_msg=f"{one['step']} {name}")
+    assert len((uninterrupted / "provenance.jsonl").read_text().splitlines()) == 1
+    files = sorted(path.name for path in (tmp_path / "w" / "rollouts").iterdir())
+    assert files == sorted(path.name for path in (uninterrupted / "rollouts").iterdir())
+
+
+# What they survive.
+
+
+def resumed_as_if_nothing_had_happened(workdir: Path, uninterrupted: Path) -> None:
+    statuses, outputs = finish(train(workdir))
+    assert statuses == [0, 0], outputs
+    assert "resuming" in outputs[0]
+    assert comparable(workdir) == comparable(uninterrupted)
+
+
+def test_sigterm_to_one_of_two_saves_and_stops_both(uninterrupted, tmp_path):
+    processes = train(tmp_path / "w")
+    wait_for_step(tmp_path / "w", 11, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, outputs = finish(processes, 60)
+    assert statuses == [AGAIN, AGAIN], outputs
+    with Checkpointer(tmp_path / "w" / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == read_metrics(tmp_path / "w" / "metrics.jsonl")[-1]["step"]
+    resumed_as_if_nothing_had_happened(tmp_path / "w", uninterrupted)
+
+
+def test_a_stop_in_the_rollouts_of_one_keeps_what_both_have(uninterrupted, tmp_path):
+    """Of the second RL step; the other process is between two of its rollouts and hears of it."""
+    script = f"""
+import os, signal, sys, time
+from echo_jax.rollout import collector as rollout
+collect = rollout._Collection._collect
+def slowly(self, i, result):
+    collect(self, i, result)
+    if 25 * 6 <= self._jobs[0].rollout < 1 << 30 and self._done:
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+rollout._Collection._collect = slowly
+import runpy
+sys.argv[1:] = {[f"--workdir={tmp_path / 'w'}", *SMALL]!r}
+runpy.run_module("echo_jax.train", run_name="__main__", alter_sys=True)
+"""
+    statuses, outputs = finish(start(["-c", script], count=2))
+    assert statuses == [AGAIN, AGAIN], outputs
+    assert (tmp_path / "w" / "rollouts" / "interrupted_000025.jsonl.gz").exists()
+    resumed_as_if_nothing_had_happened(tmp_path / "w", uninterrupted)
+    assert not (tmp_path / "w" / "rollouts" / "interrupted_000025.jsonl.gz").exists()
+
+
+@pytest.mark.parametrize("what", ["--samples=2", "--trajectories=rollouts/step_000026.jsonl.gz"])
+def test_two_processes_evaluate_as_one(what, uninterrupted):
+    name, value = what.split("=")
+    value = str(uninterrupted / value) if name == "--trajectories" else value
+    arguments = ["-m", "echo_jax.evaluate", f"--workdir={uninterrupted}", *SMALL, "--episodes=3", f"{name}={value}"]
+    found = []
+    for count in (2, 1):
+        statuses, outputs = finish(start(arguments, count=count))
+        assert statuses == [0] * count, outputs
+        found.append(json.loads(next(line for line in outputs[0].splitlines() if line.startswith("{"))))
+        assert all("{" not in output for output in outputs[1:])
+    two, one = found
+    assert two.keys() == one.keys()
+    for key in one:
+        assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-4, abs=1e-6)), key
+
+
+def test_two_processes_export_as_one(uninterrupted, tmp_path):
+    files = []
+    for count in (2, 1):
+        output = tmp_path / str(count)
+        arguments = ["-m", "echo_jax.export", f"--workdir={uninterrupted}", *SMALL, f"--output={output}"]
+        statuses, outputs = finish(start(arguments, count=count))
+        assert statuses == [0] * count, outputs
+        assert f"is in {output}" in outputs[0]
+        assert all(str(output) not in said for said in outputs[1:])
+        files.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert files[0] == files[1]
+    assert SINGLE in files[0]
+
+
+def test_a_killed_process_is_named_by_the_other_which_stops(uninterrupted, tmp_path):
+    processes = train(tmp_path / "w")
+    wait_for_step(tmp_path / "w", 11, processes[0])
+    processes[1].kill()
+    statuses, outputs = finish(processes, 60)
+    assert statuses == [AGAIN, -signal.SIGKILL], outputs
+    assert f"process 1 of 2 on {socket.gethostname()} gave no sign of life for 6 s" in outputs[0]
+    assert "the same command again resumes" in outputs[0]
+    resumed_as_if_nothing_had_happened(tmp_path / "w", uninterrupted)
+
+
+def test_without_process_0_the_other_ends_too(tmp_path):
+    processes = train(tmp_path / "w")
+    wait_for_step(tmp_path / "w", 2, processes[0])
+    processes[0].kill()
+    statuses, outputs = finish(processes, 60)
+    assert statuses[1] in (AGAIN, -signal.SIGABRT)
+    assert "process 0" in outputs[1] or "another task died" in outputs[1]
+
+
+def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_path):
+    """Something else fills the disk once the checkpoint of step 8 is there, but for what metrics take."""
+    port, workdir = free_port(), tmp_path / "w"
+    train_one = " ".join([sys.executable, "-m", "echo_jax.train", f"--workdir={workdir}", *SMALL])
+    script = f"""
+    export JAX_NUM_CPU_DEVICES=1 JAX_COORDINATOR_ADDRESS=localhost:{port} JAX_NUM_PROCESSES=2
+    (until [ -d {workdir}/checkpoints/8 ]; do sleep 0.02; done
+     cat /dev/zero >{tmp_path}/filler; truncate -s -150000 {tmp_path}/filler) 2>&- &
+    JAX_PROCESS_ID=1 {train_one} & other=$!
+    JAX_PROCESS_ID=0 {train_one}; first=$?
+    wait $other; echo "statuses $first $?"
+    rm {tmp_path}/filler; ls {workdir}/checkpoints; cp -r {workdir} {tmp_path.parent}/saved"""
+    small = ["--dev-bind", "/", "/", "--size", "30000000", "--tmpfs", str(tmp_path)]
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    confined = [str(sandbox.probe()), *small, "sh", "-c", script]
+    run = subprocess.run(confined, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=240)
+    statuses = re.search(r"statuses (\d+) (\d+)", run.stdout)
+    assert statuses, run.stdout + run.stderr
+    assert set(statuses.groups()) <= {"1", str(AGAIN)}
+    assert "1" in statuses.groups(), run.stderr
+    assert "no space left on the disk" in run.stderr
+    assert "resumes from step 8" in run.stderr
+    assert "8" in run.stdout.splitlines()
+    saved = tmp_path.parent / "saved"
+    resumed_as_if_nothing_had_happened(saved, uninterrupted)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(uninterrupted, tmp_path):
+    """On recorded rollouts, so that only rounding can differ; without a KL, which is all rounding at its start."""
+    recorded = uninterrupted / "rollouts" / "step_000025.jsonl.gz"
+    replay = (
+        f"--config.rollout.replay={recorded}", "--config.warm_start.num_steps=0", "--config.num_steps=9",
+        "--config.optimizer.learning_rate=1e-2", "--config.loss.kl_weight=0.0", "--config.checkpoint.every=3",
+    )  # fmt: skip
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    statuses, outputs = finish(train(whole, *replay, count=1))
+    assert statuses == [0], outputs
+    processes = train(moved, *replay)
+    wait_for_step(moved, 4, processes[0])
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes, 60)[0] == [AGAIN, AGAIN]
+    statuses, outputs = finish(train(moved, *replay, "--config.pack.rows=4", count=1))
+    assert statuses == [0], outputs
+    assert "resuming" in outputs[0]
+    for ours, theirs in zip(comparable(moved), comparable(whole), strict=True):
+        for name in ("loss/total", "train/gradient_norm", "observation/ce"):
+            if name in theirs:
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=CLOSE, err_msg=f"{ours['step']} {name}")
+
+
+# What they are told.
+
+
+def two_that_run(script: str) -> tuple[list[int], list[str]]:
+    return finish(start(["-c", PROLOGUE + script], count=2), 60)
+
+
+def test_a_process_that_is_late_is_named():
+    statuses, outputs = two_that_run("""
+with start(silence_seconds=30.0, barrier_seconds=2.0) as peers:
+    if not peers.is_first:
+        time.sleep(30)
+    peers.gather(1, "lunch")
+""")
+    assert statuses == [1, 1], outputs
+    late = f"process 1 of 2 on {socket.gethostname()} did not come to 'lunch' within system.barrier_seconds = 2"
+    assert f"error: {late}" in outputs[0]
+    assert late in outputs[1]  # which is told why
+
+
+def test_a_process_that_failed_ends_with_its_own_status_though_others_have_left():
+    """Process 0 waits for both to leave, of which one hangs: it sees the other leave and is still what failed."""
+    script = """
+import os, signal
+with start(silence_seconds=5.0, barrier_seconds=60.0) as peers:
+    if peers.index == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if peers.is_first:
+        raise PeerError("lunch is cancelled")
+    peers.gather(1)
+"""
+    *ending, hung = start(["-c", PROLOGUE + script], count=3)
+    try:
+        statuses, outputs = finish(ending, 60)
+    finally:
+        hung.kill()
+        hung.communicate()
+    assert statuses == [1, 1], outputs
+    assert outputs[0].count("error: ") == 1
+    assert "lunch is cancelled" in outputs[1]
+
+
+def test_a_process_0_that_hangs_is_named_and_not_waited_for():
+    """Its connection stays, and no question is answered: as that of a machine which lost its network."""
+    script = """
+import os, signal
+with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
+    if peers.is_first:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    peers.gather(1)
+"""
+    hung, other = start(["-c", PROLOGUE + script], count=2)
+    try:
+        output = other.communicate(timeout=40)[0]
+    finally:
+        hung.kill()
+        hung.communicate()
+    assert other.returncode == AGAIN, output
+    assert f"process 0 of 2 on {socket.gethostname()} does not answer for 3 s" in output
+
+
+def test_a_lost_message_is_no_lost_process():
+    statuses, outputs = two_that_run("""
+with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
+    say, failures = peers._say, []
+    def failing(*arguments):
+        if len(failures) < 3:
+            failures.append(arguments)
+            raise RuntimeError("UNAVAILABLE: a blip")
+        say(*arguments)
+    peers._say = failing
+    time.sleep(5)
+    peers.gather(1)
+    assert len(failures) == 3
+""")
+    assert statuses == [0, 0], outputs
+
+
+def test_what_goes_on_after_the_watch_of_a_process_ended_is_no_loss():
+    """The watch of one is in the middle of a round when all are done."""
+    statuses, outputs = two_that_run("""
+with start(silence_seconds=30.0, barrier_seconds=60.0) as peers:
+    say = peers._say
+    def slowly(*arguments):
+        say(*arguments)
+        time.sleep(1)
+    peers._say = slowly
+    time.sleep(4)
+""")
+    assert statuses == [0, 0], outputs
+
+
+def test_a_process_whose_others_never_start_gives_up(monkeypatch):
+    for name, value in (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}).items():
+        monkeypatch.setenv(name, value)
+    script = PROLOGUE + "start(silence_seconds=30.0, barrier_seconds=2.0)"
+    statuses, outputs = finish(start(["-c", script], count=1), 30)
+    assert statuses == [AGAIN], outputs
+    assert "error: after 2 s this process" in outputs[0]
+    assert "num_processes 2, process_id 1" in outputs[0]
+
+
+def test_an_error_of_one_process_reaches_the_others():
+    statuses, outputs = two_that_run("""
+with start(silence_seconds=30.0, barrier_seconds=30.0) as peers:
+    if not peers.is_first:
+        raise OSError("the disk is wet")
+    peers.gather(1)
+""")
+    assert statuses == [1, 1], outputs
+    assert "error: the disk is wet\n" in outputs[1]
+    assert f"process 1 of 2 on {socket.gethostname()} failed: the disk is wet" in outputs[0]
+    assert "resumes" not in outputs[0]  # as it would not
+    assert "Traceback" not in "".join(outputs)
+
+
+def test_all_get_the_values_of_all_in_order():
+    statuses, outputs = two_that_run("""
+with start(silence_seconds=30.0, barrier_seconds=30.0) as peers:
+    for round in range(5):
+        assert peers.gather({"of": [peers.index, round]}) == [{"of": [0, round]}, {"of": [1, round]}]
+    assert peers.join(["a"] * (1 + peers.index)) == ["a", "a", "a"]
+    assert peers.first(lambda: peers.index) == 0
+    peers.same({"x": 1}, "")
+""")
+    assert statuses == [0, 0], outputs
+
+
+def test_processes_of_different_configs_do_not_start(tmp_path):
+    shared = ["-m", "echo_jax.train", f"--workdir={tmp_path / 'w'}", *SMALL]
+    statuses, outputs = finish(start(shared, count=2, last=["--config.seed=7"]), 90)
+    assert statuses == [1, 1], outputs
+    assert "process 1 of 2" in outputs[0]
+    assert "has config.seed = '7'" in outputs[0]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_lone_process_is_not_touched():
+    with Peers() as alone:
+        assert (alone.gather({1: 2}), alone.first(lambda: "x"), alone.join([1])) == ([{1: 2}], "x", [1])
+    with pytest.raises(KeyError), Peers():
+        raise KeyError
+
+
+STEP = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments"),
+    [
+        ({}, None),
+        ({"ECHO_JAX_CLUSTER": "auto"}, {}),
+        ({"ECHO_JAX_CLUSTER": "gcetpu"}, {"cluster_detection_method": "gcetpu"}),
+        (STEP | {"SLURM_NTASKS": "2"}, {"cluster_detection_method": "slurm"}),
+        (STEP | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),  # a batch script
+    ],
+)
+def test_the_environment_says_who_the_others_are(environment, arguments):
+    assert _arguments(environment) == arguments
+
+
+def test_an_explicit_environment_is_taken_as_it_is():
+    known = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+    assert _arguments(EXPLICIT | STEP) == known | {"cluster_detection_method": "deactivate"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": ""}, "JAX_NUM_PROCESSES = ''"),
+        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID = 'one'"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID = 2: it must be less than JAX_NUM_PROCESSES = 2"),
+    ],
+)
+def test_an_incomplete_environment_is_an_error(environment, message):
+    with pytest.raises(PeerError, match=re.escape(message)):
+        _arguments(EXPLICIT | environment)

@@ -1,0 +1,50 @@
+"""What a run was made with can be read off its workdir."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from echo_jax.system import provenance
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "provenance.jsonl").read_text().splitlines()]
+
+
+def test_commit_diff_and_versions_are_recorded_at_each_start(tmp_path):
+    root, workdir = tmp_path / "repository", tmp_path / "w"
+    root.mkdir()
+    workdir.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root)]
+    (root / "a.py").write_text("one\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    provenance.record(workdir, root)
+    (root / "a.py").write_text("two\n")
+    provenance.record(workdir, root)
+    sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    first, second = lines(workdir)
+    assert first["git_sha"] == second["git_sha"] == sha
+    assert first["git_diff"] == ""
+    assert "-one\n+two\n" in second["git_diff"]
+    assert first["packages"]["jax"] == importlib.metadata.version("jax")
+    assert first["command"] == sys.orig_argv
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path):
+    """Also inside somebody else's: an installed package may lie below another repository."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "site-packages").mkdir()
+    provenance.record(tmp_path, tmp_path / "site-packages")
+    assert lines(tmp_path)[0]["git_sha"] is None
+    assert lines(tmp_path)[0]["git_diff"] is None
+
+
+def test_a_shipped_tree_knows_the_commit_that_it_is(tmp_path):
+    (tmp_path / ".shipped").mkdir()
+    (tmp_path / ".shipped" / "commit").write_text("abc\n")
+    (tmp_path / ".shipped" / "diff").write_text("+not shipped\n")
+    provenance.record(tmp_path, tmp_path)
+    assert (lines(tmp_path)[0]["git_sha"], lines(tmp_path)[0]["git_diff"]) == ("abc", "+not shipped\n")

@@ -1,0 +1,71 @@
+"""Which process brings which rows of a batch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from echo_jax.config import ConfigError
+from echo_jax.learner import learner as learner_lib
+from echo_jax.system import sharding
+from echo_jax.system.sharding import MESH_AXES, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Stands for one of another process, of which a process alone has none."""
+
+    id: int
+    process_index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Stands for a mesh of such devices."""
+
+    devices: np.ndarray
+
+    @property
+    def shape(self):
+        return dict(zip(MESH_AXES, self.devices.shape, strict=True))
+
+    @property
+    def size(self):
+        return self.devices.size
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """Returns a function of sizes and the process of each device, in the order in which JAX lists them."""
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes, axis_types: Grid(devices))
+
+    def make(data, fsdp, tensor, processes):
+        return make_mesh(data, fsdp, tensor, [Device(i, p) for i, p in enumerate(processes)])
+
+    return make
+
+
+def test_the_devices_of_a_process_lie_side_by_side(grid):
+    """As on a v5p, where ids go along rows of chips that hosts share."""
+    mesh = grid(1, 4, 2, [0, 0, 1, 1, 0, 0, 1, 1])
+    assert [d.id for d in mesh.devices.flat] == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert sharding.processes_of(mesh) == 2
+
+
+def test_tensor_beyond_a_process_is_refused_with_the_numbers(grid):
+    with pytest.raises(ValueError, match="mesh.tensor = 8 would span processes of 4 devices each"):
+        sharding.processes_of(grid(1, 1, 8, [0] * 4 + [1] * 4))
+
+
+def test_processes_with_unequal_shares_are_refused(grid):
+    with pytest.raises(ValueError, match=r"takes \[4, 2\] data shards"):
+        sharding.processes_of(grid(1, 6, 1, [0] * 4 + [1] * 4))
+
+
+def test_each_process_must_have_a_part():
+    built = learner_lib.build_learner(tiny.get_config(), 1280, jax.devices())
+    others = [Device(i, i // 4) for i in range(8)]
+    with pytest.raises(ConfigError, match="those of 1 of 2 processes"):
+        learner_lib._check_processes(built, others)

@@ -1,32 +1,42 @@
 """The default config: every field that exists, with its unit. Experiment files under configs/ only assign.
 
-In: overrides from a config file or the command line. Out: one locked `ConfigDict`, and the record of it in a workdir.
+In: overrides from a config file or the command line. Out: one locked `ConfigDict`. `run/validate.py` checks its values.
 """
 
 import importlib.util
-import math
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import ml_collections
 from ml_collections import config_dict
 
-from echo_jax.system.errors import UserError
+from echo_jax.system import named
+from echo_jax.system.errors import ConfigError
 
-
-class ConfigError(UserError, ValueError):
-    """A value that cannot work, found before any work starts."""
+# Sections whose entries a config names itself. Elsewhere, assigning a field that does not exist is an error.
+OPEN_SECTIONS = (
+    "task.mixture",
+    "tools",
+    "rollout.engine_options",
+    "loss.policy_options",
+    "loss.advantage_options",
+    "loss.class_weights",
+    "loss.tool_weights",
+    "loss.observation_filter_options",
+)
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns the default config, locked: assigning a field that does not exist raises."""
+    """Returns the default config, locked: assigning a field that does not exist raises. Only `task` is open, for the
+    sections of further entries of the mixture."""
     c = ml_collections.ConfigDict()
     c.seed = 0  # root of every random key: weights, tasks, sampling
     c.num_steps = 100  # RL updates after the warm start
 
     c.task = ml_collections.ConfigDict()
-    c.task.mixture = ml_collections.ConfigDict({"lookup": 1.0})  # task family -> weight
+    # Entry -> weight. An entry is a family by its name; or it has a section c.task.ENTRY = {"family": …, **parameters},
+    # where the family is one by its name or "module:Class" of yours.
+    c.task.mixture = ml_collections.ConfigDict({"lookup": 1.0})
     c.task.lookup = ml_collections.ConfigDict()
     c.task.lookup.folders = 3  # folders of the random tree
     c.task.lookup.files = 6  # files of the random tree
@@ -39,6 +49,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.task.rooms.width = 3  # rooms of the map, west to east
     c.task.rooms.height = 3  # rooms of the map, north to south
     c.task.rooms.map_seed = 0  # one fixed map a seed; tasks are start/goal pairs on it
+
+    # Tools of your own, which tasks can name: name -> "module:Class" or {"tool": "module:Class", **keyword arguments}.
+    c.tools = ml_collections.ConfigDict()
 
     c.model = ml_collections.ConfigDict()
     # Published weights to begin with: a folder of safetensors with its config.json, or a .gguf file; empty: random.
@@ -97,6 +110,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.max_turn_tokens = 24  # sampled in one turn
     c.rollout.warn_last_turn = False  # tell the agent that its last turn has come
     c.rollout.temperature = 1.0  # of sampling, in training and evaluation
+    c.rollout.engine = "dense"  # what samples: dense, or "module:Class" of yours, see rollout/engine/interface.py
+    c.rollout.engine_options = ml_collections.ConfigDict()  # its keyword arguments
     c.rollout.tool_threads = 8  # tool calls at work at once; as many sandboxes as rollouts are open
     c.rollout.save_every = 10  # keep the rollouts of every n-th step; 0: keep none
     c.rollout.grammar = "plain"  # of tool calls: plain | json | llama, see render/calls.py
@@ -132,8 +147,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.mode = "echo"  # grpo (lambda = 0) | echo | env_only (no policy term, no verifier needed)
     c.loss.mode_changes = ()  # pairs (RL step from 0, mode): from there on that mode
     # The policy term.
-    c.loss.policy = "grpo"  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_losses.py
-    c.loss.advantage = "auto"  # group | group_mean | leave_one_out | reward; auto: as the policy loss's paper
+    # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_losses.py; or "module:function" of yours.
+    c.loss.policy = "grpo"
+    c.loss.policy_options = ml_collections.ConfigDict()  # its hyperparameters, where not its defaults
+    # group | group_mean | leave_one_out | reward, see advantages.py; auto: as the policy loss's paper; or yours.
+    c.loss.advantage = "auto"
+    c.loss.advantage_options = ml_collections.ConfigDict()  # its keyword arguments
     c.loss.policy_normalizer = "auto"  # sequence | token | constant; auto: as the policy loss's paper
     # The importance ratio is clipped to [1 - clip_low, 1 + clip_high]; None: as the policy loss's paper (grpo .2, .2).
     c.loss.clip_low = config_dict.placeholder(float)
@@ -154,6 +173,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
     c.loss.tool_weights = ml_collections.ConfigDict({"bash": 1.0})  # of what a tool writes; 1 for one not named
     c.loss.observation_filter = ""  # module:function of (trajectory, bool [T]) -> bool [T], narrows what is trained
+    c.loss.observation_filter_options = ml_collections.ConfigDict()  # its keyword arguments
     c.loss.observation_clip = 1.0  # stop training a token whose probability is above this (PaW: 0.2); 1: never
     c.loss.top_entropy = 1.0  # train observations after this share of turns, the most uncertain (PaW: 0.75)
     c.loss.reward_adaptive = False  # lambda times (1 - mean reward) of each group (PaW)
@@ -189,7 +209,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval = ml_collections.ConfigDict()
     c.eval.every = 0  # RL steps between evaluations; 0: only before and after RL
     c.eval.episodes = 256  # held-out tasks, one sampled rollout each
-    c.eval.transcripts = 64  # fixed held-out transcripts for eval/observation_ce
+    c.eval.transcripts = 64  # fixed held-out transcripts for eval/observation_ce, written by the tasks' demonstrators
+    c.eval.trajectories = ""  # a file of saved rollouts to take as these transcripts, for tasks without demonstrators
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 20  # steps; the last step is always saved
@@ -201,7 +222,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.system.silence_seconds = 30.0  # without a sign of life, then a process is taken for dead
     c.system.barrier_seconds = 3600.0  # that a process may come later than the others, though alive
     c.system.profile_steps = ()  # (first, last) RL steps, from 1, that the profiler records into workdir/profile
-    return c.lock()
+    c.lock()
+    families = [section for name, section in c.task.items() if name != "mixture"]
+    c.task.unlock()
+    for section in families:
+        section.lock()
+    return c
 
 
 def load_config_file(path: Path) -> ModuleType:
@@ -213,65 +239,10 @@ def load_config_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError(f"there is no config file {path}")
+    named.add_to_path(path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-# What `validate` checks field by field.
-_MAY_BE_ZERO = (
-    "model.vocab_size",
-    "model.num_experts",
-    "model.experts_per_token",
-    "lora.rank",
-    "mesh.fsdp",
-    "pack.rows",
-    "seed",
-    "num_steps",
-    "task.rooms.map_seed",
-    "rollout.save_every",
-    "warm_start.num_steps",
-    "warm_start.demonstrations",
-    "optimizer.warmup_steps",
-    "loss.observation_schedule_steps",
-    "loss.policy_constant",
-    "loss.observation_constant",
-    "loss.gradient_metrics_every",
-    "eval.every",
-)
-_NOT_NEGATIVE = (
-    "loss.observation_weight",
-    "loss.clip_low",
-    "loss.clip_high",
-    "loss.importance_cap",
-    "loss.kl_weight",
-    "warm_start.observation_weight",
-    "warm_start.learning_rate",
-    "optimizer.learning_rate",
-    "optimizer.weight_decay",
-    "model.rope_scaling.attention_factor",
-)
-_POSITIVE = (
-    "rollout.temperature",
-    "rollout.max_seconds",
-    "system.silence_seconds",
-    "system.barrier_seconds",
-    "sandbox.timeout_seconds",
-    "sandbox.setup_seconds",
-    "sandbox.score_seconds",
-    "optimizer.clip_norm",
-    "model.rope_theta",
-    "model.rope_scaling.factor",
-    "model.rope_scaling.low_frequency_factor",
-    "model.rope_scaling.high_frequency_factor",
-    "model.rope_scaling.beta_fast",
-    "model.rope_scaling.beta_slow",
-    "model.norm_eps",
-    "lora.alpha",
-)
-_WEIGHTS = ("loss.class_weights.", "loss.tool_weights.")
-_SHARE = ("warm_start.success_rate", "warm_start.min_reward", "loss.min_valid_calls")
-_SHARE_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
@@ -284,51 +255,3 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
         else:
             leaves[name] = value
     return leaves
-
-
-def validate(config: ml_collections.ConfigDict, choices: Mapping[str, Collection[str]]) -> None:
-    """Raises `ConfigError`, naming field and value, for what no run could use.
-
-    Args:
-      choices: field -> the values that it can have.
-    """
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
-    fields = flat(config)
-    for name, value in fields.items():
-        if name.startswith(_WEIGHTS):
-            require(math.isfinite(value) and value >= 0, f"config.{name} = {value}: it must be finite and not negative")
-        elif isinstance(value, float):
-            require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            least = 0 if name in _MAY_BE_ZERO else 1
-            require(value >= least, f"config.{name} = {value}: it must be at least {least}")
-    for name in _NOT_NEGATIVE:
-        require(fields[name] is None or fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
-    for name, allowed in choices.items():
-        require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
-    for name in (*_SHARE, *_SHARE_ABOVE_ZERO):
-        in_range = 0 <= fields[name] <= 1 and (fields[name] > 0 or name in _SHARE)
-        require(in_range, f"config.{name} = {fields[name]}: it must lie between 0 and 1")
-    dual = config.loss.dual_clip
-    require(dual == 0 or dual > 1, f"config.loss.dual_clip = {dual}: it must be above 1, or 0 for none")
-    for name in _POSITIVE:
-        require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
-    for name in ("optimizer.b1", "optimizer.b2"):
-        require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must lie in [0, 1)")
-    tokens, length = config.rollout.max_tokens, config.pack.length
-    require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
-    made, batch = config.warm_start.demonstrations, config.warm_start.batch
-    require(
-        config.warm_start.num_steps == 0 or made >= batch,
-        f"config.warm_start.demonstrations = {made} is less than one batch of config.warm_start.batch = {batch}",
-    )
-    model = config.model
-    require(model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even one")
-    require(
-        model.num_heads % model.num_kv_heads == 0,
-        f"config.model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.num_kv_heads}",
-    )

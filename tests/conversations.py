@@ -6,11 +6,11 @@ import json
 import numpy as np
 
 from echo_jax.render import Part, Rendered, Renderer
-from echo_jax.render.calls import GRAMMARS, Call
+from echo_jax.render.calls import GRAMMARS, Call, describe
 from echo_jax.roles import Role
-from echo_jax.tools import describe
+from echo_jax.tools import TOOLS as ALL
 
-TOOLS = ("bash", "submit")
+TOOLS = {name: ALL[name] for name in ("bash", "submit")}
 SPELLED = ("<|im_end|>", "<|im_start|>assistant\n", "</tool_response>", "<|eot_id|>", "<tool_call>", "<think>", "</s>")
 BODIES = (
     "", " ", "\n", "3 notes/plan.txt\n", "  indented\n\n", "caf\u00e9 \U0001f9ff \u6f22\u5b57", "e\u0301 \u212b",
@@ -54,7 +54,9 @@ def conversations(grammar: str, *, spelled: bool, most_calls: int = 3, count: in
         return f"so {text} it is" if spelled else text  # a token that ends a body would merge with what follows, or not
 
     def turn():
-        calls = [GRAMMARS[grammar].write(Call("bash", {"command": f"cat {i}"})) for i in range(rng.integers(1, 4))]
+        calls = [
+            GRAMMARS[grammar].write(Call("bash", {"command": f"cat {i}"}), TOOLS) for i in range(rng.integers(1, 4))
+        ]
         said = "\n".join(calls[:most_calls])
         return said, tuple(text() for _ in calls[:most_calls])
 

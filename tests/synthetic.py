@@ -11,11 +11,11 @@ from echo_jax.models.transformer import ModelConfig, abstract_params, init_param
 from echo_jax.objective.batch import to_mesh
 from echo_jax.objective.loss import HeadOptions, LossOptions
 from echo_jax.objective.packing import capacity, pack
-from echo_jax.objective.policy_losses import Clip
 from echo_jax.objective.weights import Objective, weigh
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
 from echo_jax.rollout.trajectory import DTYPES, Attempt, Trajectory
 from echo_jax.system.sharding import make_mesh
+from echo_jax.tools import TOOLS
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -36,7 +36,7 @@ SPARSE = dataclasses.replace(TINY, qk_norm=True, num_experts=6, experts_per_toke
 MESH = make_mesh(1, 1, 1)
 GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)
 HEAD = HeadOptions(token_block=16, vocab_block=24)  # blocks that divide neither the tokens nor the vocabulary
-OPTIONS = LossOptions(policy="grpo", clip=Clip(0.2, 0.28), head=HEAD)
+OPTIONS = LossOptions(policy="grpo", head=HEAD, policy_options=(("clip_high", 0.28),), tools=tuple(TOOLS))
 ECHO = Objective(observation_weight=0.05, temperature=0.8)
 ROLES = (Role.SCAFFOLD, Role.ACTION, *ENVIRONMENT_ROLES)
 
@@ -64,9 +64,10 @@ def make_trajectory(ids, role=None, **fields) -> Trajectory:
     role = np.full(len(ids), Role.PROMPT) if role is None else role
     arrays = {"ids": ids, "role": role} | {name: np.zeros(len(ids)) for name in ("tool", "logprob", "entropy")}
     plain = dict(
-        task="family/train/0", group=0, rollout=0, shared=0, policy_version=0, reward=0.0, scored=True,
-        outcome="submitted", turns=1, attempts=(), limits_by="",
+        task="family/train/0", group=0, rollout=0, shared=0, reward=0.0, scored=True, outcome="submitted", turns=1,
+        attempts=(), limits_by="", tools=tuple(TOOLS),
     )  # fmt: skip
+    arrays["version"] = np.where(np.asarray(role) == Role.ACTION, fields.pop("policy_version", 0), -1)
     for status, count in fields.pop("calls", {}).items():
         plain["attempts"] += (Attempt(1, "bash", status),) * count
     fields = arrays | plain | fields
@@ -133,7 +134,7 @@ def gradient(
 
     def packed(logprobs):
         with_them = [dataclasses.replace(t, logprob=own) for t, own in zip(chosen, logprobs, strict=True)]
-        return pack(with_them, weights, length=length, rows=rows, micro_batches=micro_batches)
+        return pack(with_them, weights, length=length, rows=rows, micro_batches=micro_batches, tools=options.tools)
 
     sampled = packed([t.logprob for t in chosen])
     batch = sampled.batch

@@ -1,13 +1,15 @@
 """Config files only assign; a workdir belongs to one config."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from echo_jax.config import ConfigError, default_config, flat
-from echo_jax.run.validate import validate
+from echo_jax.run.validate import check_tools, validate
 from echo_jax.run.workdir import claim_workdir
+from echo_jax.tools import TOOLS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
 
@@ -44,6 +46,44 @@ def test_an_ablation_differs_from_its_base_in_one_declared_place(name, base, var
     assert len({tuple(run.items()) for run in runs}) == len(runs)
 
 
+def test_a_released_default_does_not_change():
+    """A run made before a field existed goes on with its default, so a default is a promise."""
+    released = json.loads((Path(__file__).parent / "fixtures" / "released_defaults.json").read_text())
+    today = json.loads(json.dumps(flat(default_config())))
+    assert {name: today.get(name) for name in released} == released
+
+
+def test_a_workdir_from_before_a_field_existed_is_the_same_run(tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["rollout.engine"], record["loss.kl_weight"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    claim_workdir(config, tmp_path)
+    config.loss.kl_weight = 0.5
+    with pytest.raises(ConfigError, match=r"loss.kl_weight: there 0.0, here 0.5"):
+        claim_workdir(config, tmp_path)
+
+
+def test_an_entry_that_a_recorded_mixture_lacks_is_no_field_that_came_later(tmp_path):
+    config = default_config()
+    config.task.mixture = {"maze": 1.0}
+    claim_workdir(config, tmp_path)
+    claim_workdir(config, tmp_path)
+    config.task.mixture = {"maze": 1.0, "lookup": 1.0}
+    with pytest.raises(ConfigError, match=r"task.mixture.lookup: there '\(no such field\)', here 1.0"):
+        claim_workdir(config, tmp_path)
+
+
+def test_a_section_for_an_entry_of_the_mixture_needs_no_unlocking():
+    config = default_config()
+    config.task.sums = {"family": "somewhere:SumFamily", "numbers": 0}
+    config.task.mixture = {"sums": 1.0}
+    validate(config)
+    with pytest.raises(AttributeError, match="wrods"):
+        config.task.lookup.wrods = 3
+
+
 def test_a_field_that_does_not_exist_cannot_be_set():
     with pytest.raises((AttributeError, KeyError), match="observation_weight"):
         default_config().loss.observation_wieght = 1.0
@@ -63,8 +103,15 @@ def test_a_field_that_does_not_exist_cannot_be_set():
         ("loss.mode_changes", ((0, "ehco"),), r"\(0, 'ehco'\).*grpo, echo, env_only"),
         ("loss.mode_changes", ("echo",), "'echo'"),
         ("loss.policy", "ppo", "grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce"),
-        ("loss.policy", "imitation", "grpo, dr_grpo"),
-        ("loss.advantage", "mean", "auto, group, group_mean, leave_one_out, reward"),
+        ("loss.policy", "imitation", "warm start; choose another"),
+        ("loss.policy", "no.such:loss", "'no.such:loss': No module named 'no'"),
+        ("loss.policy", "math:pi", "'math:pi' is a float; it must be a function"),
+        ("loss.policy_options", {"beta": 1.0}, "policy_options has beta; clipped_ratio takes clip_low, clip_high"),
+        ("loss.advantage", "math:no", "has no attribute 'no'"),
+        ("loss.advantage_options", {"beta": 1.0}, "advantage_options = .*needs config.loss.advantage"),
+        ("rollout.engine", "vllm", "'vllm': choose one of dense, or name yours"),
+        ("rollout.engine_options", {"lanes": 3}, "engine_options has lanes; LaneSessions takes steps_per_call"),
+        ("loss.advantage", "mean", "group, group_mean, leave_one_out, reward"),
         ("loss.policy_normalizer", "mean", "auto, sequence, token, constant"),
         ("loss.observation_normalizer", "mean", "observation, selected, token, constant"),
         ("loss.observation_schedule", "cosine", "constant, linear, step, warmup"),
@@ -80,8 +127,8 @@ def test_a_field_that_does_not_exist_cannot_be_set():
         ("loss.mode_changes", ((100, "echo"),), r"\(100, 'echo'\).*from 0 to 99"),
         ("loss.min_valid_calls", 0.5, "min_valid_calls = 0.5.*only env_only"),
         ("loss.clean_parse", True, "clean_parse = True.*only env_only"),
-        ("loss.observation_filter", "no.such:filter", "no filter 'no.such:filter'.*module:function"),
-        ("loss.observation_filter", "math:pi", "math:pi is a float"),
+        ("loss.observation_filter", "no.such:filter", "'no.such:filter': No module.*module:function"),
+        ("loss.observation_filter", "math:pi", "'math:pi' is a float"),
         ("pack.rows", -1, "pack.rows = -1"),
         ("optimizer.clip_norm", 0.0, "clip_norm = 0.0"),
         ("optimizer.b2", 1.0, "b2 = 1.0"),
@@ -90,23 +137,30 @@ def test_a_field_that_does_not_exist_cannot_be_set():
 )
 def test_a_bad_value_is_named(field, value, named):
     config = default_config()
-    config.update_from_flattened_dict({field: value})
+    if isinstance(value, dict):
+        section, name = field.split(".")
+        config[section][name] = value
+    else:
+        config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=named):
         validate(config)
 
 
-@pytest.mark.parametrize(
-    ("section", "value", "known"),
-    [
-        ("class_weights", {"bodi": 1.0}, "body, boilerplate, truncation, feedback, warning"),
-        ("tool_weights", {"bassh": 0.0}, "bash"),
-    ],
-)
-def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices(section, value, known):
+def test_a_hyperparameter_that_is_set_twice_is_an_error():
     config = default_config()
-    config.loss[section] = value
-    with pytest.raises(ConfigError, match=f"{section}.{next(iter(value))}.*choose from {known}"):
+    config.loss.clip_low, config.loss.policy_options = 0.1, {"clip_low": 0.2}
+    with pytest.raises(ConfigError, match="sets clip_low twice"):
         validate(config)
+
+
+def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices():
+    config = default_config()
+    config.loss.class_weights = {"bodi": 1.0}
+    with pytest.raises(ConfigError, match=r"class_weights\.bodi.*choose from body, boilerplate, truncation, feedback"):
+        validate(config)
+    config.loss.tool_weights = {"bassh": 0.0}
+    with pytest.raises(ConfigError, match=r"tool_weights\.bassh.*choose from bash"):
+        check_tools(config, TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +169,8 @@ def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices(sec
         ({"mode": "env_only", "observation_weight": 0.0}, "observation_weight = 0.0.*trains none"),
         ({"mode": "env_only", "class_weights.body": 0.0}, "class_weights trains none"),
         ({"mode": "env_only", "kl_weight": 0.1}, "kl_weight = 0.1"),
-        ({"policy": "cispo", "dual_clip": 3.0}, "dual_clip = 3.0: only grpo, dr_grpo, dapo, gspo"),
-        ({"policy": "rloo", "clip_low": 0.1}, r"'rloo' has no clip for \{'clip_low': 0.1\}"),
+        ({"policy": "cispo", "dual_clip": 3.0}, "dual_clip = 3.0, but .*'cispo' takes clip_low, clip_high"),
+        ({"policy": "rloo", "clip_low": 0.1}, "clip_low = 0.1, but .*'rloo' takes no hyperparameter"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_an_error(fields, named):
@@ -129,19 +183,28 @@ def test_an_option_that_would_do_nothing_is_an_error(fields, named):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"model.rope_scaling.factor": 4.0}, r"rope_scaling\.kind = 'none' has no \{'factor': 4\.0\}"),
-        ({"model.rope_scaling.kind": "llama3", "model.rope_scaling.beta_fast": 16.0}, "'llama3' has no {'beta_fast'"),
-        ({"model.rope_scaling.kind": "yarn", "model.rope_scaling.low_frequency_factor": 2.0}, "'yarn' has no {'low_"),
-        ({"model.experts_per_token": 2}, "experts_per_token = 2, normalize_experts = True with num_experts = 0"),
-        ({"model.normalize_experts": False}, "normalize_experts = False with num_experts = 0"),
-        ({"model.num_experts": 4}, "experts_per_token = 0, .* num_experts = 4: from 1 to num_experts"),
+        ({"model.rope_scaling.factor": 4.0}, r"rope_scaling sets factor = 4\.0, which kind = 'none' does not use"),
+        (
+            {"model.rope_scaling.kind": "llama3", "model.rope_scaling.beta_fast": 16.0},
+            "beta_fast = 16.0, which kind = 'llama3'",
+        ),
+        (
+            {"model.rope_scaling.kind": "yarn", "model.rope_scaling.low_frequency_factor": 2.0},
+            "low_.*2.0, which kind = 'yarn'",
+        ),
+        (
+            {"model.experts_per_token": 2},
+            "experts_per_token = 2 and .* do nothing with num_experts = 0",
+        ),
+        ({"model.normalize_experts": False}, "normalize_experts = False do nothing with num_experts = 0"),
+        ({"model.num_experts": 4}, "experts_per_token = 0: it must be from 1 to num_experts = 4"),
         ({"model.num_experts": 4, "model.experts_per_token": 5}, "experts_per_token = 5"),
         (
             {"model.num_experts": 4, "model.experts_per_token": 2, "lora.rank": 2},
-            "lora.targets = .*'gate'.*: some of query, key, value, attention_out, each once",
+            "lora.targets = .*'gate'.*: choose some of query, key, value, attention_out, each once",
         ),
-        ({"lora.alpha": 64.0}, r"lora\.rank = 0: there are no adapters that \{'alpha': 64\.0\} could be of"),
-        ({"lora.targets": ("query",)}, r"lora\.rank = 0: .*\{'targets': \('query',\)\}"),
+        ({"lora.alpha": 64.0}, r"lora sets alpha = 64\.0, but lora\.rank = 0 means no adapters"),
+        ({"lora.targets": ("query",)}, r"lora sets targets = \('query',\), but"),
         (
             {
                 "model.rope_scaling.kind": "llama3",
@@ -150,7 +213,7 @@ def test_an_option_that_would_do_nothing_is_an_error(fields, named):
             },
             "low_frequency_factor = 4.0 must be below high_frequency_factor = 4.0",
         ),
-        ({"model.rope_scaling.kind": "yarn"}, "factor = 1.0 and .* must both be above 1 with the kind 'yarn'"),
+        ({"model.rope_scaling.kind": "yarn"}, "factor = 1.0 and .* must both be above 1 with kind = 'yarn'"),
         (
             {"model.rope_scaling.kind": "yarn", "model.rope_scaling.factor": 2.0, "model.rope_theta": 1.0},
             "rope_theta = 1.0 must both be above 1",

@@ -20,10 +20,10 @@ from echo_jax.models import lora
 from echo_jax.models.rope import RopeScaling
 from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.objective import packing
-from echo_jax.objective.advantages import Pool, advantages_of, alone
+from echo_jax.objective.advantages import Pool, advantages_of, alone, find_estimator
 from echo_jax.objective.loss import HeadOptions, LossOptions
-from echo_jax.objective.policy_losses import POLICY_LOSSES, Clip
-from echo_jax.objective.selection import Selection, load_filter
+from echo_jax.objective.policy_losses import POLICY_LOSSES, PolicyLoss, find_policy_loss
+from echo_jax.objective.selection import Selection, find_filter
 from echo_jax.objective.weights import Objective, mode_at, scheduled_weight
 from echo_jax.system.sharding import make_mesh, processes_of
 
@@ -39,11 +39,16 @@ class Learner:
     model_config: ModelConfig
     graphdef: object
     abstract_params: dict
+    tools: tuple[str, ...] = ()  # names of the run's tools; each gets observation metrics
 
     @property
     def abstract_trained(self) -> dict:
         """Shapes of the parameters that are trained: all, or the adapters."""
         return lora.split(self.abstract_params)[0]
+
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        return find_policy_loss(self.config.loss.policy)
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +115,7 @@ class Learner:
     def objective(self, step: int) -> Objective:
         """Returns the objective of an RL step, from 0."""
         loss = self.config.loss
-        policy = POLICY_LOSSES[loss.policy]
+        policy = self.policy_loss
         steps = loss.observation_schedule_steps or self.config.num_steps
         return Objective(
             mode=mode_at(step, loss.mode, loss.mode_changes),
@@ -119,7 +124,7 @@ class Learner:
             selection=Selection(
                 class_weights=dict(loss.class_weights),
                 tool_weights=dict(loss.tool_weights),
-                keep=load_filter(loss.observation_filter),
+                keep=find_filter(loss.observation_filter, loss.observation_filter_options),
                 top_entropy=loss.top_entropy,
                 dedupe=loss.dedupe,
             ),
@@ -138,8 +143,8 @@ class Learner:
 
     def advantages(self, trajectories, pool: Pool = alone) -> np.ndarray:
         loss = self.config.loss
-        estimator = POLICY_LOSSES[loss.policy].advantage if loss.advantage == "auto" else loss.advantage
-        return advantages_of(trajectories, estimator, pool)
+        name = self.policy_loss.advantage if loss.advantage == "auto" else loss.advantage
+        return advantages_of(trajectories, find_estimator(name, loss.advantage_options), pool)
 
     def head_options(self) -> HeadOptions:
         loss = self.config.loss
@@ -147,20 +152,18 @@ class Learner:
         return HeadOptions(loss.token_block, loss.vocab_block, loss.score_all, mesh)
 
     def imitation_options(self) -> LossOptions:
-        return LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=self.head_options())
+        return LossOptions(policy="imitation", head=self.head_options(), tools=self.tools)
 
     def loss_options(self) -> LossOptions:
         """Returns the options of the RL steps."""
         loss = self.config.loss
-        own = POLICY_LOSSES[loss.policy].clip or Clip(0.0, 0.0)
+        options = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
+        options |= {"dual_clip": loss.dual_clip} if loss.dual_clip else {}
         return LossOptions(
             policy=loss.policy,
-            clip=Clip(
-                own.low if loss.clip_low is None else loss.clip_low,
-                own.high if loss.clip_high is None else loss.clip_high,
-                loss.dual_clip,
-            ),
             head=self.head_options(),
+            policy_options=tuple(sorted((options | dict(loss.policy_options)).items())),
+            tools=self.tools,
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
             observation_clip=loss.observation_clip,
             kl_estimator=loss.kl_estimator,
@@ -169,7 +172,9 @@ class Learner:
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
         """Packs one process's trajectories into the one shape that holds any `at_most` of them."""
         length, capacity = self.config.pack.length, self.capacity(at_most)
-        return packing.pack(trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity)
+        return packing.pack(
+            trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity, tools=self.tools
+        )
 
 
 def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
@@ -179,15 +184,21 @@ def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelC
     return ModelConfig(**fields, lora=lora.Lora(**config.lora))
 
 
-def build_learner(config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device]) -> Learner:
-    """Builds it for the first devices that the mesh of the config takes; `vocab_size` is the tokenizer's.
+def build_learner(
+    config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device], tools: tuple[str, ...] = ()
+) -> Learner:
+    """Builds it for the first devices that the mesh of the config takes.
+
+    Args:
+      vocab_size: the tokenizer's.
+      tools: names of the run's tools; without them, observation metrics are not split by tool.
 
     Raises:
       ConfigError: a size does not divide, or there are too few devices.
     """
-    own = config.model.vocab_size or vocab_size
-    if own < vocab_size:
-        raise ConfigError(f"config.model.vocab_size = {own} is less than the tokenizer's {vocab_size} pieces")
+    rows = config.model.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise ConfigError(f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces")
     sizes = config.mesh
     try:
         mesh = make_mesh(
@@ -195,11 +206,11 @@ def build_learner(config: ml_collections.ConfigDict, vocab_size: int, devices: S
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    model_config = describe_model(config, own)
-    _check_divides(config, own, mesh)
+    model_config = describe_model(config, rows)
+    _check_divides(config, rows, mesh)
     _check_experts(config, devices)
     graphdef, params = abstract_params(model_config, mesh)
-    learner = Learner(config, mesh, model_config, graphdef, params)
+    learner = Learner(config, mesh, model_config, graphdef, params, tools)
     _check_processes(learner, devices)
     return learner
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, fingerprint
+from echo_jax.learner.checkpoint import Checkpointer, fingerprint
 from echo_jax.learner.learner import Learner
 from echo_jax.learner.step import TrainState
 from echo_jax.models import lora
@@ -64,12 +64,8 @@ def restore(checkpointer: Checkpointer, learner: Learner, source: Source | None,
     frozen = {}
     if learner.model_config.lora.rank:
         frozen = begin(learner, None)[1] if source is None else _published(learner, source, quiet)
-    if "frozen" not in saved:
-        raise CheckpointError(
-            f"the checkpoint of step {saved['step']} is of an earlier version, without a fingerprint of what is "
-            "frozen; choose a new --workdir"
-        )
-    if fingerprint(frozen) != saved["frozen"]:
+    # Checkpoints made before there were adapters say nothing of frozen parameters: they had none.
+    if fingerprint(frozen) != saved.get("frozen", ""):
         raise WeightsError(
             f"the weights of {learner.config.model.weights or 'the seed'} are not those that the adapters of step "
             f"{saved['step']} were trained on; bring those back"

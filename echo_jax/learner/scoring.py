@@ -32,7 +32,7 @@ class Scorer:
         self.longest = learner.config.pack.length + 1  # tokens of a trajectory that can be scored
         self._learner, self._peers = learner, peers
         every_class = dataclasses.replace(learner.head_options(), score_all=True)
-        self._score = make_score(learner.graphdef, learner.mesh, every_class)
+        self._score = make_score(learner.graphdef, learner.mesh, every_class, learner.tools)
 
     def __call__(self, params, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Returns {"ce": nats a token, "accuracy", "tokens"} of the bodies; with a suffix, of other classes
@@ -64,7 +64,7 @@ class Scorer:
         own = peers.share(trajectories)
         weights = weigh(own, np.zeros(len(own)), Objective(observation_weight=1.0, temperature=1.0))
         most = packing.capacity(learner.share(len(trajectories)), longest, rows=rows, length=length)
-        packed = packing.pack(own, weights, length=length, rows=rows, micro_batches=most)
+        packed = packing.pack(own, weights, length=length, rows=rows, micro_batches=most, tools=learner.tools)
         for i in range(max(peers.gather(packed.micro_batches, "packed trajectories"))):
             micro = to_mesh(jax.tree.map(lambda x, i=i: x[i : i + 1], packed.batch), learner.mesh)
             yield jax.tree.map(lambda x: x[0], micro)

@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from echo_jax.models import lora
 from echo_jax.models.transformer import bind
 from echo_jax.objective.batch import Batch, micro_batches_in_use
-from echo_jax.objective.loss import HeadOptions, LossOptions, add_sums, denominators, echo_loss, score
-from echo_jax.objective.policy_losses import Clip
+from echo_jax.objective.loss import HeadOptions, LossOptions, Sums, add_sums, denominators, echo_loss, score
 from echo_jax.system.sharding import replicated, sharding_of
 
 
@@ -100,13 +99,13 @@ def loss_and_grads(graphdef, params, frozen, batch: Batch, mesh: Mesh, options: 
 
     shapes = jax.eval_shape(micro_loss, params, jax.tree.map(lambda x: x[0], batch))[1]
     no_grads = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-    zeros = ({name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, no_grads)
+    zeros = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), no_grads)
     return jax.lax.fori_loop(0, micro_batches_in_use(batch), accumulate, zeros)
 
 
 def make_train_step(
     graphdef, abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, options: LossOptions
-) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, dict, Batch], tuple[TrainState, Sums]]:
     """Returns the jitted update, (state, frozen parameters, batch) -> next state and metric sums; it donates the state
     and lays the next one out like `abstract`, so it compiles once."""
 
@@ -158,9 +157,10 @@ def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Ba
     return jax.jit(logprobs, out_shardings=sharding_of(mesh, ("micro", "batch", "time")))
 
 
-def make_score(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch], dict[str, jax.Array]]:
-    """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients."""
-    options = LossOptions(policy="imitation", clip=Clip(0.0, 0.0), head=head)
+def make_score(graphdef, mesh: Mesh, head: HeadOptions, tools: tuple[str, ...] = ()) -> Callable[[dict, Batch], Sums]:
+    """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients. `tools`: as in
+    `LossOptions`."""
+    options = LossOptions(policy="imitation", head=head, tools=tools)
 
     def metric_sums(params, micro: Batch):
         hidden, head_weights = _forward(graphdef, params, micro, head.mesh)

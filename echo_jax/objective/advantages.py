@@ -1,41 +1,73 @@
-"""Rewards to advantages."""
+"""Rewards to advantages.
 
-from collections.abc import Callable, Sequence
+In: the rewards of the rollouts of one task. Out: the advantage of each. An estimator is a function like those below and
+a line in `ADVANTAGES`; name yours as `module:function` in `config.loss.advantage`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.system import named
+from echo_jax.system.errors import UserError
 
 EPSILON = 1e-6  # beside the standard deviation
 
+# Maps the rewards of one group's rollouts, f64 [R], to their advantages, [R].
+Estimator = Callable[[np.ndarray], np.ndarray]
 
-def _normalized(rewards: np.ndarray) -> np.ndarray:
+
+class AdvantageError(UserError, ValueError):
+    """An estimator returned something that is not one finite number for each rollout."""
+
+
+def group_normalized(rewards: np.ndarray) -> np.ndarray:
     """(r - mean) / (std + 1e-6), std with ddof 0 (GRPO, arXiv 2402.03300, section 4.1.2)."""
-    return (rewards - rewards.mean()) / (rewards.std() + EPSILON)
+    return _centered(rewards) / (rewards.std() + EPSILON)
 
 
-def _centered(rewards: np.ndarray) -> np.ndarray:
+def group_mean(rewards: np.ndarray) -> np.ndarray:
     """r - mean: no division, which favours tasks of little variance (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
-    return rewards - rewards.mean()
+    return _centered(rewards)
 
 
-def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     """r minus the mean of the group's other rewards (RLOO, arXiv 2402.14740)."""
-    return (rewards - rewards.mean()) * len(rewards) / max(len(rewards) - 1, 1)
+    return _centered(rewards) * len(rewards) / max(len(rewards) - 1, 1)
 
 
-def _reward(rewards: np.ndarray) -> np.ndarray:
+def reward(rewards: np.ndarray) -> np.ndarray:
     """The reward itself: REINFORCE without a baseline (Williams 1992)."""
     return rewards
 
 
-# Each maps the rewards of one group's rollouts to their advantages.
-ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "group": _normalized,
-    "group_mean": _centered,
-    "leave_one_out": _leave_one_out,
-    "reward": _reward,
+def _centered(rewards: np.ndarray) -> np.ndarray:
+    """r - mean; exactly 0 for equal rewards and for a lone one."""
+    return np.zeros_like(rewards) if np.ptp(rewards) == 0 else rewards - rewards.mean()
+
+
+ADVANTAGES: dict[str, Estimator] = {
+    "group": group_normalized,
+    "group_mean": group_mean,
+    "leave_one_out": leave_one_out,
+    "reward": reward,
 }
+
+
+def find_estimator(name: str, options: Mapping[str, Any]) -> Estimator:
+    """Returns the estimator of this name, a key of `ADVANTAGES` or `module:function`, with its options as keyword
+    arguments.
+
+    Raises:
+      ConfigError: there is none, or it does not take these options.
+    """
+    found = named.find(name, ADVANTAGES, "loss.advantage")
+    named.check_callable(found, name, "loss.advantage")
+    named.check_options(found, options, "loss.advantage_options", given=1)
+    return functools.partial(found, **options) if options else found
 
 
 # A list of one process (of what `json` can write) -> those of all processes of the run, joined.
@@ -47,21 +79,32 @@ def alone(own: list) -> list:
     return own
 
 
-def advantages_of(trajectories: Sequence[Trajectory], estimator: str = "group", pool: Pool = alone) -> np.ndarray:
-    """Returns f32 [R], one of `ADVANTAGES` over each group.
+def advantages_of(
+    trajectories: Sequence[Trajectory], estimator: Estimator = group_normalized, pool: Pool = alone
+) -> np.ndarray:
+    """Returns f32 [R], the estimator over each group.
 
     A rollout that was not scored gets 0 and is left out of its group's statistics. Branches of one rollout have one
-    reward between them, and count once. Where a baseline is subtracted, equal rewards and a lone survivor get
-    exactly 0. `pool`: where the trajectories are one process's share of an update.
+    reward between them, and count once. `pool`: where the trajectories are one process's share of an update.
+
+    Raises:
+      AdvantageError: the estimator returned something else than one finite number for each rollout.
     """
     advantages = np.zeros(len(trajectories))
     by_group = rewards_by_group(trajectories, pool)
     for group, members in groups_of(trajectories).items():
         rewards = by_group[group]
-        if not rewards or (estimator != "reward" and np.ptp(list(rewards.values())) == 0):
+        if not rewards:
             continue
-        own = ADVANTAGES[estimator](np.asarray(list(rewards.values()), np.float64))
-        by_rollout = dict(zip(rewards, own, strict=True))
+        values = np.asarray(list(rewards.values()), np.float64)
+        found = np.asarray(estimator(values.copy()))
+        if found.shape != values.shape or not np.isfinite(found).all():
+            name = getattr(estimator, "__name__", estimator)
+            raise AdvantageError(
+                f"the advantage estimator {name} returned {found.tolist()} for the rewards {values.tolist()}; it must "
+                "return one finite number for each"
+            )
+        by_rollout = dict(zip(rewards, found, strict=True))
         for i in members:
             if trajectories[i].scored:
                 advantages[i] = by_rollout[trajectories[i].rollout]

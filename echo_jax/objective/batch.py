@@ -21,7 +21,7 @@ class Batch:
     segment_ids: jax.Array  # int32 [M, B, T] trajectory within the row, from 1; 0 is padding
     positions: jax.Array  # int32 [M, B, T] of `tokens` within its trajectory
     role: jax.Array  # int8 [M, B, T] Role of `targets`
-    tool: jax.Array  # int8 [M, B, T] which tool wrote `targets`, as in TOOL_IDS; 0: none did
+    tool: jax.Array  # int8 [M, B, T] which of the run's tools wrote `targets`, from 1; 0: none did
     policy_weight: jax.Array  # f32 [M, B, T] >= 0, never holds the advantage
     observation_weight: jax.Array  # f32 [M, B, T] >= 0, holds lambda
     observation_share: jax.Array  # f32 [M, B, T] observation_weight without lambda, for the metric

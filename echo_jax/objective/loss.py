@@ -4,6 +4,8 @@ In: hidden states and a micro-batch of packed rows. Out: this micro-batch's shar
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +13,30 @@ from jax.sharding import Mesh
 
 from echo_jax.kernels.fused_logprobs import Axes, LogProbs, fused_logprobs
 from echo_jax.objective.batch import Batch
-from echo_jax.objective.policy_losses import KL_ESTIMATORS, POLICY_LOSSES, Clip, Tokens
+from echo_jax.objective.policy_losses import KL_ESTIMATORS, Tokens, find_policy_loss
 from echo_jax.roles import ENVIRONMENT_CLASSES, ENVIRONMENT_ROLES, Role
 from echo_jax.system.sharding import MESH_AXIS_OF
-from echo_jax.tools import TOOL_IDS
 
-# What the observation metrics are split by: suffix of the name -> which tokens, by role and tool. A class first, all
-# tools together (the body's names have no suffix); then the bodies that each tool wrote.
-SPLITS = {"" if name == "body" else f"_{name}": (role, None) for name, role in ENVIRONMENT_CLASSES.items()}
-SPLITS |= {f"_tool_{name}": (Role.OBSERVATION, tool) for name, tool in TOOL_IDS.items()}
-# Metrics that are sums over micro-batches, and the count that turns each into a mean.
-MEANS = {
-    "policy/entropy": "policy/tokens",
-    "policy/clip_fraction": "policy/tokens",
-    "policy/sampler_gap": "policy/tokens",
-    "policy/mismatch_kl": "policy/tokens",
-    "policy/reference_kl": "policy/reference_tokens",
-    "loss/active_fraction": "pack/tokens",
-    "pack/efficiency": "pack/slots",
-}
-MEANS |= {f"observation/{what}{split}": f"observation/tokens{split}" for split in SPLITS for what in ("ce", "accuracy")}
-MAXIMA = ("policy/sampler_gap_max",)
+MAXIMA = ("policy/sampler_gap_max",)  # of metric sums: those that are the largest value, not a sum
+
+
+class Mean(NamedTuple):
+    """A metric that is a mean, as the sums over micro-batches that give it."""
+
+    total: jax.Array  # f32 scalar
+    count: jax.Array  # f32 scalar
+
+
+Sums = dict[str, jax.Array | Mean]
+
+
+def splits(tools: Sequence[str]) -> dict[str, tuple[Role, int | None]]:
+    """Returns what the observation metrics are split by: suffix of the name -> which tokens, by role and tool.
+
+    First a class, all tools together (the body's names have no suffix); then the bodies that each tool wrote.
+    """
+    classes = {"" if name == "body" else f"_{name}": (role, None) for name, role in ENVIRONMENT_CLASSES.items()}
+    return classes | {f"_tool_{name}": (Role.OBSERVATION, i) for i, name in enumerate(tools, start=1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +57,10 @@ class HeadOptions:
 class LossOptions:
     """What is the same for every token."""
 
-    policy: str  # a key of POLICY_LOSSES
-    clip: Clip
+    policy: str  # see `find_policy_loss`
     head: HeadOptions
+    policy_options: tuple[tuple[str, Any], ...] = ()  # hyperparameters of the policy loss that are not its defaults
+    tools: tuple[str, ...] = ()  # those that `Batch.tool` counts; each gets observation metrics
     importance_cap: float = 0.0  # of truncated importance sampling, see `echo_loss`; 0: off
     observation_clip: float = 1.0  # cross-entropy trains a token until its probability is this; 1: always
     kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
@@ -100,7 +106,7 @@ def echo_loss(
     batch: Batch,
     inverse_denominators: tuple[jax.Array, jax.Array],
     options: LossOptions,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Sums]:
     """Policy gradient on actions plus cross-entropy on observations (ECHO, arXiv 2605.24517, eqs. 1 to 3).
 
     With `importance_cap` C each action's policy loss is multiplied by min(p_old / p_sampler, C), without a gradient:
@@ -115,14 +121,15 @@ def echo_loss(
       options: what is the same for every token.
 
     Returns:
-      The share of the loss (f32 scalar; shares of micro-batches add up), and metric sums (maxima for names in
-      `MAXIMA`).
+      The share of the loss (f32 scalar; shares of micro-batches add up), and the metrics' sums, for `add_sums` and
+      `finish_metrics`.
     """
     scores = score(hidden, head, batch, options.head)
     logprob = scores.logprob
     scored = scored_tokens(batch, options.head)
     tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
-    surrogate, clipped = POLICY_LOSSES[options.policy].surrogate(tokens, options.clip)
+    policy = find_policy_loss(options.policy)
+    surrogate, policy_metrics = policy.surrogate(tokens, **(dict(policy.options) | dict(options.policy_options)))
     if options.importance_cap:
         surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
     kl = KL_ESTIMATORS[options.kl_estimator](logprob, batch.reference_logprob)
@@ -139,51 +146,60 @@ def echo_loss(
     total = policy_term + kl_term + observation_term
 
     action = ((batch.role == Role.ACTION) & scored).astype(jnp.float32)
+    actions = jnp.sum(action)
     real = batch.segment_ids > 0
-    sums = {
+    tokens_packed = jnp.sum(real, dtype=jnp.float32)
+    slots = jnp.sum(real.any(axis=-1), dtype=jnp.float32) * real.shape[-1]  # of rows that hold anything
+    sums: Sums = {
         "policy/loss": policy_term,
         "loss/kl": kl_term,
         "loss/observation": observation_term,
         "loss/total": total,
         "observation/loss": per_observation * jnp.sum(batch.observation_share * bounded),
-        "policy/entropy": jnp.sum(action * scores.entropy),
-        "policy/tokens": jnp.sum(action),
-        "loss/active_fraction": jnp.sum(batch.active),
-        "pack/tokens": jnp.sum(real, dtype=jnp.float32),
-        "pack/efficiency": jnp.sum(real, dtype=jnp.float32),
-        "pack/slots": jnp.sum(real.any(axis=-1), dtype=jnp.float32) * real.shape[-1],  # of rows that hold anything
+        "policy/entropy": Mean(jnp.sum(action * scores.entropy), actions),
+        "policy/tokens": actions,
+        "loss/active_fraction": Mean(jnp.sum(batch.active), tokens_packed),
+        "pack/tokens": tokens_packed,
+        "pack/efficiency": Mean(tokens_packed, slots),
+        "pack/slots": slots,
         "pack/pairs": jnp.sum(jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32),  # a token and one it reads
     }
-    for split, (role, tool) in SPLITS.items():
+    for split, (role, tool) in splits(options.tools).items():
         chosen = (batch.role == role) & scored
         chosen = chosen if tool is None else chosen & (batch.tool == tool)
-        sums[f"observation/ce{split}"] = jnp.sum(chosen * cross_entropy)
-        sums[f"observation/accuracy{split}"] = jnp.sum(chosen & scores.correct, dtype=jnp.float32)
-        sums[f"observation/tokens{split}"] = jnp.sum(chosen, dtype=jnp.float32)
+        count = jnp.sum(chosen, dtype=jnp.float32)
+        sums[f"observation/ce{split}"] = Mean(jnp.sum(chosen * cross_entropy), count)
+        sums[f"observation/accuracy{split}"] = Mean(jnp.sum(chosen & scores.correct, dtype=jnp.float32), count)
+        sums[f"observation/tokens{split}"] = count
     if options.policy != "imitation":  # where a policy sampled the actions, not a script
         difference = action * (logprob - batch.sampler_logprob)
-        sums["policy/clip_fraction"] = jnp.sum(action * clipped)
-        sums["policy/sampler_gap"] = jnp.sum(jnp.abs(difference))
+        for name, values in policy_metrics.items():
+            sums[f"policy/{name}"] = Mean(jnp.sum(action * values), actions)
+        sums["policy/sampler_gap"] = Mean(jnp.sum(jnp.abs(difference)), actions)
         sums["policy/sampler_gap_max"] = jnp.max(jnp.abs(difference))
-        sums["policy/mismatch_kl"] = jnp.sum(jnp.exp(difference) - 1.0 - difference)
-        sums["policy/reference_kl"] = jnp.sum(jnp.where(batch.kl_weight > 0, kl, 0.0))
-        sums["policy/reference_tokens"] = jnp.sum(batch.kl_weight > 0, dtype=jnp.float32)
+        sums["policy/mismatch_kl"] = Mean(jnp.sum(jnp.exp(difference) - 1.0 - difference), actions)
+        in_kl = jnp.sum(batch.kl_weight > 0, dtype=jnp.float32)
+        sums["policy/reference_kl"] = Mean(jnp.sum(jnp.where(batch.kl_weight > 0, kl, 0.0)), in_kl)
+        sums["policy/reference_tokens"] = in_kl
     return total, sums
 
 
-def add_sums(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def add_sums(a: Sums, b: Sums) -> Sums:
     """Joins the metric sums of two micro-batches."""
-    return {name: jnp.maximum(a[name], b[name]) if name in MAXIMA else a[name] + b[name] for name in a}
+    return {
+        name: jnp.maximum(a[name], b[name]) if name in MAXIMA else jax.tree.map(jnp.add, a[name], b[name]) for name in a
+    }
 
 
-def finish_metrics(sums: dict[str, jax.Array]) -> dict[str, float]:
+def finish_metrics(sums: Sums) -> dict[str, float]:
     """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out, and so is a count
     of tokens that most runs do not have (of a split of the observation metrics, of the KL) where it is 0."""
-    values = {name: float(value) for name, value in sums.items()}
-    for name, count in MEANS.items():
-        if name in values:
-            total = values.pop(name)
-            if values[count] > 0:
-                values[name] = total / values[count]
+    metrics = {}
     rare = ("observation/tokens_", "policy/reference_tokens")
-    return {name: value for name, value in values.items() if value or not name.startswith(rare)}
+    for name, value in sums.items():
+        if isinstance(value, Mean):
+            if value.count > 0:
+                metrics[name] = float(value.total) / float(value.count)
+        elif value or not name.startswith(rare):
+            metrics[name] = float(value)
+    return metrics

@@ -11,7 +11,7 @@ import numpy as np
 from echo_jax.objective import batch as batch_lib
 from echo_jax.objective.batch import Batch
 from echo_jax.objective.weights import TokenWeights
-from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.rollout.trajectory import Trajectory, renumbered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,12 @@ def pack(
     length: int,
     rows: int,
     micro_batches: int,
+    tools: Sequence[str] = (),
 ) -> Packed:
     """Packs trajectories into `micro_batches` × `rows` rows of `length` predicted tokens.
 
     A trajectory of n tokens fills n - 1 slots (its first token is never predicted), whole and in one row; none is cut
-    or dropped.
+    or dropped. `tools`: the names that `Batch.tool` counts.
 
     Raises:
       ValueError: one is shorter than two tokens or longer than a row, or all together do not fit.
@@ -80,18 +81,20 @@ def pack(
         start = 0
         for segment, i in enumerate(members, start=1):
             at = (*divmod(row, rows), slice(start, start + sizes[i]))
-            _place(batch, at, segment, trajectories[i], weights[i])
+            _place(batch, at, segment, trajectories[i], weights[i], tools)
             start += sizes[i]
     return Packed(batch, micro_batches=-(-len(layout) // rows))
 
 
-def _place(batch: Batch, at: tuple, segment: int, trajectory: Trajectory, weights: TokenWeights) -> None:
+def _place(
+    batch: Batch, at: tuple, segment: int, trajectory: Trajectory, weights: TokenWeights, tools: Sequence[str]
+) -> None:
     batch.tokens[at] = trajectory.ids[:-1]
     batch.targets[at] = trajectory.ids[1:]
     batch.segment_ids[at] = segment
     batch.positions[at] = np.arange(len(trajectory.ids) - 1)
     batch.role[at] = trajectory.role[1:]
-    batch.tool[at] = trajectory.tool[1:]
+    batch.tool[at] = renumbered(trajectory, tools)[1:]
     batch.sampler_logprob[at] = batch.old_logprob[at] = trajectory.logprob[1:]
     for name, values in vars(weights).items():
         getattr(batch, name)[at] = values[1:]

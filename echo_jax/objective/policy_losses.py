@@ -1,19 +1,25 @@
 """The policy losses: what each asks of the log-probabilities of sampled tokens.
 
-In: per-token log-probs of packed rows. Out: a per-token loss, to be weighted and summed by loss.py. One of them is a
-`PolicyLoss`: the surrogate, and the advantage and the normaliser that its paper uses with it.
+In: per-token log-probs of packed rows. Out: a per-token loss, to be weighted and summed by loss.py, and metrics of it.
+
+A loss is a function like those below. Its keyword arguments are its hyperparameters, their defaults those of its paper.
+A line in `POLICY_LOSSES` names it and says which advantage and normaliser its paper uses with it; name yours as
+`module:function` in `config.loss.policy`, and set its hyperparameters in `config.loss.policy_options`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from echo_jax.system import named
+
 
 class Tokens(NamedTuple):
-    """What a surrogate sees, [B, T] each; only places of positive weight count."""
+    """What a policy loss sees, [B, T] each; only places of positive weight count."""
 
     logprob: jax.Array  # f32, under the parameters that are trained
     old_logprob: jax.Array  # f32, under those that the ratio is taken to
@@ -22,33 +28,36 @@ class Tokens(NamedTuple):
     segment_ids: jax.Array  # int32, a trajectory within its row, 0 is padding
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """The bounds of the importance ratio: [1 - low, 1 + high], and the dual clip's c (0: none)."""
+class TokenLoss(NamedTuple):
+    """What a policy loss returns, [B, T] each."""
 
-    low: float
-    high: float
-    dual: float = 0.0
+    loss: jax.Array  # f32, finite everywhere
+    metrics: Mapping[str, jax.Array]  # name -> a number or bool a token; logged as `policy/NAME`, its mean over actions
 
 
-# A surrogate returns (loss, whether the clip took its gradient), both [B, T].
-Surrogate = Callable[[Tokens, Clip], tuple[jax.Array, jax.Array]]
+# (tokens, **hyperparameters) -> loss and metrics of each token.
+Surrogate = Callable[..., TokenLoss]
 
 
-def clipped_ratio(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
+def clipped_ratio(
+    tokens: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.0
+) -> TokenLoss:
     """-min(r A, clip(r) A) per token (PPO, arXiv 1707.06347, eq. 7; GRPO, arXiv 2402.03300, eq. 3).
 
-    Asymmetric bounds are DAPO's (arXiv 2503.14476, eq. 10). With `clip.dual` = c > 1 the loss of a negative advantage
-    is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5).
+    The ratio is clipped to [1 - clip_low, 1 + clip_high]; asymmetric bounds are DAPO's (arXiv 2503.14476, eq. 10). With
+    `dual_clip` = c > 1 the loss of a negative advantage is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5).
     """
-    return _clipped(_ratio(tokens.logprob - tokens.old_logprob), tokens.advantage, clip)
+    ratio = _ratio(tokens.logprob - tokens.old_logprob)
+    return _clipped(ratio, tokens.advantage, clip_low, clip_high, dual_clip)
 
 
-def clipped_sequence_ratio(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
+def clipped_sequence_ratio(
+    tokens: Tokens, *, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float = 0.0
+) -> TokenLoss:
     """GSPO (arXiv 2507.18071, eqs. 5 and 7): one ratio a sequence, the geometric mean of its tokens' ratios.
 
-    Every token carries its sequence's loss, so with weights 1 / |A| a sequence counts once. The paper's bounds are
-    3e-4 and 4e-4.
+    Every token carries its sequence's loss, so with weights 1 / |A| a sequence counts once. The default bounds are the
+    paper's.
     """
     counted = (tokens.weight > 0).astype(jnp.float32)
     log_ratio = counted * (tokens.logprob - tokens.old_logprob)
@@ -59,27 +68,29 @@ def clipped_sequence_ratio(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.A
         return (total / jnp.maximum(jax.ops.segment_sum(counts, ids, segments), 1.0))[ids]
 
     log_ratio = jax.vmap(mean_of_segment)(log_ratio, counted, tokens.segment_ids)
-    return _clipped(_ratio(log_ratio), tokens.advantage, clip)
+    return _clipped(_ratio(log_ratio), tokens.advantage, clip_low, clip_high, dual_clip)
 
 
-def clipped_weight(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
-    """CISPO (arXiv 2506.13585, eqs. 4 and 5): -sg(clip(r)) A log p. The clip bounds a weight and stops no gradient; the
-    paper bounds it from above only (`low` of 1 or more)."""
+def clipped_weight(tokens: Tokens, *, clip_low: float = 1.0, clip_high: float = 4.0) -> TokenLoss:
+    """CISPO (arXiv 2506.13585, eqs. 4 and 5): -sg(clip(r)) A log p. The clip bounds a weight and stops no gradient.
+
+    The paper bounds the weight from above only (a `clip_low` of 1 or more) and leaves the bound to be tuned: here
+    weights reach 5.
+    """
     ratio = _ratio(tokens.logprob - tokens.old_logprob)
-    bounded = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
-    return -jax.lax.stop_gradient(bounded) * tokens.advantage * tokens.logprob, bounded != ratio
+    bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    loss = -jax.lax.stop_gradient(bounded) * tokens.advantage * tokens.logprob
+    return TokenLoss(loss, {"clip_fraction": bounded != ratio})
 
 
-def log_likelihood(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
+def log_likelihood(tokens: Tokens) -> TokenLoss:
     """-A log p (REINFORCE, Williams 1992; RLOO, arXiv 2402.14740, its leave-one-out estimator)."""
-    del clip
-    return -tokens.advantage * tokens.logprob, jnp.zeros_like(tokens.logprob, bool)
+    return TokenLoss(-tokens.advantage * tokens.logprob, {"clip_fraction": jnp.zeros_like(tokens.logprob, bool)})
 
 
-def imitation(tokens: Tokens, clip: Clip) -> tuple[jax.Array, jax.Array]:
+def imitation(tokens: Tokens) -> TokenLoss:
     """-log p: cross-entropy on a demonstrator's actions (`sft`): no ratio, no advantage, no clip."""
-    del clip
-    return -tokens.logprob, jnp.zeros_like(tokens.logprob, bool)
+    return TokenLoss(-tokens.logprob, {})
 
 
 def _ratio(log_ratio):
@@ -87,50 +98,66 @@ def _ratio(log_ratio):
     return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
-def _clipped(ratio, advantage, clip: Clip):
+def _clipped(ratio, advantage, clip_low: float, clip_high: float, dual_clip: float) -> TokenLoss:
     free = ratio * advantage
-    clipped = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high) * advantage
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
     kept = jnp.minimum(free, clipped)
     stopped = clipped < free
-    if clip.dual:
-        floor = clip.dual * advantage
+    if dual_clip:
+        floor = dual_clip * advantage
         stopped |= (advantage < 0) & (kept < floor)
         kept = jnp.where(advantage < 0, jnp.maximum(kept, floor), kept)
-    return -kept, stopped
-
-
-CLIPPED = (clipped_ratio, clipped_sequence_ratio)  # those that the dual clip applies to
+    return TokenLoss(-kept, {"clip_fraction": stopped})
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
-    """A surrogate, and what its paper uses with it where the config leaves the choice open."""
+    """A loss, and what its paper uses with it where the config leaves the choice open."""
 
     surrogate: Surrogate
-    advantage: str  # a key of advantages.ADVANTAGES
-    normalizer: str  # a key of objective.POLICY_NORMALIZERS
-    clip: Clip | None  # None: it has none
+    advantage: str = "group"  # a key of advantages.ADVANTAGES
+    normalizer: str = "sequence"  # a key of weights.POLICY_NORMALIZERS
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # where its defaults are not the surrogate's
     filter_zero_variance: bool = False  # groups of equal rewards count in no policy denominator
     every_action: bool = False  # an action counts even where its advantage is 0
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every hyperparameter with its default."""
+        found = list(inspect.signature(self.surrogate).parameters.values())[1:]
+        return {p.name: p.default for p in found if p.default is not p.empty} | dict(self.options)
 
 
 POLICY_LOSSES = {
     # arXiv 2402.03300, eq. 3
-    "grpo": PolicyLoss(clipped_ratio, "group", "sequence", Clip(0.2, 0.2)),
+    "grpo": PolicyLoss(clipped_ratio),
     # arXiv 2503.20783, section 3.2
-    "dr_grpo": PolicyLoss(clipped_ratio, "group_mean", "constant", Clip(0.2, 0.2)),
+    "dr_grpo": PolicyLoss(clipped_ratio, "group_mean", "constant"),
     # arXiv 2503.14476, eqs. 10 to 12
-    "dapo": PolicyLoss(clipped_ratio, "group", "token", Clip(0.2, 0.28), filter_zero_variance=True),
+    "dapo": PolicyLoss(clipped_ratio, "group", "token", {"clip_high": 0.28}, filter_zero_variance=True),
     # arXiv 2507.18071, eq. 5
-    "gspo": PolicyLoss(clipped_sequence_ratio, "group", "sequence", Clip(3e-4, 4e-4)),
-    # arXiv 2506.13585, eq. 4, which leaves the upper bound to be tuned: weights up to 5 here, and no lower bound
-    "cispo": PolicyLoss(clipped_weight, "group", "token", Clip(1.0, 4.0)),
+    "gspo": PolicyLoss(clipped_sequence_ratio),
+    # arXiv 2506.13585, eq. 4
+    "cispo": PolicyLoss(clipped_weight, "group", "token"),
     # arXiv 2402.14740, up to the constant that a sum over tokens is divided by
-    "rloo": PolicyLoss(log_likelihood, "leave_one_out", "constant", None),
+    "rloo": PolicyLoss(log_likelihood, "leave_one_out", "constant"),
     # Williams 1992, up to that constant
-    "reinforce": PolicyLoss(log_likelihood, "reward", "constant", None),
-    "imitation": PolicyLoss(imitation, "group", "sequence", None, every_action=True),
+    "reinforce": PolicyLoss(log_likelihood, "reward", "constant"),
+    "imitation": PolicyLoss(imitation, every_action=True),
 }
+
+
+def find_policy_loss(name: str) -> PolicyLoss:
+    """Returns the loss of this name: a key of `POLICY_LOSSES`, or `module:attribute` of a function or a `PolicyLoss`.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    found = named.find(name, POLICY_LOSSES, "loss.policy")
+    if isinstance(found, PolicyLoss):
+        return found
+    named.check_callable(found, name, "loss.policy")
+    return PolicyLoss(found)
 
 
 def k1(logprob, reference_logprob):

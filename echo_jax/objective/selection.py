@@ -4,10 +4,11 @@ In: all trajectories of an update. Out: for each a weight per token. Every rule 
 """
 
 import dataclasses
+import functools
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from echo_jax.objective.advantages import Pool, alone
 from echo_jax.render.calls import MALFORMED
 from echo_jax.roles import ENVIRONMENT_CLASSES, Role
 from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.system import named
 from echo_jax.system.errors import UserError
-from echo_jax.tools import TOOL_IDS
 
 # (trajectory, bool [T] of its tokens that would be trained) -> bool [T] of those that are.
 ObservationFilter = Callable[[Trajectory, np.ndarray], np.ndarray]
@@ -32,7 +33,7 @@ class Selection:
 
     class_weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"body": 1.0})
     tool_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # a tool that is not named has 1
-    keep: ObservationFilter | None = None  # the user's own, see `load_filter`
+    keep: ObservationFilter | None = None  # the user's own, see `find_filter`
     top_entropy: float = 1.0  # share of the turns, by the mean entropy of their actions, whose observations are trained
     dedupe: bool = False  # an observation repeated within a group is trained once
 
@@ -58,22 +59,19 @@ def select(
     return weights
 
 
-def load_filter(name: str) -> ObservationFilter | None:
-    """Returns the function that "module:function" names, None for an empty name.
+def find_filter(name: str, options: Mapping[str, Any]) -> ObservationFilter | None:
+    """Returns the function that "module:function" names, with its options as keyword arguments; None for an empty name.
 
     Raises:
-      SelectionError: there is none.
+      ConfigError: there is none, or it does not take these options.
     """
     if not name:
         return None
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SelectionError(f"there is no filter {name!r}: {error}; write it as module:function") from error
-    if not callable(found):
-        raise SelectionError(f"{name} is a {type(found).__name__}, not a function of (trajectory, mask)")
-    return found
+    field = "loss.observation_filter"
+    found = named.find(name, {}, field)
+    named.check_callable(found, name, field)
+    named.check_options(found, options, f"{field}_options", given=2)
+    return functools.partial(found, **options) if options else found
 
 
 def parsed_well(trajectory: Trajectory, *, min_valid_calls: float, clean: bool) -> bool:
@@ -95,9 +93,7 @@ def _class_and_tool(trajectory: Trajectory, selection: Selection) -> np.ndarray:
     by_role = np.zeros(len(Role), np.float32)
     for name, weight in selection.class_weights.items():
         by_role[ENVIRONMENT_CLASSES[name]] = weight
-    by_tool = np.ones(len(TOOL_IDS) + 1, np.float32)
-    for name, weight in selection.tool_weights.items():
-        by_tool[TOOL_IDS[name]] = weight
+    by_tool = np.asarray([1.0, *(selection.tool_weights.get(name, 1.0) for name in trajectory.tools)], np.float32)
     return by_role[trajectory.role] * by_tool[trajectory.tool]
 
 

@@ -124,8 +124,8 @@ def weigh(
     """Stamps the weights of one update, or of one process's share of it: whole rollouts, and `pool` to ask the others.
 
     The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
-    Tokens that an earlier branch of the same rollout has too weigh nothing, and the branches of a rollout share one
-    normaliser.
+    Tokens that an earlier branch of the same rollout already trains have weight 0, and the branches of a rollout share
+    one normaliser.
     """
     terms = MODES[objective.mode]
     in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories], bool)
@@ -182,12 +182,14 @@ def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
 
 def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
     """Returns lambda for each trajectory. The reward-adaptive form of PaW (arXiv 2606.02388) is taken as 1 minus the
-    group's mean reward (held to [0, 1]): the worse a task goes, the more is learned from what was seen."""
+    group's mean reward, as a share of the range of its task's rewards: the worse a task goes, the more is learned from
+    what was seen."""
     lambdas = np.full(len(trajectories), objective.observation_weight)
     if objective.reward_adaptive:
         for group, members in groups_of(trajectories).items():
-            own = list(rewards[group].values())
-            lambdas[members] *= 1.0 - np.clip(np.mean(own) if own else 0.0, 0.0, 1.0)
+            low, high = trajectories[members[0]].reward_range
+            mean = np.mean(list(rewards[group].values())) if rewards[group] else low
+            lambdas[members] *= 1.0 - np.clip((mean - low) / (high - low), 0.0, 1.0)
     return lambdas
 
 

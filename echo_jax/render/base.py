@@ -1,11 +1,14 @@
 """What every chat format does: text into ids that know their writer, and a sampled turn back into text."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from echo_jax.roles import Role
 from echo_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from echo_jax.tools.tool import Tool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Renderer(Protocol):
     stop_ids: tuple[int, ...]  # any of them ends a sampled turn
     observation_header: tuple[int, ...]  # what every observation has before its body, and no action should have
 
-    def prompt(self, text: str, tools: Sequence[str] = ()) -> Rendered:
-        """The task and, where a format does so, the tools that there are, by name."""
+    def prompt(self, text: str, tools: "Mapping[str, Tool]") -> Rendered:
+        """The task and, where a format does so, a description of the agent's tools."""
         ...
 
     def generation_prompt(self) -> Rendered:

@@ -7,11 +7,15 @@ Control symbols stand between all parts, so encoding the parts one by one is the
 body's tokens decode to exactly that body, and no tool output can imitate a notice of the harness.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from echo_jax.render.base import Part, Rendered
 from echo_jax.roles import Role
 from echo_jax.tokenizer import SentencePieces
+
+if TYPE_CHECKING:
+    from echo_jax.tools.tool import Tool
 
 
 class BuiltinRenderer:
@@ -22,7 +26,7 @@ class BuiltinRenderer:
         self.stop_ids = (tokenizer.end,)
         self.observation_header = (tokenizer.tool,)
 
-    def prompt(self, text: str, tools: Sequence[str] = ()) -> Rendered:
+    def prompt(self, text: str, tools: "Mapping[str, Tool]") -> Rendered:
         """`tools` are not described: an agent that starts from nothing learns them from demonstrations."""
         return self._scaffold(self.tokenizer.task) + self._text(text, Role.PROMPT)
 

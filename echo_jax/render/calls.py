@@ -8,12 +8,13 @@ one line each. `json`, as Qwen and Hermes write them: any number of
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jsonschema
 
-from echo_jax.tools import TOOLS
+if TYPE_CHECKING:
+    from echo_jax.tools.tool import Tool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,11 @@ MALFORMED = ("no_call", "unclosed", "invalid_json", "missing_name", "unknown_too
 
 
 class Grammar(Protocol):
-    def parse(self, text: str, tools: Collection[str]) -> list[Call | Malformed]:
-        """Returns the attempts of a turn, in order; at least one. `tools`: the names that exist here."""
+    def parse(self, text: str, tools: "Mapping[str, Tool]") -> list[Call | Malformed]:
+        """Returns the attempts of a turn, in order; at least one. `tools`: those that the agent has, by name."""
         ...
 
-    def write(self, call: Call) -> str:
+    def write(self, call: Call, tools: "Mapping[str, Tool]") -> str:
         """Returns a turn that makes this call."""
         ...
 
@@ -54,14 +55,14 @@ class Plain:
         name, _, rest = text.partition(" ")
         if name not in tools:
             return [_unknown(tools)]
-        needed = TOOLS[name].parameters["required"]
+        needed = tools[name].parameters["required"]
         values = rest.split("\n", len(needed) - 1)
         if len(values) < len(needed):
             return [Malformed("invalid_arguments", f"{name} needs {', '.join(needed)}, a line each")]
         return [Call(name, dict(zip(needed, values, strict=True)))]
 
-    def write(self, call):
-        return f"{call.tool} " + "\n".join(call.arguments[name] for name in TOOLS[call.tool].parameters["required"])
+    def write(self, call, tools):
+        return f"{call.tool} " + "\n".join(call.arguments[name] for name in tools[call.tool].parameters["required"])
 
     def instructions(self, tools):
         lines = [
@@ -82,7 +83,7 @@ class Json:
         found = [part for part in self._PARTS.finditer(text) if part["body"] is not None]
         return [self._checked(part, tools) for part in found] or [Malformed("no_call", "no tool call")]
 
-    def write(self, call):
+    def write(self, call, tools):
         body = json.dumps({"name": call.tool, "arguments": dict(call.arguments)}, ensure_ascii=False)
         return f"<tool_call>\n{body}\n</tool_call>"
 
@@ -94,13 +95,13 @@ class Json:
             '<tool_call>\n{"name": <name>, "arguments": <object of arguments>}\n</tool_call>'
         )
 
-    def _checked(self, part: re.Match, tools: Collection[str]) -> Call | Malformed:
+    def _checked(self, part: re.Match, tools: "Mapping[str, Tool]") -> Call | Malformed:
         try:
             return self._attempt(part, tools)
         except RecursionError:
             return Malformed("invalid_json", "invalid JSON: nested too deeply")
 
-    def _attempt(self, part: re.Match, tools: Collection[str]) -> Call | Malformed:
+    def _attempt(self, part: re.Match, tools: "Mapping[str, Tool]") -> Call | Malformed:
         if not part["close"]:
             return Malformed("unclosed", "a tool call without </tool_call>")
         return _object(part["body"], "arguments", tools)
@@ -118,7 +119,7 @@ class Llama:
         except RecursionError:
             return [Malformed("invalid_json", "invalid JSON: nested too deeply")]
 
-    def write(self, call):
+    def write(self, call, tools):
         return json.dumps({"name": call.tool, "parameters": dict(call.arguments)}, ensure_ascii=False)
 
     def instructions(self, tools):
@@ -129,7 +130,7 @@ class Llama:
         )
 
 
-def _object(text: str, key: str, tools: Collection[str]) -> Call | Malformed:
+def _object(text: str, key: str, tools: "Mapping[str, Tool]") -> Call | Malformed:
     """Reads one call, an object whose arguments are under `key`."""
     try:
         call = json.loads(text)
@@ -141,7 +142,7 @@ def _object(text: str, key: str, tools: Collection[str]) -> Call | Malformed:
     if name not in tools:
         return _unknown(tools)
     error = jsonschema.exceptions.best_match(
-        jsonschema.Draft202012Validator(TOOLS[name].parameters).iter_errors(arguments)
+        jsonschema.Draft202012Validator(tools[name].parameters).iter_errors(arguments)
     )
     if error is not None:
         return Malformed("invalid_arguments", f"{name}: {error.message[:200]}")
@@ -151,5 +152,13 @@ def _object(text: str, key: str, tools: Collection[str]) -> Call | Malformed:
 GRAMMARS: dict[str, Grammar] = {"plain": Plain(), "json": Json(), "llama": Llama()}
 
 
-def _unknown(tools: Collection[str]) -> Malformed:
+def _unknown(tools: "Mapping[str, Tool]") -> Malformed:
     return Malformed("unknown_tool", f"unknown tool; there are: {' '.join(tools)}")
+
+
+def describe(tools: "Mapping[str, Tool]") -> list[dict]:
+    """Returns the descriptions of tools in the form that chat templates take."""
+    return [
+        {"type": "function", "function": {"name": name, "description": t.description, "parameters": t.parameters}}
+        for name, t in tools.items()
+    ]

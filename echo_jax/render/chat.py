@@ -5,17 +5,19 @@ the package `renderers`, `template` is the Jinja template that comes with the to
 piece of a conversation at a time, and to know of every token who wrote it.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from echo_jax.render.base import Part, Rendered
-from echo_jax.render.calls import GRAMMARS
+from echo_jax.render.calls import GRAMMARS, describe
 from echo_jax.render.marks import Marks
 from echo_jax.render.published import Llama3, Qwen3
 from echo_jax.render.template import RenderError, Template
 from echo_jax.roles import Role
 from echo_jax.tokenizer import BytePairs
-from echo_jax.tools import describe
+
+if TYPE_CHECKING:
+    from echo_jax.tools.tool import Tool
 
 __all__ = ["FORMATS", "ChatRenderer", "RenderError"]
 
@@ -60,8 +62,8 @@ class ChatRenderer:
         header = before.ids[: before.roles.index(Role.OBSERVATION)]
         self.observation_header = tuple(i for i in header if tokenizer.is_added(i))[-1:]
 
-    def prompt(self, text: str, tools: Sequence[str] = ()) -> Rendered:
-        named = tools if self._format.grammar == self._grammar else ()
+    def prompt(self, text: str, tools: "Mapping[str, Tool]") -> Rendered:
+        named = tools if self._format.grammar == self._grammar else {}
         told = [self._system, "" if named or not tools else GRAMMARS[self._grammar].instructions(describe(tools))]
         system = "\n\n".join(filter(None, told))
         marks = Marks([text, system])

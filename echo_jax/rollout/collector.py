@@ -6,22 +6,25 @@ a fault of the machine the rollout is made again, and if it fails again that is 
 
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from echo_jax.render import Renderer
 from echo_jax.render.calls import GRAMMARS, Call
+from echo_jax.roles import Role
 from echo_jax.rollout import episode as episode_lib
-from echo_jax.rollout.engine.dense import DenseEngine
-from echo_jax.rollout.episode import Episode, Phase, Rules
+from echo_jax.rollout.engine.interface import Engine
+from echo_jax.rollout.episode import Episode, Outcome, Phase, Rules
 from echo_jax.rollout.trajectory import Sampled, Trajectory
 from echo_jax.rollout.world import EpisodeWorld, Machine
 from echo_jax.system.errors import UserError
-from echo_jax.system.peers import Peers
-from echo_jax.tasks.task import Task
+from echo_jax.tasks.task import Message, Task
 from echo_jax.tools.sandbox import CommandResult, Status
+from echo_jax.tools.tool import Tool
 
 ATTEMPTS = 2  # at a rollout, when the machine fails it
 
@@ -50,13 +53,10 @@ class Job:
 class Collector:
     """Makes trajectories, from a policy or from scripts. A context manager: leaving it ends all threads."""
 
-    def __init__(
-        self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int, peers: Peers | None = None
-    ):
-        """`peers`: if one of the processes is stopped, the collections of all of them raise `Interrupted`."""
+    def __init__(self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int):
         self.stop = threading.Event()  # set it from anywhere: the collection under way raises Interrupted soon
-        self._peers = peers or Peers()
         self.retried = 0  # rollouts of the last collection that were made again
+        self.fault = ""  # why the last rollout of it that has no score could not be scored
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
@@ -71,29 +71,28 @@ class Collector:
     def rollouts(
         self,
         jobs: Sequence[Job],
-        engine: DenseEngine,
+        engine: Engine,
         on_finish: Callable[[int], None] = lambda done: None,
         finished: Sequence[Trajectory] = (),
     ) -> list[Trajectory]:
         """Samples one trajectory a job from the engine's policy.
 
-        Job i runs in lane i mod lanes, after the job before it there: with it, its tokens and log-probs are the same
-        however long the tools take. `on_finish` is called with the number of finished rollouts. `finished`: what an
-        interrupted call with the same jobs and policy already made.
+        As many rollouts run at once as the engine has sessions; job i begins when job i - sessions has ended. So which
+        rollouts follow one another does not depend on how long tools take.
+
+        Args:
+          on_finish: called with the number of finished rollouts.
+          finished: what an interrupted call with the same jobs and policy already made.
+
+        Raises:
+          Interrupted: `stop` was set.
         """
         collection = _Collection(self, jobs, engine, finished)
-
-        def collect() -> list[Trajectory]:
-            try:
-                return collection.run(on_finish)
-            finally:
-                engine.cancel()
-                collection.close()
-                self.retried = collection.retried
-
-        trajectories = self._together(collect)
-        self._check_machines(trajectories, collection.fault)
-        return trajectories
+        try:
+            return collection.run(on_finish)
+        finally:
+            collection.close()
+            self.retried, self.fault = collection.retried, collection.fault
 
     def scripted(
         self,
@@ -102,52 +101,24 @@ class Collector:
         seed: int,
         on_finish: Callable[[int], None] = lambda done: None,
     ) -> list[Trajectory]:
-        """Runs each task's own demonstrator, the right one or a flawed one, through the same episodes and tools.
+        """Runs each task's demonstrator, the right one or a flawed one, through the same episodes and tools.
 
         Raises:
           RolloutError: one failed. A script does what it should, so the machine is at fault; the result would be kept
             and used for the whole run, so it must be complete.
+          Interrupted: `stop` was set.
         """
         futures = [self._pool.submit(self._script, job, right, seed) for job, right in zip(jobs, solve, strict=True)]
-
-        def collect() -> list[Trajectory]:
-            try:
-                trajectories = []
-                for done, future in enumerate(futures, start=1):
-                    trajectories.append(future.result())
-                    on_finish(done)
-                return trajectories
-            finally:
-                for future in futures:
-                    future.cancel()
-                concurrent.futures.wait(futures)
-
-        return self._together(collect)
-
-    def check_stop(self) -> None:
-        """Raises `Interrupted` if this process, or another of the run, was asked to stop."""
-        if any(self._peers.gather(self.stop.is_set(), "a step")):
-            raise Interrupted
-
-    def _together(self, collect: Callable[[], list[Trajectory]]) -> list[Trajectory]:
         try:
-            trajectories, interrupted = collect(), False
-        except Interrupted as own:
-            trajectories, interrupted = list(own.finished), True
-        if any(self._peers.gather(interrupted, "rollouts")):
-            raise Interrupted(trajectories)
-        return trajectories
-
-    def _check_machines(self, trajectories: Sequence[Trajectory], fault: str) -> None:
-        """Raises `RolloutError` if of all processes none had a rollout that could be scored."""
-        own = [len(trajectories), sum(t.scored for t in trajectories), fault]
-        made, scored, faults = zip(*self._peers.gather(own, "faults"), strict=True)
-        if any(made) and not any(scored):
-            causes = "; ".join(dict.fromkeys(filter(None, faults)))
-            raise RolloutError(
-                f"all {sum(made)} rollouts failed on this machine; mend the cause, then run the same command again. "
-                f"The last one: {causes or 'no cause'}"
-            )
+            trajectories = []
+            for done, future in enumerate(futures, start=1):
+                trajectories.append(future.result())
+                on_finish(done)
+            return trajectories
+        finally:
+            for future in futures:
+                future.cancel()
+            concurrent.futures.wait(futures)
 
     def _start(self, job: Job) -> tuple[Episode, EpisodeWorld]:
         episode = episode_lib.start(self._renderer, self._rules, job.task.prompt, job.task.tools)
@@ -156,7 +127,7 @@ class Collector:
     def _script(self, job: Job, solve: bool, seed: int) -> Trajectory:
         for _ in range(ATTEMPTS):
             trajectory, fault = self._script_once(job, solve, np.random.default_rng([seed, job.rollout]))
-            if trajectory.scored:
+            if trajectory.outcome != Outcome.INFRA:
                 return trajectory
         raise RolloutError(f"the script of task {job.task.name} failed on this machine: {fault or 'no cause'}")
 
@@ -166,12 +137,14 @@ class Collector:
             if not environment.open():
                 episode = episode_lib.abandon(episode)
             script = job.task.demonstrate(rng, solve=solve)
+            if script is None:
+                raise RolloutError(f"task {job.task.name} has no demonstrator")
             observation = None
             while episode.phase is not Phase.DONE:
                 if self.stop.is_set():
                     raise Interrupted
                 if episode.phase is Phase.CALL:
-                    result = environment.run(episode.call, episode.seconds_left)
+                    result = self._run(environment, episode.call, episode.seconds_left)
                     observation = (result.head + result.tail).decode("utf-8", "surrogateescape")
                     episode = episode_lib.advance(episode, result)
                     continue
@@ -189,39 +162,61 @@ class Collector:
                     ids,
                     logprobs=(0.0,) * len(ids),
                     entropies=(float("nan"),) * len(ids),
+                    versions=(-1,) * len(ids),
                     stopped=len(ids) == len(action.ids),
-                    policy_version=-1,
                 )
                 episode = episode_lib.advance(episode, turn)
             return _score(job, episode, environment), environment.fault
         finally:
             environment.close()
 
-    def _spoken(self, text: str, available: tuple[str, ...]) -> str:
+    def _run(self, environment: EpisodeWorld, call: Call, seconds: float) -> CommandResult:
+        return environment.run(self._rules.tools[call.tool], call.arguments, seconds)
+
+    def _spoken(self, text: str, available: Mapping[str, Tool]) -> str:
         """Returns a script's turn, which is plain, in the grammar of the episodes."""
         attempt = GRAMMARS["plain"].parse(text, available)[0]
         grammar = self._rules.grammar
-        return GRAMMARS[grammar].write(attempt) if grammar != "plain" and isinstance(attempt, Call) else text
+        return GRAMMARS[grammar].write(attempt, available) if grammar != "plain" and isinstance(attempt, Call) else text
 
 
 def _score(job: Job, episode: Episode, environment: EpisodeWorld) -> Trajectory:
-    reward = environment.finish(episode.answer)
+    reward = environment.finish(
+        episode.answer,
+        outcome=str(episode.outcome),
+        turns=episode.turns,
+        read_transcript=functools.partial(_transcript, episode),
+    )
     if reward is None:
-        episode = episode_lib.abandon(episode)
+        episode = episode_lib.abandon(episode, Outcome.UNSCORED if environment.unscored else Outcome.INFRA)
     return episode_lib.to_trajectory(
         episode,
         task=job.task.name,
         group=job.group,
         rollout=job.rollout,
         reward=reward or 0.0,
+        reward_range=job.task.reward_range,
         limits_by=environment.limits_by,
     )
+
+
+def _transcript(episode: Episode) -> tuple[Message, ...]:
+    """Returns the episode as text, a message for each stretch with one writer; chat markup is left out."""
+    messages, at = [], 0
+    for role, members in itertools.groupby(episode.roles):
+        ids = episode.ids[at : at + len(list(members))]
+        at += len(ids)
+        if role is Role.ACTION:
+            messages.append(Message(role, episode.renderer.turn_text(ids)))
+        elif role is not Role.SCAFFOLD:
+            messages.append(Message(role, episode.renderer.tokenizer.decode(ids)))
+    return tuple(messages)
 
 
 class _Collection:
     """The state of one `Collector.rollouts`."""
 
-    def __init__(self, collector: Collector, jobs: Sequence[Job], engine: DenseEngine, finished: Sequence[Trajectory]):
+    def __init__(self, collector: Collector, jobs: Sequence[Job], engine: Engine, finished: Sequence[Trajectory]):
         self._collector = collector
         self._jobs = jobs
         self._engine = engine
@@ -230,21 +225,25 @@ class _Collection:
         self._opened: dict[int, concurrent.futures.Future] = {}
         self._episodes: dict[int, Episode] = {}
         self._waiting: dict[concurrent.futures.Future, int] = {}  # tool call or score under way -> job
-        self._in_lane: dict[int, int] = {}
+        self._job_of: dict[int, int] = {}  # open session -> job
+        self._session_of: dict[int, int] = {}
+        self._known: dict[int, int] = {}  # job -> ids that its session holds
         made = {trajectory.rollout: trajectory for trajectory in finished if trajectory.scored}
         self._done = {i: made[job.rollout] for i, job in enumerate(jobs) if job.rollout in made}
         self._attempts = dict.fromkeys(range(len(jobs)), 0)
         self.retried = 0
 
     def run(self, on_finish: Callable[[int], None]) -> list[Trajectory]:
-        for lane in range(self._engine.lanes):
-            self._fill(lane, lane)
+        for i in range(min(self._engine.sessions, len(self._jobs))):
+            self._begin_from(i)
         while len(self._done) < len(self._jobs):
             if self._collector.stop.is_set():
                 raise Interrupted(list(self._done.values()))
             if self._engine.busy:
-                for lane, turn in self._engine.step().items():
-                    self._advance(self._in_lane[lane], turn)
+                for session, turn in self._engine.step().items():
+                    i = self._job_of[session]
+                    self._known[i] += len(turn.ids)
+                    self._advance(i, turn)
             else:
                 concurrent.futures.wait(self._waiting, 0.1, concurrent.futures.FIRST_COMPLETED)
             for future in [future for future in self._waiting if future.done()]:
@@ -254,12 +253,14 @@ class _Collection:
 
     @property
     def fault(self) -> str:
-        """Why the last rollout that the machine failed could not be scored."""
+        """Why the last rollout without a score could not be scored."""
         faults = [environment.fault for environment in self._environments.values() if environment.fault]
         return faults[-1] if faults else ""
 
     def close(self) -> None:
-        """Ends what still runs, so that no sandbox outlives a collection that was stopped."""
+        """Ends what still runs, so that no session and no sandbox outlives a collection that was stopped."""
+        for session in list(self._job_of):
+            self._close_session(self._job_of[session])
         pending = [*self._opened.values(), *self._waiting]
         for future in pending:
             future.cancel()
@@ -267,27 +268,32 @@ class _Collection:
         for environment in self._environments.values():
             environment.close()
 
-    def _fill(self, lane: int, i: int) -> None:
-        """Begins the first job from i on that this lane has to do, if one is left."""
+    def _begin_from(self, i: int) -> None:
+        """Begins job i, or the first of the jobs that follow it which is not done yet, if one is left."""
         while i in self._done:
-            i += self._engine.lanes
+            i += self._engine.sessions
         if i < len(self._jobs):
-            self._begin(lane, i)
+            self._begin(i)
 
-    def _begin(self, lane: int, i: int) -> None:
+    def _begin(self, i: int) -> None:
         job = self._jobs[i]
         self._attempts[i] += 1
-        self._in_lane[lane] = i
         self._episodes[i], self._environments[i] = self._collector._start(job)
         self._opened[i] = self._pool.submit(self._environments[i].open)  # while the policy writes its first turn
-        self._engine.open(lane, job.rollout)
+        session = self._engine.open(job.rollout, job.group)
+        self._job_of[session], self._session_of[i], self._known[i] = i, session, 0
         self._ask(i)
+
+    def _close_session(self, i: int) -> None:
+        session = self._session_of.pop(i)
+        del self._job_of[session]
+        self._engine.close(session)
 
     def _ask(self, i: int) -> None:
         """Asks the engine for the episode's next turn, sending it the ids that it has not seen."""
-        episode, lane = self._episodes[i], i % self._engine.lanes
-        new = episode.ids[self._engine.known(lane) :]
-        self._engine.generate(lane, new, episode.sample_budget)
+        episode = self._episodes[i]
+        new, self._known[i] = episode.ids[self._known[i] :], len(episode.ids)
+        self._engine.extend(self._session_of[i], new, episode.sample_budget)
 
     def _advance(self, i: int, event: Sampled | CommandResult) -> None:
         episode = self._episodes[i] = episode_lib.advance(self._episodes[i], event)
@@ -302,20 +308,20 @@ class _Collection:
         if isinstance(result, CommandResult):
             self._advance(i, result)
             return
-        lane = i % self._engine.lanes
-        if not result.scored and self._attempts[i] < ATTEMPTS:
+        self._close_session(i)
+        if result.outcome == Outcome.INFRA and self._attempts[i] < ATTEMPTS:
             self.retried += 1
-            self._begin(lane, i)
+            self._begin(i)
             return
         self._done[i] = result
-        self._fill(lane, i)
+        self._begin_from(i)
 
     # The two below run in the pool. The pool starts jobs in order, so `_opened[i]` is never behind them.
 
     def _call(self, i: int, call: Call, seconds: float) -> CommandResult:
         if not self._opened[i].result():
             return CommandResult(Status.INFRA, None, b"", b"", 0, 0.0, "")
-        return self._environments[i].run(call, seconds)
+        return self._collector._run(self._environments[i], call, seconds)
 
     def _finish(self, i: int, episode: Episode) -> Trajectory:
         self._opened[i].result()

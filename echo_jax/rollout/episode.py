@@ -7,6 +7,7 @@ call, stop) and in the end a `Trajectory`. Every token's role is stamped here, w
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from echo_jax.render import Part, Rendered, Renderer
 from echo_jax.render.calls import GRAMMARS, Call, Malformed
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import Attempt, Sampled, Trajectory
-from echo_jax.tools import TOOL_IDS, TOOLS
+from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import CommandResult, Status
+from echo_jax.tools.tool import Tool
 
 
 class Phase(enum.Enum):
@@ -32,11 +34,12 @@ class Outcome(enum.StrEnum):
     MAX_SECONDS = "max_seconds"  # its calls took too long, all together
     FORMAT_ERRORS = "format_errors"  # too many turns on end without a call that could run
     INFRA = "infra"  # the fault of the machine, not of the policy: kept, but not scored
+    UNSCORED = "unscored"  # the task cannot say how it went, which is nobody's fault: kept, but not scored
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The budgets of an episode."""
+    """The budgets and the tools of an episode."""
 
     max_turns: int
     max_tokens: int  # of the whole trajectory
@@ -45,6 +48,7 @@ class Rules:
     max_seconds: float = math.inf  # that its tool calls may run, all together
     max_format_errors: int = 8  # turns on end without a call that could run
     grammar: str = "plain"  # of GRAMMARS
+    tools: Mapping[str, Tool] = dataclasses.field(default_factory=lambda: TOOLS)  # that a task can name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +57,13 @@ class Episode:
 
     renderer: Renderer
     rules: Rules
-    available: tuple[str, ...]  # names of the tools that there are
+    available: Mapping[str, Tool]  # the agent's tools, by name
     ids: tuple[int, ...] = ()
     roles: tuple[Role, ...] = ()
-    tools: tuple[int, ...] = ()  # which tool wrote the token, as in TOOL_IDS; 0: none did
+    tools: tuple[int, ...] = ()  # which of the rules' tools wrote the token, from 1; 0: none did
     logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
+    versions: tuple[int, ...] = ()  # of the policy that sampled the token; -1: none did
     phase: Phase = Phase.GENERATE
     outcome: Outcome = Outcome.RUNNING
     turns: int = 0
@@ -68,7 +73,6 @@ class Episode:
     attempts: tuple[Attempt, ...] = ()  # those that were dealt with
     format_errors: int = 0  # turns on end
     seconds: float = 0.0  # that its calls have run
-    policy_version: int = -1
 
     @property
     def call(self) -> Call | None:
@@ -87,12 +91,12 @@ class Episode:
 
 
 def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] = ("bash",)) -> Episode:
-    """Returns an episode that waits for its first turn. `tools`: names of those that there are beside `submit`.
+    """Returns an episode that waits for its first turn. `tools`: names of those that the agent has beside `submit`.
 
     Raises:
       ValueError: the prompt alone leaves no room to act.
     """
-    available = (*tools, "submit")
+    available = {name: rules.tools[name] for name in (*tools, "submit")}
     rendered = renderer.prompt(prompt, available) + renderer.generation_prompt()
     if len(rendered.ids) >= rules.max_tokens:
         raise ValueError(
@@ -110,16 +114,17 @@ def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
     raise ValueError(f"an episode in phase {episode.phase.name} cannot take a {type(event).__name__}")
 
 
-def abandon(episode: Episode) -> Episode:
-    """Returns the episode ended by a fault of the infrastructure; its tokens are kept."""
-    return _end(episode, Outcome.INFRA)
+def abandon(episode: Episode, outcome: Outcome = Outcome.INFRA) -> Episode:
+    """Returns the episode ended without a score, by default by a fault of the infrastructure; its tokens are kept."""
+    return _end(episode, outcome)
 
 
 def _after_turn(episode: Episode, turn: Sampled) -> Episode:
-    if not 0 < len(turn.ids) == len(turn.logprobs) == len(turn.entropies) <= episode.sample_budget:
+    columns = (turn.ids, turn.logprobs, turn.entropies, turn.versions)
+    if len(set(map(len, columns))) > 1 or not 0 < len(turn.ids) <= episode.sample_budget:
         raise ValueError(
-            f"a turn of {len(turn.ids)} ids, {len(turn.logprobs)} log-probs and {len(turn.entropies)} entropies, where "
-            f"1 to {episode.sample_budget} tokens were asked for"
+            f"a turn has {', '.join(str(len(column)) for column in columns)} ids, log-probs, entropies and versions; "
+            f"there must be as many of each, 1 to {episode.sample_budget}"
         )
     episode = dataclasses.replace(
         episode,
@@ -128,9 +133,9 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
         tools=episode.tools + (0,) * len(turn.ids),
         logprobs=episode.logprobs + turn.logprobs,
         entropies=episode.entropies + turn.entropies,
+        versions=episode.versions + turn.versions,
         turns=episode.turns + 1,
         answered=False,
-        policy_version=turn.policy_version,
     )
     if not turn.stopped:
         if len(episode.ids) >= episode.rules.max_tokens:
@@ -150,7 +155,7 @@ def _after_call(episode: Episode, result: CommandResult) -> Episode:
     if result.status is Status.INFRA:
         return abandon(episode)
     episode = dataclasses.replace(episode, pending=episode.pending[1:], seconds=episode.seconds + result.seconds)
-    return _next(_observe(episode, observation_parts(result), TOOL_IDS[tool]))
+    return _next(_observe(episode, observation_parts(result), list(episode.rules.tools).index(tool) + 1))
 
 
 def _next(episode: Episode) -> Episode:
@@ -158,7 +163,7 @@ def _next(episode: Episode) -> Episode:
     while episode.phase is not Phase.DONE and episode.pending:
         attempt, *rest = episode.pending
         if isinstance(attempt, Call):
-            if TOOLS[attempt.tool].ends_episode:
+            if attempt.tool == "submit":
                 episode = _note(episode, "submit", attempt.tool)
                 return dataclasses.replace(_end(episode, Outcome.SUBMITTED), answer=attempt.arguments["answer"])
             if episode.seconds >= episode.rules.max_seconds:
@@ -221,6 +226,7 @@ def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
         tools=episode.tools + tuple(tool if role in by_tool else 0 for role in new.roles),
         logprobs=episode.logprobs + zeros,
         entropies=episode.entropies + zeros,
+        versions=episode.versions + (-1,) * len(new.ids),
     )
 
 
@@ -229,7 +235,14 @@ def _end(episode: Episode, outcome: Outcome) -> Episode:
 
 
 def to_trajectory(
-    episode: Episode, *, task: str, group: int, rollout: int, reward: float, limits_by: str = ""
+    episode: Episode,
+    *,
+    task: str,
+    group: int,
+    rollout: int,
+    reward: float,
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    limits_by: str = "",
 ) -> Trajectory:
     """Returns a finished episode as numpy arrays."""
     if episode.phase is not Phase.DONE:
@@ -240,15 +253,17 @@ def to_trajectory(
         tool=np.asarray(episode.tools, np.int8),
         logprob=np.asarray(episode.logprobs, np.float32),
         entropy=np.asarray(episode.entropies, np.float32),
+        version=np.asarray(episode.versions, np.int32),
         task=task,
         group=group,
         rollout=rollout,
         shared=0,
-        policy_version=episode.policy_version,
         reward=reward,
-        scored=episode.outcome is not Outcome.INFRA,
+        scored=episode.outcome not in (Outcome.INFRA, Outcome.UNSCORED),
         outcome=str(episode.outcome),
         turns=episode.turns,
         attempts=episode.attempts,
         limits_by=limits_by,
+        tools=tuple(episode.rules.tools),
+        reward_range=reward_range,
     )

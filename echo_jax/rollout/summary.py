@@ -24,6 +24,7 @@ class Summary:
     group: int
     scored: bool
     reward: float
+    solved: bool
     turns: int
     tokens: int
     actions: int  # tokens
@@ -37,6 +38,7 @@ class Summary:
             group=t.group,
             scored=t.scored,
             reward=t.reward,
+            solved=t.solved,
             turns=t.turns,
             tokens=len(t.ids),
             actions=int((t.role == Role.ACTION).sum()),
@@ -78,7 +80,7 @@ def rollout_metrics(rollouts: Sequence[Summary], prefix: str) -> dict[str, float
         "imagined_observations": sum(r.imagined for r in rollouts) / max(sum(r.actions for r in rollouts), 1),
     }
     if scored:
-        metrics["solve_rate"] = float(np.mean([reward >= 1.0 for reward in scored]))
+        metrics["solve_rate"] = float(np.mean([r.solved for r in rollouts if r.scored]))
         metrics["reward"] = float(np.mean(scored))
         if len(scored) > len(groups):  # else no group has two to compare
             metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))

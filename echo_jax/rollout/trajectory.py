@@ -14,14 +14,13 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from echo_jax.roles import Role
 from echo_jax.system.errors import UserError
 from echo_jax.system.peers import Peers
-from echo_jax.tools import TOOL_IDS
 
 FORMAT = "echo_jax.trajectories/3"
 ENDED_BY_BUDGET = ("max_turns", "max_tokens", "max_seconds")  # outcomes of an overlong rollout
@@ -38,8 +37,8 @@ class Sampled:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # under the tempered, untruncated distribution each was drawn from
     entropies: tuple[float, ...]  # of that distribution, nats; nan where there was none, as for a script
-    stopped: bool  # ended by the stop token, which is the last of `ids`
-    policy_version: int
+    versions: tuple[int, ...]  # of the policy that sampled each id, as a step of the run; -1: a script
+    stopped: bool  # ended by a stop token, which is the last of `ids`; else its budget ran out
 
 
 class Attempt(NamedTuple):
@@ -53,7 +52,14 @@ class Attempt(NamedTuple):
     dropped_bytes: int = 0  # of its output, in the middle
 
 
-DTYPES = {"ids": np.int32, "role": np.int8, "tool": np.int8, "logprob": np.float32, "entropy": np.float32}
+DTYPES = {
+    "ids": np.int32,
+    "role": np.int8,
+    "tool": np.int8,
+    "logprob": np.float32,
+    "entropy": np.float32,
+    "version": np.int32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +68,37 @@ class Trajectory:
 
     ids: np.ndarray  # int32 [T]
     role: np.ndarray  # int8 [T] Role
-    tool: np.ndarray  # int8 [T] which tool wrote it, as in TOOL_IDS; 0: none did
+    tool: np.ndarray  # int8 [T] which tool wrote it: `tools[i - 1]`; 0: none did
     logprob: np.ndarray  # f32 [T] under the distribution it was sampled from; 0 where not sampled
     entropy: np.ndarray  # f32 [T] of that distribution, nats; 0 where not sampled, nan where not recorded
+    version: np.ndarray  # int32 [T] step of the run whose policy sampled it; -1 where no policy did
     task: str  # name of the task
     group: int  # rollouts of one group share their task and their baseline
     rollout: int  # global index; branches of one rollout share it, and count as one in every normaliser
-    shared: int  # leading tokens that an earlier branch of this rollout has too: trained there, and only there
-    policy_version: int  # step of the run whose policy sampled it; -1: scripted
+    shared: int  # leading tokens that an earlier branch of this rollout has too, which is where they are trained
     reward: float
-    scored: bool  # False: an infrastructure fault, left out of the group's baseline
+    scored: bool  # False: nobody's success or failure, left out of the group's baseline
     outcome: str  # why it ended
     turns: int
     attempts: tuple[Attempt, ...]  # at tool calls, in order
     limits_by: str  # how the sandbox held its limits, as `Sandbox.limits_by`; "" where there was none
+    tools: tuple[str, ...]  # names of the run's tools, which `tool` counts from 1
+    reward_range: tuple[float, float] = (0.0, 1.0)  # lowest and highest reward of its task
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in DTYPES}
         if len(set(lengths.values())) > 1:
             raise TrajectoryError(f"lengths differ: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
+
+    @property
+    def policy_version(self) -> int:
+        """The newest policy that sampled a token of it, as a step of its run; -1 for a script's."""
+        return int(self.version.max(initial=-1))
+
+    @property
+    def solved(self) -> bool:
+        """Whether it earned the highest reward."""
+        return self.reward >= self.reward_range[1]
 
     @property
     def calls(self) -> dict[str, int]:
@@ -99,12 +117,14 @@ def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> 
       TrajectoryError: the file cannot be written, as on a full disk.
     """
     scratch = path.with_name(path.name + ".tmp")
+    trajectories = list(trajectories)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(scratch, "wt", compresslevel=3) as file:
-            file.write(json.dumps(_header(vocab_size)) + "\n")
+            tools = list(dict.fromkeys(name for trajectory in trajectories for name in trajectory.tools))
+            file.write(json.dumps(_header(vocab_size, tools)) + "\n")
             for trajectory in trajectories:
-                file.write(json.dumps(_to_record(trajectory)) + "\n")
+                file.write(json.dumps(_to_record(trajectory, tools)) + "\n")
         os.replace(scratch, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -139,7 +159,7 @@ def remove_shares(folder: Path) -> None:
 
 
 def load(path: Path, *, vocab_size: int, padded: bool = False) -> list[Trajectory]:
-    """Reads what `save` wrote.
+    """Reads what `save` wrote, also by an earlier version that knew fewer roles, tools or columns.
 
     Args:
       padded: whether it may have been written with more ids than `vocab_size`, as of an embedding that has more rows
@@ -156,30 +176,65 @@ def load(path: Path, *, vocab_size: int, padded: bool = False) -> list[Trajector
             f"{path} is not a saved-rollouts file or is damaged ({error}). In the workdir of a run: delete it, "
             "then run the same command again, which makes it anew"
         ) from error
-    expected = _header(vocab_size)
-    if padded and isinstance(header, dict) and isinstance(rows := header.get("vocab_size"), int) and rows >= vocab_size:
-        expected = _header(vocab_size := rows)
-    if header != expected:
-        raise TrajectoryError(f"{path} begins with {str(header)[:200]}; here it must be {expected}")
-    try:
-        trajectories = [_from_record(record) for record in records]
-    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
-    for trajectory in trajectories:
-        if wrong := _wrong(trajectory, vocab_size):
-            raise TrajectoryError(f"{path}: {trajectory.task}: {wrong}")
+    reader = _Reader(path, header, vocab_size, padded)
+    trajectories = []
+    for record in records:
+        try:
+            trajectories.append(reader.trajectory(record))
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
+            raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
+        if wrong := _wrong(trajectories[-1], reader.vocab_size):
+            raise TrajectoryError(f"{path}: {trajectories[-1].task}: {wrong}")
     return trajectories
+
+
+class _Reader:
+    """Reads the records under one header: numbers of roles and tools are the file's own, and become today's by name."""
+
+    def __init__(self, path: Path, header: Any, vocab_size: int, padded: bool):
+        said = str(header)[:200]
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise TrajectoryError(f"{path} begins with {said}; a file of saved rollouts has the format {FORMAT!r}")
+        rows = header.get("vocab_size")
+        self.vocab_size = rows if padded and isinstance(rows, int) and rows >= vocab_size else vocab_size
+        if rows != self.vocab_size:
+            raise TrajectoryError(f"{path} was saved with a vocabulary of {rows!r}; this run's has {vocab_size}")
+        roles, tools = header.get("roles"), header.get("tools")
+        if not (_is_numbering(roles, first=0) and _is_numbering(tools, first=1)):
+            raise TrajectoryError(f"{path} begins with {said}, which does not number roles from 0 and tools from 1")
+        if unknown := [name for name in roles if name not in Role.__members__]:
+            raise TrajectoryError(f"{path} has tokens of the roles {', '.join(unknown)}, which this version lacks")
+        self._roles = np.asarray([Role[name] for name in sorted(roles, key=roles.get)], np.int8)
+        self._tools = tuple(sorted(tools, key=tools.get))
+
+    def trajectory(self, record: dict) -> Trajectory:
+        fields = dict(record)
+        # Before there was a version for each token, there was one for the rollout.
+        version = fields.pop("policy_version", -1)
+        fields = {name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in fields.items()}
+        if fields["role"].size and not 0 <= fields["role"].min() <= fields["role"].max() < len(self._roles):
+            raise ValueError(f"role must be from 0 to {len(self._roles) - 1}")
+        fields["role"] = self._roles[fields["role"]]
+        if "version" not in fields:
+            fields["version"] = np.where(fields["role"] == Role.ACTION, version, -1).astype(DTYPES["version"])
+        fields["attempts"] = tuple(Attempt(*attempt) for attempt in fields["attempts"])
+        if "reward_range" in fields:
+            fields["reward_range"] = tuple(fields["reward_range"])
+        return Trajectory(**fields, tools=self._tools)
+
+
+def _is_numbering(numbers: Any, *, first: int) -> bool:
+    """Whether it is {name: number}, each number from `first` on once."""
+    if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
+        return False
+    return sorted(numbers.values()) == list(range(first, first + len(numbers)))
 
 
 def _wrong(t: Trajectory, vocab_size: int) -> str:
     """Returns what cannot be in a trajectory; "" for nothing."""
     if any(getattr(t, name).ndim != 1 for name in DTYPES):
         return "its arrays must have one dimension"
-    for name, values, end in (
-        ("ids", t.ids, vocab_size),
-        ("role", t.role, len(Role)),
-        ("tool", t.tool, len(TOOL_IDS) + 1),
-    ):
+    for name, values, end in (("ids", t.ids, vocab_size), ("tool", t.tool, len(t.tools) + 1)):
         if len(values) and not 0 <= values.min() <= values.max() < end:
             return f"{name} must be from 0 to {end - 1}"
     if isinstance(t.reward, bool) or not isinstance(t.reward, int | float) or not math.isfinite(t.reward):
@@ -189,23 +244,28 @@ def _wrong(t: Trajectory, vocab_size: int) -> str:
     return ""
 
 
-def _header(vocab_size: int) -> dict:
+def _header(vocab_size: int, tools: Sequence[str]) -> dict:
     return {
         "format": FORMAT,
         "vocab_size": vocab_size,
         "roles": {role.name: int(role) for role in Role},
-        "tools": TOOL_IDS,
+        "tools": {name: i for i, name in enumerate(tools, start=1)},
     }
 
 
-def _to_record(trajectory: Trajectory) -> dict:
+def _to_record(trajectory: Trajectory, tools: Sequence[str]) -> dict:
     record = dataclasses.asdict(trajectory)
+    del record["tools"]  # stands in the header
     for name in DTYPES:
         record[name] = getattr(trajectory, name).tolist()
+    record["tool"] = renumbered(trajectory, tools).tolist()
     record["entropy"] = [None if np.isnan(x) else x for x in record["entropy"]]  # JSON knows no nan
     return record
 
 
-def _from_record(record: dict) -> Trajectory:
-    fields = {name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in record.items()}
-    return Trajectory(**fields | {"attempts": tuple(Attempt(*attempt) for attempt in record["attempts"])})
+def renumbered(trajectory: Trajectory, tools: Sequence[str]) -> np.ndarray:
+    """Returns `trajectory.tool` counted by other names: int8 [T], 0 also where the tool is not among them."""
+    if trajectory.tools == tuple(tools):
+        return trajectory.tool
+    numbers = {name: i for i, name in enumerate(tools, start=1)}
+    return np.asarray([0, *(numbers.get(name, 0) for name in trajectory.tools)], np.int8)[trajectory.tool]

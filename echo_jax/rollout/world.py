@@ -1,23 +1,23 @@
-"""What one episode acts on: a sandbox, or a world of the task's own; from its start to the score.
+"""What one episode acts on, a sandbox or a world that its task makes: from the start to the score.
 
-In: a task and the tool calls of its agent. Out: results, and in the end a reward. Setup, calls and scoring have budgets
-of their own; what fails by the machine's fault is told apart from what the agent brought about.
+In: a task and the tool calls of its agent. Out: results, and in the end a reward. Setup, calls and scoring have
+separate budgets. A failure of the machine is told apart from one that the agent caused.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from echo_jax.render.calls import Call
 from echo_jax.system.errors import UserError
-from echo_jax.tasks.task import Task
-from echo_jax.tools import TOOLS
+from echo_jax.tasks.task import CannotScore, FinishedEpisode, Message, Task
 from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
-from echo_jax.tools.tool import World
+from echo_jax.tools.tool import Tool, World
 
 START_ATTEMPTS = 3  # of a sandbox, before its rollout is given up as a fault of the machine
 
 
 class ScoreError(UserError, ValueError):
-    """A task gave something else than a reward in [0, 1]."""
+    """A task returned a score outside the range of rewards that it declares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,14 @@ class Machine:
 
 
 class EpisodeWorld:
-    """One episode's. Its methods run in threads of a pool, one at a time."""
+    """The world of one episode. Its methods run in threads of a pool, one at a time."""
 
     def __init__(self, task: Task, machine: Machine):
         self._task = task
         self._machine = machine
         self._world: World | None = None
-        self.fault = ""  # what the machine did wrong last
+        self.fault = ""  # why it could not be made, or not be scored
+        self.unscored = False  # whether the task itself could not say how the episode went
         self.limits_by = ""
 
     def open(self) -> bool:
@@ -67,36 +68,50 @@ class EpisodeWorld:
     def _setup(self) -> CommandResult | None:
         return self._world.run(self._task.setup, timeout=self._machine.setup_seconds) if self._task.setup else None
 
-    def run(self, call: Call, seconds: float) -> CommandResult:
-        """Runs a call for at most so many seconds, and not longer than the limits say."""
+    def run(self, tool: Tool, arguments: Mapping[str, Any], seconds: float) -> CommandResult:
+        """Runs a call for at most `seconds`, and no longer than the limits say."""
         self._world.timeout = min(self._machine.limits.timeout_seconds, seconds)
-        result = TOOLS[call.tool].run(self._world, call.arguments)
+        result = tool.run(self._world, arguments)
         if result.status is Status.INFRA:
             self.fault = result.head.decode(errors="replace")
         return result
 
-    def finish(self, answer: str | None) -> float | None:
-        """Ends the agent's processes, scores what it did and closes; None when the machine failed meanwhile.
+    def finish(
+        self,
+        answer: str | None,
+        *,
+        outcome: str = "submitted",
+        turns: int = 0,
+        read_transcript: Callable[[], tuple[Message, ...]] = tuple,
+    ) -> float | None:
+        """Ends the agent's processes, scores what it did and closes.
+
+        Returns:
+          The reward; None where the machine failed meanwhile, or where the task cannot say (`unscored`).
 
         Raises:
-          ScoreError: the task's score is no reward.
+          ScoreError: the reward is outside the range that the task declares.
         """
+        low, high = self._task.reward_range
         try:
             if self._world is None:
                 return None
             self._world.timeout = self._machine.score_seconds
             self._world.kill_processes()
-            reward = self._task.score(answer, self._world)
+            reward = self._task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript))
         except SandboxUsedUp:
-            return 0.0
+            return low
+        except CannotScore as error:
+            self.fault, self.unscored = f"task {self._task.name} cannot be scored: {error}", True
+            return None
         except SandboxError as error:
             self.fault = str(error)
             return None
         finally:
             self.close()
-        if not 0.0 <= reward <= 1.0:
-            raise ScoreError(f"the score of task {self._task.name} is {reward}; a reward lies in [0, 1]")
-        return reward
+        if not low <= reward <= high:
+            raise ScoreError(f"the score of task {self._task.name} is {reward}; its rewards lie in [{low:g}, {high:g}]")
+        return float(reward)
 
     def close(self) -> None:
         if self._world is not None:

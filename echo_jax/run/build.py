@@ -6,6 +6,7 @@ rollouts.
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -22,19 +23,22 @@ from echo_jax.models.sources import Source, WeightsError, open_source
 from echo_jax.objective.advantages import groups_of
 from echo_jax.render import Renderer, make_renderer
 from echo_jax.rollout.collector import Collector
-from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.engine import Engine, EngineSetup, find_engine
 from echo_jax.rollout.episode import Rules, start
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.rollout.trajectory import load as load_trajectories
 from echo_jax.rollout.world import Machine
-from echo_jax.run.validate import validate
+from echo_jax.run.validate import check_tools, validate
 from echo_jax.system import peers as peers_lib
 from echo_jax.system import provenance
 from echo_jax.system.peers import Peers
 from echo_jax.tasks.stream import make_families, task_stream
 from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import Tokenizer
-from echo_jax.tools import TOOLS, sandbox
+from echo_jax.tools import make_tools, sandbox
+from echo_jax.tools.tool import Tool
+
+CHECKED_TASKS = 16  # of the mixture, before a run starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,12 @@ class Parts:
 
     learner: Learner
     renderer: Renderer
+    rules: Rules  # of every episode
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
     imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
+    transcripts: list[Trajectory]  # of eval.trajectories; empty: demonstrators write them
     source: Source | None  # of model.weights; None: weights are random
     peers: Peers
 
@@ -54,26 +60,25 @@ class Parts:
     def config(self) -> ml_collections.ConfigDict:
         return self.learner.config
 
-    def make_engine(self) -> DenseEngine:
+    def make_engine(self) -> Engine:
         rollout, learner = self.config.rollout, self.learner
-        return DenseEngine(
-            learner.graphdef,
-            learner.model_config,
-            lanes=learner.rollouts_at_once,
+        setup = EngineSetup(
+            graphdef=learner.graphdef,
+            model_config=learner.model_config,
+            mesh=learner.mesh,
+            sessions=learner.rollouts_at_once,
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
             stop_ids=self.renderer.stop_ids,
             seed=self.config.seed,
-            mesh=learner.mesh,
         )
+        return find_engine(rollout.engine, rollout.engine_options)(setup, **rollout.engine_options)
 
     def make_collector(self) -> Collector:
-        rollout = self.config.rollout
-        rules, machine = episode_rules(self.config), sandboxes(self.config)
-        return Collector(self.renderer, rules, machine, rollout.tool_threads, self.peers)
+        return Collector(self.renderer, self.rules, sandboxes(self.config), self.config.rollout.tool_threads)
 
 
-def episode_rules(config: ml_collections.ConfigDict) -> Rules:
+def episode_rules(config: ml_collections.ConfigDict, tools: Mapping[str, Tool]) -> Rules:
     rollout = config.rollout
     return Rules(
         max_turns=rollout.max_turns,
@@ -83,20 +88,38 @@ def episode_rules(config: ml_collections.ConfigDict) -> Rules:
         max_seconds=rollout.max_seconds,
         max_format_errors=rollout.max_format_errors,
         grammar=rollout.grammar,
+        tools=tools,
     )
 
 
-def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, tasks: list[Task]) -> None:
-    """Raises `ConfigError` if a task has a tool that there is not, or its prompt or the first turn of its solution does
-    not fit the budgets of an episode."""
+def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: Rules, tasks: Sequence[Task]) -> None:
+    """Checks some tasks of the mixture.
+
+    Raises:
+      ConfigError: one names a tool that does not exist, does not fit the budgets of an episode, or has no demonstrator
+        though the warm start imitates it.
+    """
+    needs_script = config.warm_start.num_steps > 0 and not config.warm_start.trajectories
     for task in tasks:
-        if unknown := [name for name in task.tools if name not in TOOLS]:
-            raise ConfigError(f"task {task.name} has the tools {unknown}; there are {', '.join(TOOLS)}")
+        if unknown := [name for name in task.tools if name not in rules.tools]:
+            raise ConfigError(
+                f"task {task.name} names the tools {', '.join(unknown)}; choose from {', '.join(rules.tools)}, or add "
+                "yours to config.tools"
+            )
         try:
-            episode = start(renderer, episode_rules(config), task.prompt, task.tools)
+            episode = start(renderer, rules, task.prompt, task.tools)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        turn = next(task.demonstrate(np.random.default_rng(0), solve=True))
+        script = task.demonstrate(np.random.default_rng(0), solve=True)
+        if script is None:
+            if needs_script:
+                raise ConfigError(
+                    f"task {task.name} has no demonstrator, and config.warm_start.num_steps = "
+                    f"{config.warm_start.num_steps} would imitate one: set it to 0, or config.warm_start.trajectories "
+                    "to a file of saved rollouts"
+                )
+            continue
+        turn = next(script)
         length = len(renderer.action(turn).ids)
         if length > episode.sample_budget:
             raise ConfigError(
@@ -146,8 +169,8 @@ def _replay(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajecto
         )
     if any(t.policy_version < 0 for t in trajectories):
         raise ConfigError(
-            f"config.rollout.replay = {config.rollout.replay} has rollouts that no policy sampled: they have no "
-            "log-probs to take a ratio to; imitate them with config.warm_start.trajectories"
+            f"config.rollout.replay = {config.rollout.replay} has rollouts that no policy sampled: without log-probs "
+            "there is no ratio; imitate them with config.warm_start.trajectories"
         )
     return trajectories
 
@@ -216,28 +239,33 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
     peers.same(given | _code(peers), "start all of them with the same code and command")
     tokenizer = tokenizers.find(config.tokenizer.path, config.model.weights)
     mixture = dict(config.task.mixture)
-    parameters = {name: dict(config.task[name]) for name in mixture if name in config.task}
+    sections = {name: dict(config.task[name]) for name in mixture if name in config.task}
+    tools = make_tools(config.tools)
+    check_tools(config, tools)
+    families = make_families(mixture, sections)
     try:
         sandboxes(config)
-        families = make_families(mixture, parameters)
         if any(family.make("train", 0).world() is None for family in families.values()):
             sandbox.probe(config.sandbox.backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     source, rows = _weights(config, tokenizer)
-    learner = build_learner(config, rows, jax.devices())
+    learner = build_learner(config, rows, jax.devices(), tuple(tools))
     if source is not None:
         check_tensors(source, Path(config.model.weights), learner.model_config)
     renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
-    _check_tasks(config, renderer, [train_tasks[i] for i in range(16)])
+    rules = episode_rules(config, tools)
+    _check_tasks(config, renderer, rules, [train_tasks[i] for i in range(CHECKED_TASKS)])
     return Parts(
         learner=learner,
         renderer=renderer,
+        rules=rules,
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         imitated=_imitated(config, learner.vocab_size),
         replay=_replay(config, learner.vocab_size),
+        transcripts=_saved(config.eval.trajectories, "eval.trajectories", config, learner.vocab_size),
         source=source,
         peers=peers,
     )

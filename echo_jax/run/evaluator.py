@@ -3,6 +3,7 @@
 In: parameters. Out: metrics under `eval/`.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from math import comb
 from pathlib import Path
@@ -14,22 +15,27 @@ from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.parameters import restore
 from echo_jax.learner.scoring import Scorer, compare
 from echo_jax.rollout import trajectory as trajectory_lib
-from echo_jax.rollout.collector import Collector, Job
-from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.collector import Job
+from echo_jax.rollout.engine import Engine
 from echo_jax.rollout.summary import Summary, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
+from echo_jax.run.joint import JointCollector
 from echo_jax.run.workdir import check_workdir
+from echo_jax.tasks.task import Task
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # sampling keys of evaluation: away from training's, the same at every evaluation
 SHUFFLE_SEED = 21
+NO_TRANSCRIPTS = (
+    "the held-out tasks have no demonstrators; name a file of saved rollouts in config.eval.trajectories to have it"
+)
 TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
 
 
 class Evaluator:
     """Evaluates parameters of one run: make it once, use it at every evaluation."""
 
-    def __init__(self, parts: Parts, collector: Collector, engine: DenseEngine, workdir: Path):
+    def __init__(self, parts: Parts, collector: JointCollector, engine: Engine, workdir: Path):
         self._parts = parts
         self._collector = collector
         self._engine = engine
@@ -58,25 +64,40 @@ class Evaluator:
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
         rollouts = summaries(trajectories, parts.renderer.observation_header, peers)
         metrics = rollout_metrics(rollouts, "eval") | pass_at_k(rollouts, samples)
-        metrics["eval/observation_ce"] = self.observation_ce(params)
+        if (ce := self.observation_ce(params)) is not None:
+            metrics["eval/observation_ce"] = ce
         return metrics
 
-    def observation_ce(self, params) -> float:
-        """Returns the mean cross-entropy, in nats a token, of the tool output in the fixed held-out transcripts."""
+    def observation_ce(self, params) -> float | None:
+        """Returns the mean cross-entropy, in nats a token, of the tool output in the fixed held-out transcripts; None
+        where there are none."""
         if self._transcripts is None:
-            self._transcripts = self._load_transcripts()
-        return self._score(params, self._transcripts)["ce"]
+            self._transcripts = self._find_transcripts()
+        return self._score(params, self._transcripts)["ce"] if self._transcripts else None
 
-    def _load_transcripts(self) -> list[Trajectory]:
-        """Half right, half flawed demonstrations on held-out tasks: the same for every run of a config's tasks."""
+    def _find_transcripts(self) -> list[Trajectory]:
+        """Returns those that the config names, or half right, half flawed demonstrations on held-out tasks: the same
+        for every run of a config's tasks."""
         parts, peers = self._parts, self._parts.peers
+        if parts.transcripts:
+            return parts.transcripts
         path = self._workdir / "rollouts" / "heldout_transcripts.jsonl.gz"
         if not peers.first(path.exists):
-            own = peers.share(range(parts.config.eval.transcripts))
-            jobs = [Job(parts.heldout_tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in own]
-            made = self._collector.scripted(jobs, [i % 2 == 0 for i in own], TRANSCRIPT_SEED)
+            tasks = {i: parts.heldout_tasks[i] for i in range(parts.config.eval.transcripts)}
+            scripted = [i for i, task in tasks.items() if has_demonstrator(task)]
+            if not scripted:
+                if peers.is_first:
+                    print(f"eval/observation_ce is left out: {NO_TRANSCRIPTS}", file=sys.stderr)
+                return []
+            mine = peers.share(scripted)
+            jobs = [Job(tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in mine]
+            made = self._collector.scripted(jobs, [i % 2 == 0 for i in mine], TRANSCRIPT_SEED)
             trajectory_lib.save_shares(path, made, vocab_size=parts.learner.vocab_size, peers=peers)
         return trajectory_lib.load(path, vocab_size=parts.learner.vocab_size)
+
+
+def has_demonstrator(task: Task) -> bool:
+    return task.demonstrate(np.random.default_rng(0), solve=True) is not None
 
 
 def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
@@ -85,7 +106,7 @@ def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
     tasks: dict[int, list[bool]] = {}
     for rollout in rollouts:
         if rollout.scored:
-            tasks.setdefault(rollout.group, []).append(rollout.reward >= 1.0)
+            tasks.setdefault(rollout.group, []).append(rollout.solved)
     metrics = {}
     for k in sorted({1, samples}):
         rates = [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
@@ -119,7 +140,7 @@ def evaluate(
     else:
         episodes = episodes or config.eval.episodes
         with parts.make_collector() as collector:
-            evaluator = Evaluator(parts, collector, parts.make_engine(), workdir)
+            evaluator = Evaluator(parts, JointCollector(collector, parts.peers), parts.make_engine(), workdir)
             metrics = evaluator(policy.params, policy.step, episodes=episodes, samples=samples)
         result |= {"episodes": episodes, "samples": samples} | metrics
     return result

@@ -130,8 +130,9 @@ def summary(workdir: Path) -> str:
     lines = [f"complete: {workdir}"]
     evaluations = [r for r in read_metrics(workdir / "metrics.jsonl") if r.get("eval/pass@1") is not None]
     for record in evaluations[:1] + evaluations[1:][-1:]:
+        ce = record.get("eval/observation_ce")
         lines.append(
             f"  step {record['step']}: held-out solve rate {record['eval/solve_rate']:.3f} "
-            f"± {record['eval/pass@1_stderr']:.3f}, observation CE {record['eval/observation_ce']:.3f} nats"
+            f"± {record['eval/pass@1_stderr']:.3f}" + (f", observation CE {ce:.3f} nats" if ce is not None else "")
         )
     return "\n".join(lines)

@@ -3,18 +3,17 @@
 In: a family's name and parameters. Out: text on the terminal.
 """
 
-import inspect
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from echo_jax.config import ConfigError
 from echo_jax.render import BuiltinRenderer
 from echo_jax.rollout.collector import Collector, Job
 from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.world import EpisodeWorld, Machine
-from echo_jax.tasks import FAMILIES
+from echo_jax.system.errors import ConfigError
+from echo_jax.tasks.stream import make_families
 from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits, SandboxError
@@ -24,26 +23,18 @@ THREADS = 4
 
 
 def make_family(name: str, settings: Sequence[str]) -> Family:
-    """Returns a family with its parameters, integers given as `name=value`.
+    """Returns a family, one of FAMILIES or "module:Class", with its parameters, integers given as `name=value`.
 
     Raises:
       ConfigError: the family or a parameter does not exist, is missing, or cannot work.
     """
-    if name not in FAMILIES:
-        raise ConfigError(f"--task={name}: choose one of {', '.join(FAMILIES)}")
     given = {}
     for setting in settings:
         parameter, _, value = setting.partition("=")
         if not value.removeprefix("-").isdecimal():
             raise ConfigError(f"--set {setting}: write it as NAME=INTEGER")
         given[parameter] = int(value)
-    needed = inspect.signature(FAMILIES[name]).parameters
-    if given.keys() != needed.keys():
-        raise ConfigError(f"--task={name} has parameters {', '.join(given) or 'none'}; it takes {', '.join(needed)}")
-    try:
-        return FAMILIES[name](**given)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return make_families({name: 1.0}, {name: given})[name]
 
 
 def show(task: Task) -> None:
@@ -58,13 +49,18 @@ def show(task: Task) -> None:
 def check(tasks: Sequence[Task]) -> None:
     machine = Machine(Limits())
     started = time.monotonic()
-    with Collector(BuiltinRenderer(SentencePieces()), RULES, machine, THREADS) as collector:
-        jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(tasks)]
-        trajectories = collector.scripted(jobs, solve=[True] * len(jobs), seed=0)
-    seconds = (time.monotonic() - started) / len(tasks)
-    print(f"solved by the script: {sum(t.reward == 1.0 for t in trajectories)} of {len(tasks)}")
-    print(f"solved by doing nothing: {sum(idle_reward(task, machine) == 1.0 for task in tasks)} of {len(tasks)}")
-    print(f"turns: {np.mean([t.turns for t in trajectories]):.1f}, seconds an episode: {seconds:.3f}")
+    scripted = [task for task in tasks if task.demonstrate(np.random.default_rng(0), solve=True) is not None]
+    if scripted:
+        with Collector(BuiltinRenderer(SentencePieces()), RULES, machine, THREADS) as collector:
+            jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(scripted)]
+            trajectories = collector.scripted(jobs, solve=[True] * len(jobs), seed=0)
+        seconds = (time.monotonic() - started) / len(scripted)
+        print(f"solved by the script: {sum(t.solved for t in trajectories)} of {len(scripted)}")
+        print(f"turns: {np.mean([t.turns for t in trajectories]):.1f}, seconds an episode: {seconds:.3f}")
+    else:
+        print("these tasks have no demonstrator")
+    solved = sum(idle_reward(task, machine) >= task.reward_range[1] for task in tasks)
+    print(f"solved by doing nothing: {solved} of {len(tasks)}")
 
 
 def idle_reward(task: Task, machine: Machine) -> float:

@@ -27,6 +27,7 @@ from echo_jax.rollout.summary import rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.evaluator import Evaluator
+from echo_jax.run.joint import JointCollector
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import MetricsWriter
 from echo_jax.system.profiler import Profiler
@@ -50,9 +51,9 @@ class Trainer:
         self.config = parts.config
         self.peers = parts.peers
         self.workdir = workdir
-        self.collector = collector
+        self.collector = JointCollector(collector, self.peers)
         self.engine = parts.make_engine()
-        self.evaluator = Evaluator(parts, collector, self.engine, workdir)
+        self.evaluator = Evaluator(parts, self.collector, self.engine, workdir)
         if self.peers.is_first:
             trajectory_lib.remove_shares(workdir / "rollouts")
         self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
@@ -143,7 +144,7 @@ class Trainer:
                 everyone = summaries(trajectories, self.parts.renderer.observation_header, self.peers)
                 rollout_seconds = time.perf_counter() - start
                 metrics = rollout_metrics(everyone, "rollout")
-                metrics["rollout/retried"] = sum(self.peers.gather(self.collector.retried))
+                metrics["rollout/retried"] = self.collector.retried
                 objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
                 weights = weigh(trajectories, learner.advantages(trajectories, pool), objective, pool)
                 metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))

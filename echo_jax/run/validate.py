@@ -1,26 +1,33 @@
-"""The checks of a config: everything that can be wrong with its values, found before any work starts.
+"""The checks of a config's values: what cannot work is found here, before any work starts.
 
-In: a config. Out: nothing, or a `ConfigError` that names field, value and choices.
+In: a config. Out: nothing, or a `ConfigError` that names field, value and choices. What only shows when the parts are
+made (a task that does not fit its budgets, a size that the mesh does not divide) is checked where they are made.
 """
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
-from echo_jax import config as config_lib
-from echo_jax.config import ConfigError
+from echo_jax.config import OPEN_SECTIONS, default_config, flat
 from echo_jax.kernels import attention
 from echo_jax.models.rope import SCALINGS
 from echo_jax.models.transformer import ATTENTION, LINEAR, REMAT
-from echo_jax.objective.advantages import ADVANTAGES
-from echo_jax.objective.policy_losses import CLIPPED, KL_ESTIMATORS, POLICY_LOSSES
-from echo_jax.objective.selection import SelectionError, load_filter
+from echo_jax.objective.advantages import find_estimator
+from echo_jax.objective.policy_losses import KL_ESTIMATORS, find_policy_loss
+from echo_jax.objective.selection import find_filter
 from echo_jax.objective.weights import MODES, OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, SCHEDULES
 from echo_jax.render import FORMATS
 from echo_jax.render.calls import GRAMMARS
 from echo_jax.roles import ENVIRONMENT_CLASSES
-from echo_jax.tools import TOOL_IDS
+from echo_jax.rollout.engine import find_engine
+from echo_jax.system import named
+from echo_jax.system.errors import ConfigError
 
-RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase of its own, the warm start
-DUAL_CLIPPED = [name for name, loss in POLICY_LOSSES.items() if loss.surrogate in CLIPPED]
+RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase to itself, the warm start
+
+# Every field that is one of a few values.
 CHOICES = {
     "rollout.grammar": GRAMMARS,
     "render.format": ("builtin", *FORMATS),
@@ -30,93 +37,263 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.rope_scaling.kind": SCALINGS,
     "loss.mode": RL_MODES,
-    "loss.policy": [name for name in POLICY_LOSSES if name != "imitation"],
-    "loss.advantage": ("auto", *ADVANTAGES),
     "loss.policy_normalizer": ("auto", *POLICY_NORMALIZERS),
     "loss.old_logprobs": ("sampler", "recomputed"),
     "loss.kl_estimator": KL_ESTIMATORS,
     "loss.observation_schedule": SCHEDULES,
     "loss.observation_normalizer": OBSERVATION_NORMALIZERS,
 }
+# Whole numbers are at least 1, but for these.
+MAY_BE_ZERO = (
+    "model.vocab_size",
+    "model.num_experts",
+    "model.experts_per_token",
+    "lora.rank",
+    "mesh.fsdp",
+    "pack.rows",
+    "seed",
+    "num_steps",
+    "task.rooms.map_seed",
+    "rollout.save_every",
+    "warm_start.num_steps",
+    "warm_start.demonstrations",
+    "optimizer.warmup_steps",
+    "loss.observation_schedule_steps",
+    "loss.policy_constant",
+    "loss.observation_constant",
+    "loss.gradient_metrics_every",
+    "eval.every",
+)
+NOT_NEGATIVE = (
+    "loss.observation_weight",
+    "loss.clip_low",
+    "loss.clip_high",
+    "loss.importance_cap",
+    "loss.kl_weight",
+    "warm_start.observation_weight",
+    "warm_start.learning_rate",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "model.rope_scaling.attention_factor",
+)
+POSITIVE = (
+    "rollout.temperature",
+    "rollout.max_seconds",
+    "system.silence_seconds",
+    "system.barrier_seconds",
+    "sandbox.timeout_seconds",
+    "sandbox.setup_seconds",
+    "sandbox.score_seconds",
+    "optimizer.clip_norm",
+    "model.rope_theta",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.low_frequency_factor",
+    "model.rope_scaling.high_frequency_factor",
+    "model.rope_scaling.beta_fast",
+    "model.rope_scaling.beta_slow",
+    "model.norm_eps",
+    "lora.alpha",
+)
+SHARES = ("warm_start.success_rate", "loss.min_valid_calls")  # from 0 to 1
+SHARES_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
+WEIGHTS = ("loss.class_weights.", "loss.tool_weights.")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises `ConfigError`, naming field, value and choices, for what no run could use."""
-    config_lib.validate(config, CHOICES)
-    loss = config.loss
+    """Checks all values of a config.
 
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
+    Raises:
+      ConfigError: one cannot work in any run, or would do nothing in this one.
+    """
+    fields = flat(config)
+    _check_ranges(fields)
+    _check_sizes(config)
+    _check_model(config)
+    _check_loss(config)
+    find_engine(config.rollout.engine, config.rollout.engine_options)
 
-    for change in loss.mode_changes:
-        pair = isinstance(change, tuple) and len(change) == 2
-        require(
-            pair and isinstance(change[0], int) and 0 <= change[0] < config.num_steps and change[1] in RL_MODES,
-            f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
-            f"the mode one of {', '.join(RL_MODES)}",
-        )
-    targets = config.lora.targets
-    known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
-    require(
-        bool(targets) and set(targets) <= set(known) and len(set(targets)) == len(targets),
-        f"config.lora.targets = {targets}: some of {', '.join(known)}, each once",
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_ranges(fields: Mapping[str, Any]) -> None:
+    """Checks each field alone."""
+    defaults = flat(default_config())
+    for name, value in fields.items():
+        if name.startswith(WEIGHTS):
+            _require(
+                math.isfinite(value) and value >= 0, f"config.{name} = {value}: it must be finite and not negative"
+            )
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
+        elif isinstance(value, int) and not isinstance(value, bool) and _is_ours(name, defaults):
+            least = 0 if name in MAY_BE_ZERO else 1
+            _require(value >= least, f"config.{name} = {value}: it must be at least {least}")
+    for name in NOT_NEGATIVE:
+        _require(fields[name] is None or fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
+    for name, allowed in CHOICES.items():
+        _require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
+    for name in (*SHARES, *SHARES_ABOVE_ZERO):
+        in_range = 0 <= fields[name] <= 1 and (fields[name] > 0 or name in SHARES)
+        _require(in_range, f"config.{name} = {fields[name]}: it must lie between 0 and 1")
+    for name in POSITIVE:
+        _require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        _require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must lie in [0, 1)")
+
+
+def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
+    """Whether a field is one of the default config, not an option that a user's function or family declares."""
+    return name in defaults and not name.startswith(OPEN_SECTIONS)
+
+
+def _check_sizes(config: ml_collections.ConfigDict) -> None:
+    """Checks fields that must fit one another."""
+    tokens, length = config.rollout.max_tokens, config.pack.length
+    _require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
+    made, batch = config.warm_start.demonstrations, config.warm_start.batch
+    _require(
+        config.warm_start.num_steps == 0 or made >= batch,
+        f"config.warm_start.demonstrations = {made} is less than one batch of config.warm_start.batch = {batch}",
+    )
+    model = config.model
+    _require(model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even one")
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"config.model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.num_kv_heads}",
     )
     steps = config.system.profile_steps
-    require(
+    _require(
         not steps or (len(steps) == 2 and all(isinstance(s, int) for s in steps) and 1 <= steps[0] <= steps[1]),
-        f"config.system.profile_steps = {steps}: it must be (first, last) RL steps from 1, or ()",
+        f"config.system.profile_steps = {steps}: write (first, last) RL steps, from 1, or () for none",
     )
-    # An option that would do nothing is an error: its run would not be what its name says.
-    scaling, defaults = config.model.rope_scaling, config_lib.default_config()
-    unused = set(scaling) - {"kind", *SCALINGS[scaling.kind]}
-    idle = {name: scaling[name] for name in unused if scaling[name] != defaults.model.rope_scaling[name]}
-    require(not idle, f"config.model.rope_scaling.kind = {scaling.kind!r} has no {idle}")
-    require(
+
+
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Checks the fields of the model and its adapters. An option that would do nothing is an error: its run would not
+    be what its name says."""
+    defaults = default_config()
+    targets = config.lora.targets
+    known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
+    _require(
+        bool(targets) and set(targets) <= set(known) and len(set(targets)) == len(targets),
+        f"config.lora.targets = {targets}: choose some of {', '.join(known)}, each once",
+    )
+    unused = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
+    _require(
+        bool(config.lora.rank) or not unused,
+        f"config.lora sets {_listed(unused)}, but lora.rank = 0 means no adapters: set lora.rank, or leave these out",
+    )
+    scaling = config.model.rope_scaling
+    others = set(scaling) - {"kind", *SCALINGS[scaling.kind]}
+    unused = {name: scaling[name] for name in others if scaling[name] != defaults.model.rope_scaling[name]}
+    _require(
+        not unused,
+        f"config.model.rope_scaling sets {_listed(unused)}, which kind = {scaling.kind!r} does not use",
+    )
+    _require(
         scaling.kind == "none" or (scaling.factor > 1.0 and config.model.rope_theta > 1.0),
         f"config.model.rope_scaling.factor = {scaling.factor} and config.model.rope_theta = {config.model.rope_theta} "
-        f"must both be above 1 with the kind {scaling.kind!r}",
+        f"must both be above 1 with kind = {scaling.kind!r}",
     )
     for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
-        require(
+        _require(
             scaling[low] < scaling[high],
             f"config.model.rope_scaling.{low} = {scaling[low]} must be below {high} = {scaling[high]}",
         )
     experts, per_token = config.model.num_experts, config.model.experts_per_token
-    require(
-        1 <= per_token <= experts if experts else not per_token and config.model.normalize_experts,
-        f"config.model.experts_per_token = {per_token}, normalize_experts = {config.model.normalize_experts} with "
-        f"num_experts = {experts}: from 1 to num_experts, or 0 and True without experts",
-    )
-    idle = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
-    require(bool(config.lora.rank) or not idle, f"config.lora.rank = 0: there are no adapters that {idle} could be of")
+    if experts:
+        _require(
+            1 <= per_token <= experts,
+            f"config.model.experts_per_token = {per_token}: it must be from 1 to num_experts = {experts}",
+        )
+    else:
+        _require(
+            not per_token and config.model.normalize_experts,
+            f"config.model.experts_per_token = {per_token} and normalize_experts = {config.model.normalize_experts} do "
+            "nothing with num_experts = 0: set num_experts, or leave them at 0 and True",
+        )
+
+
+def _check_loss(config: ml_collections.ConfigDict) -> None:
+    """Checks the fields of the objective, and finds what they name."""
+    loss = config.loss
+    for change in loss.mode_changes:
+        pair = isinstance(change, tuple) and len(change) == 2
+        _require(
+            pair and isinstance(change[0], int) and 0 <= change[0] < config.num_steps and change[1] in RL_MODES,
+            f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
+            f"the mode one of {', '.join(RL_MODES)}",
+        )
     modes = {loss.mode, *(mode for _, mode in loss.mode_changes)}
     trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
-    require(
+    _require(
         "env_only" not in modes or trains_observations,
         f"config.loss: env_only trains observations alone, and observation_weight = {loss.observation_weight} with "
         "these class_weights trains none",
     )
-    require(
+    _require(
         "env_only" in modes or not (loss.min_valid_calls or loss.clean_parse),
-        f"config.loss.min_valid_calls = {loss.min_valid_calls}, clean_parse = {loss.clean_parse}: only env_only uses "
-        "them",
+        f"config.loss.min_valid_calls = {loss.min_valid_calls} and clean_parse = {loss.clean_parse} do nothing without "
+        "the mode env_only: only env_only uses them",
     )
-    clip = POLICY_LOSSES[loss.policy].clip
-    bounds = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
-    require(clip is not None or not bounds, f"config.loss.policy = {loss.policy!r} has no clip for {bounds}")
-    require(
-        not loss.dual_clip or loss.policy in DUAL_CLIPPED,
-        f"config.loss.dual_clip = {loss.dual_clip}: only {', '.join(DUAL_CLIPPED)} use it",
-    )
-    require(
+    _require(
         not loss.kl_weight or modes != {"env_only"},
-        f"config.loss.kl_weight = {loss.kl_weight}: env_only has no policy term that it is a part of",
+        f"config.loss.kl_weight = {loss.kl_weight}: the KL is a part of the policy term, which env_only does not have",
     )
-    for field, known in (("class_weights", ENVIRONMENT_CLASSES), ("tool_weights", TOOL_IDS)):
-        for name, weight in loss[field].items():
-            require(name in known, f"config.loss.{field}.{name} = {weight}: choose from {', '.join(known)}")
-    try:
-        load_filter(loss.observation_filter)
-    except SelectionError as error:
-        raise ConfigError(f"config.loss.observation_filter: {error}") from error
+    for name, weight in loss.class_weights.items():
+        _require(
+            name in ENVIRONMENT_CLASSES,
+            f"config.loss.class_weights.{name} = {weight}: choose from {', '.join(ENVIRONMENT_CLASSES)}",
+        )
+    find_filter(loss.observation_filter, loss.observation_filter_options)
+    _check_policy(loss)
+
+
+def _check_policy(loss: ml_collections.ConfigDict) -> None:
+    _require(
+        loss.policy != "imitation",
+        "config.loss.policy = 'imitation' is the loss of the warm start; choose another, such as 'grpo'",
+    )
+    _require(
+        loss.dual_clip == 0 or loss.dual_clip > 1,
+        f"config.loss.dual_clip = {loss.dual_clip}: it must be above 1, or 0 for none",
+    )
+    policy = find_policy_loss(loss.policy)
+    clips = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
+    clips |= {"dual_clip": loss.dual_clip} if loss.dual_clip else {}
+    if unused := {name: value for name, value in clips.items() if name not in policy.hyperparameters}:
+        takes = ", ".join(policy.hyperparameters) or "no hyperparameter"
+        raise ConfigError(
+            f"config.loss sets {_listed(unused)}, but the policy loss {loss.policy!r} takes {takes}: leave these out"
+        )
+    named.check_options(
+        policy.surrogate, dict(policy.options) | dict(loss.policy_options), "loss.policy_options", given=1
+    )
+    if twice := [name for name in clips if name in loss.policy_options]:
+        raise ConfigError(f"config.loss sets {', '.join(twice)} twice: as a field and in policy_options")
+    if loss.advantage == "auto":
+        _require(
+            not loss.advantage_options,
+            f"config.loss.advantage_options = {dict(loss.advantage_options)} needs config.loss.advantage to name whose "
+            "they are",
+        )
+        find_estimator(policy.advantage, {})
+    else:
+        find_estimator(loss.advantage, loss.advantage_options)
+
+
+def check_tools(config: ml_collections.ConfigDict, tools: Mapping[str, Any]) -> None:
+    """Checks the fields that name tools, once these are made.
+
+    Raises:
+      ConfigError: a weight is for a tool that does not exist.
+    """
+    for name, weight in config.loss.tool_weights.items():
+        _require(name in tools, f"config.loss.tool_weights.{name} = {weight}: choose from {', '.join(tools)}")
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in sorted(values.items()))

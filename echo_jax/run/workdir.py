@@ -7,12 +7,13 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
-from echo_jax.config import ConfigError, flat
+from echo_jax.config import OPEN_SECTIONS, ConfigError, default_config, flat
 from echo_jax.system.errors import UserError
 
 
@@ -33,15 +34,22 @@ _PLACEMENT = ("mesh.", "system.", "pack.rows", "rollout.tool_threads", "model.re
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Raises `ConfigError`, listing the fields, if a workdir holds no run or a run of another config: going on would
-    mix two experiments. Fields of placement may differ, so that a run can move to other machines."""
+    """Checks that a workdir holds a run of this config.
+
+    A field that the run's version did not have yet counts as its default. Fields of placement may differ, so that a run
+    can move to other machines.
+
+    Raises:
+      ConfigError: it holds no run, or one of another config, which is listed: going on would mix two experiments.
+    """
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
-    ours = json.loads(json.dumps(flat(config)))
+    ours = _plain(flat(config))
     try:
         theirs = json.loads(path.read_text())
-    except ValueError as error:
+        theirs = _later_fields(theirs) | theirs
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
     missing = "(no such field)"
     differing = [
@@ -55,6 +63,22 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
             + "\n".join(differing)
             + "\nUse the same config to resume it, or another --workdir for a new run."
         )
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields as JSON gives them back."""
+    return json.loads(json.dumps(fields))
+
+
+def _later_fields(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the default of each field that a recorded config lacks. Entries of a section that configs fill themselves
+    are not fields: what such a section does not name, it leaves out."""
+    sections = [section for section in OPEN_SECTIONS if any(name.startswith(f"{section}.") for name in recorded)]
+    return {
+        name: value
+        for name, value in _plain(flat(default_config())).items()
+        if name not in recorded and not any(name.startswith(f"{section}.") for section in sections)
+    }
 
 
 class Taken(UserError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from echo_jax.system import named
 from echo_jax.system.errors import USER_ERRORS
 
 
@@ -50,8 +51,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     for argument in argv:
         name, _, value = argument.partition("=")
         path = Path(value.split(":")[0])
-        if name.lstrip("-") == "config" and not path.is_file():
-            sys.exit(f"error: there is no config file {path}")
+        if name.lstrip("-") == "config":
+            if not path.is_file():
+                sys.exit(f"error: there is no config file {path}")
+            named.add_to_path(path)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

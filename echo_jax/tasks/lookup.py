@@ -5,9 +5,8 @@ import functools
 
 import numpy as np
 
-from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.tool import World
 
 KEYED_LINES = 3  # lines "key value" of a file, its first and last among them; the rest are filler
 LINES = (12, 100)  # length of a file: enough values that the number of lines cannot be guessed
@@ -33,8 +32,9 @@ class LookupTask(Task):
     answer: str
     values: tuple[str, ...]  # the words that a value could have been
 
-    def score(self, answer: str | None, world: World) -> float:
-        return float(answer is not None and answer.strip().removeprefix("./") == self.answer.removeprefix("./"))
+    def score(self, episode: FinishedEpisode) -> float:
+        given = (episode.answer or "").strip().removeprefix("./")
+        return float(given == self.answer.removeprefix("./"))
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
         if solve:

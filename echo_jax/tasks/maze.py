@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tools.sandbox import CommandResult, Status
 
@@ -80,8 +80,8 @@ class MazeTask(Task):
         """Returns the directions of a shortest way to each cell."""
         return shortest_ways(functools.partial(exits, self.doors), self.start)
 
-    def score(self, answer: str | None, world: MazeWorld) -> float:
-        return float(answer is not None and world.cell == self.goal)
+    def score(self, episode: FinishedEpisode) -> float:
+        return float(episode.answer is not None and episode.world.cell == self.goal)
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
         if solve:

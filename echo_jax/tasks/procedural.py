@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.words import WORDS
 from echo_jax.tools.sandbox import Sandbox, SandboxBroken, SandboxError, Status
 
@@ -63,8 +63,9 @@ class ProceduralTask(Task):
     template: str
     problem: Problem
 
-    def score(self, answer: str | None, world: Sandbox) -> float:
-        return float(answer is not None and self.problem.goal.reached(answer, world))
+    def score(self, episode: FinishedEpisode) -> float:
+        reached = self.problem.goal.reached
+        return float(episode.answer is not None and reached(episode.answer, episode.world))
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
         problem = self.problem

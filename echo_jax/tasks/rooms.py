@@ -10,10 +10,10 @@ import shlex
 
 import numpy as np
 
-from echo_jax.tasks.task import Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.sandbox import Sandbox, SandboxError, Status
+from echo_jax.tools.sandbox import SandboxError, Status
 
 EXITS = {"n": (0, -1), "e": (1, 0), "s": (0, 1), "w": (-1, 0)}
 OPEN_SHARE = 0.35  # of the doors that a spanning tree leaves closed
@@ -33,10 +33,11 @@ class RoomsTask(Task):
     goal: str  # directory of the goal room
     goal_sign: str
 
-    def score(self, answer: str | None, world: Sandbox) -> float:
-        if answer is None:
+    def score(self, episode: FinishedEpisode) -> float:
+        if episode.answer is None:
             return 0.0
         # A plain `cd n` leaves the name of the exit in the shell's directory: what counts is the room behind it.
+        world = episode.world
         here = world.run(f"cd {shlex.quote(world.cwd)} && pwd -P", fresh=True)
         if here.status is Status.INFRA:
             raise SandboxError(f"the sandbox died before {self.name} was scored")

@@ -2,27 +2,46 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import grain
 
+from echo_jax.system import named
+from echo_jax.system.errors import ConfigError
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.task import Family, Split
 
 TASKS_PER_SEED = 10**9  # train tasks of seed s have the indices from s × this; no two seeds share one
 
 
-def make_families(names: Mapping[str, float], parameters: Mapping[str, Mapping]) -> dict[str, Family]:
-    """Returns the named families. `parameters`: {family: {field: value}}.
+def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Family]:
+    """Returns the families of a mixture by the names of its entries.
+
+    Args:
+      mixture: entry -> weight.
+      sections: entry -> the parameters of its family. `family`, "module:Class" or a key of FAMILIES, says which that
+        is; without it, the entry's name does.
 
     Raises:
-      ValueError: a name is unknown, no weight is above 0, or a family cannot be made with its parameters.
+      ConfigError: a family does not exist, no weight is above 0, or a family does not take its parameters.
     """
-    unknown = sorted(set(names) - set(FAMILIES))
-    if unknown or not names:
-        raise ValueError(f"task.mixture names {unknown or 'no family'}; choose from {', '.join(FAMILIES)}")
-    if min(names.values()) < 0 or not 0 < sum(names.values()) < math.inf:
-        raise ValueError(f"task.mixture = {dict(names)}: weights must not be negative, and one must be above 0")
-    return {name: FAMILIES[name](**parameters.get(name, {})) for name in names}
+    if not mixture:
+        raise ConfigError(f"config.task.mixture is empty; choose from {', '.join(FAMILIES)}")
+    if min(mixture.values()) < 0 or not 0 < sum(mixture.values()) < math.inf:
+        raise ConfigError(f"config.task.mixture = {dict(mixture)}: no weight may be negative, and one must be above 0")
+    families = {}
+    for name in mixture:
+        parameters = dict(sections.get(name, {}))
+        family = parameters.pop("family", name)
+        field = f"task.{name}.family" if family != name else "task.mixture"
+        make = named.find(family, FAMILIES, field)
+        named.check_callable(make, family, field)
+        named.check_options(make, parameters, f"task.{name}")
+        try:
+            families[name] = make(**parameters)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return families
 
 
 def task_stream(

@@ -22,11 +22,11 @@ class World(Protocol):
 
 
 class Tool(Protocol):
-    """A tool. It keeps no state: that is the world's. A new one is a class like this and a line in `TOOLS`."""
+    """A tool. It keeps no state: that is the world's. A new one is a class like this and a line in `TOOLS`, or is named
+    in `config.tools`. A call of `submit` runs nothing: it is the agent's answer."""
 
     description: ClassVar[str]  # what the agent reads about it
     parameters: ClassVar[Mapping[str, Any]]  # JSON schema of its arguments, an object
-    ends_episode: ClassVar[bool] = False  # whether a call is the agent's answer, and runs nothing
 
     def run(self, world: World, arguments: Mapping[str, Any]) -> CommandResult: ...
 

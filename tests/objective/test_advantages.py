@@ -23,7 +23,7 @@ def apart(rollouts):
 
 
 def advantages(*rewards, estimator="group"):
-    return advantages_of(apart(rollout(reward) for reward in rewards), estimator)
+    return advantages_of(apart(rollout(reward) for reward in rewards), ADVANTAGES[estimator])
 
 
 rewards = st.floats(0, 1).map(lambda x: round(x, 3))  # apart by more than rounding
@@ -126,4 +126,4 @@ def test_branches_of_one_rollout_count_as_one(estimator):
     """Rollout 0 has three branches: counted thrice, it would move the mean."""
     branched = [rollout(1, rollout=0)] * 3 + [rollout(0, rollout=1), rollout(0, rollout=2)]
     plain = advantages(1, 0, 0, estimator=estimator)
-    np.testing.assert_array_equal(advantages_of(branched, estimator), plain[[0, 0, 0, 1, 2]])
+    np.testing.assert_array_equal(advantages_of(branched, ADVANTAGES[estimator]), plain[[0, 0, 0, 1, 2]])

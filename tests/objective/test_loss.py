@@ -19,7 +19,7 @@ from echo_jax.models.transformer import bind
 from echo_jax.objective import loss
 from echo_jax.objective.advantages import ADVANTAGES, advantages_of
 from echo_jax.objective.loss import HeadOptions, LossOptions, finish_metrics
-from echo_jax.objective.policy_losses import KL_ESTIMATORS, POLICY_LOSSES, Clip
+from echo_jax.objective.policy_losses import KL_ESTIMATORS, POLICY_LOSSES
 from echo_jax.objective.selection import Selection
 from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective, weigh
 from echo_jax.system.sharding import make_mesh
@@ -61,6 +61,14 @@ def logits_and_pullback():
     return [z[: len(t.ids) - 1] for z, t in zip(logits, CHOSEN, strict=True)], to_parameters
 
 
+CLIP = (("clip_high", HIGH), ("clip_low", LOW))
+
+
+def clips_of(policy: str) -> tuple:
+    """Returns the bounds of the tests, for a loss that has a clip."""
+    return tuple(pair for pair in CLIP if pair[0] in POLICY_LOSSES[policy].hyperparameters)
+
+
 def check(objective: Objective, options: LossOptions, advantage: str, *, mesh=None, arguments=None, **written_out):
     """Compares loss and gradient with the equations, on one device and on `mesh`, in two layouts."""
     arguments = arguments or {}
@@ -69,7 +77,7 @@ def check(objective: Objective, options: LossOptions, advantage: str, *, mesh=No
     shared |= {"class_weights": tuple(CLASS_WEIGHTS.values()), "policy": options.policy}
     loss, by_logits = reference.loss(CHOSEN, logits, **shared | arguments | written_out)
     expected = to_parameters(by_logits)
-    advantages = advantages_of(CHOSEN, advantage)
+    advantages = advantages_of(CHOSEN, ADVANTAGES[advantage])
     layouts = [dict(length=64, rows=2), dict(length=40, rows=8, mesh=mesh)] if mesh else [dict(length=64, rows=2)]
     for layout in layouts:
         sums, grads, _ = gradient(CHOSEN, advantages, objective=objective, options=options, **layout, **arguments)
@@ -80,7 +88,7 @@ def check(objective: Objective, options: LossOptions, advantage: str, *, mesh=No
 @pytest.mark.parametrize("policy", sorted(POLICY_LOSSES))
 def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(policy):
     mesh = make_mesh(2, 2, 2)
-    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), head=HEAD)
+    options = LossOptions(policy=policy, policy_options=clips_of(policy), head=HEAD)
     for policy_normalizer in POLICY_NORMALIZERS:
         for observation_normalizer in OBSERVATION_NORMALIZERS:
             normalizers = dict(policy_normalizer=policy_normalizer, observation_normalizer=observation_normalizer)
@@ -90,7 +98,7 @@ def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(poli
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_every_advantage(advantage):
-    check(BASE, dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH)), advantage)
+    check(BASE, dataclasses.replace(OPTIONS, policy_options=CLIP), advantage)
 
 
 @pytest.mark.parametrize("policy_normalizer", POLICY_NORMALIZERS)
@@ -98,7 +106,7 @@ def test_filtered_and_masked_rollouts_leave_the_policy_term_and_keep_their_obser
     objective = dataclasses.replace(
         BASE, policy_normalizer=policy_normalizer, filter_zero_variance=True, mask_overlong=True
     )
-    options = dataclasses.replace(OPTIONS, policy="dapo", clip=Clip(LOW, HIGH))
+    options = dataclasses.replace(OPTIONS, policy="dapo", policy_options=CLIP)
     check(
         objective,
         options,
@@ -110,7 +118,7 @@ def test_filtered_and_masked_rollouts_leave_the_policy_term_and_keep_their_obser
 
 
 def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
-    options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH, dual=1.3))
+    options = dataclasses.replace(OPTIONS, policy_options=(*CLIP, ("dual_clip", 1.3)))
     check(BASE, options, "group", dual=1.3)
 
 
@@ -125,13 +133,13 @@ def noisy_logprobs(seed):
 
 @pytest.mark.parametrize("policy", ["grpo", "gspo", "cispo", "reinforce"])
 def test_old_log_probs_and_truncated_importance_sampling(policy):
-    options = LossOptions(policy=policy, clip=Clip(LOW, HIGH), head=HEAD, importance_cap=1.2)
+    options = LossOptions(policy=policy, policy_options=clips_of(policy), head=HEAD, importance_cap=1.2)
     check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=1.2)
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_the_kl_to_a_reference(estimator):
-    options = LossOptions(policy="grpo", clip=Clip(LOW, HIGH), head=HEAD, kl_estimator=estimator)
+    options = LossOptions(policy="grpo", policy_options=CLIP, head=HEAD, kl_estimator=estimator)
     objective = dataclasses.replace(BASE, kl_weight=0.3)
     arguments = {"reference": noisy_logprobs(2)}
     check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_estimator=estimator)
@@ -139,13 +147,13 @@ def test_the_kl_to_a_reference(estimator):
 
 def test_a_token_that_is_likely_enough_is_no_longer_trained():
     clip = 1 / 64  # an untrained model gives about half of the tokens more
-    options = dataclasses.replace(OPTIONS, clip=Clip(LOW, HIGH), observation_clip=clip)
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP, observation_clip=clip)
     check(BASE, options, "group", observation_clip=clip)
 
 
 def test_scoring_only_what_is_trained_changes_no_gradient():
     """Also where a token that is not scored had a log-prob so low that its ratio to 0 would overflow."""
-    advantages = advantages_of(CHOSEN, "group")
+    advantages = advantages_of(CHOSEN)
     idle = [i for i, t in enumerate(CHOSEN) if advantages[i] == 0 and (t.role[1:] == 3).any()]
     assert idle
     low = [np.where((t.role == 3) & (i in idle), -200.0, t.logprob).astype(np.float32) for i, t in enumerate(CHOSEN)]
@@ -165,7 +173,7 @@ def test_metrics_of_a_frugal_run_count_what_was_scored_by_class_and_tool():
         "observation/tokens_tool_python": (4, 2),
     }
     chosen = [dataclasses.replace(t, tool=(t.tool * (1 + i % 2)).astype(np.int8)) for i, t in enumerate(CHOSEN)]
-    advantages = advantages_of(chosen, "group")
+    advantages = advantages_of(chosen)
     objective = dataclasses.replace(
         BASE, selection=Selection(class_weights={"body": 1.0}, tool_weights={"python": 0.0})
     )
@@ -191,15 +199,15 @@ def test_the_options_of_the_head_reach_the_kernel(monkeypatch):
 
     monkeypatch.setattr(loss, "fused_logprobs", spy)
     head = HeadOptions(token_block=24, vocab_block=56, score_all=True, mesh=None)
-    gradient(CHOSEN, advantages_of(CHOSEN, "group"), objective=BASE, options=dataclasses.replace(OPTIONS, head=head))
+    gradient(CHOSEN, advantages_of(CHOSEN), objective=BASE, options=dataclasses.replace(OPTIONS, head=head))
     assert (seen[0]["token_block"], seen[0]["vocab_block"]) == (24, 56)
 
 
 def test_metrics_equal_their_definitions_written_out():
     """Per token, in float64, over every place that is predicted."""
-    clip = Clip(0.05, 0.1)
-    options = dataclasses.replace(OPTIONS, clip=clip)
-    advantages = advantages_of(CHOSEN, "group")
+    low, high = 0.05, 0.1
+    options = dataclasses.replace(OPTIONS, policy_options=(("clip_low", low), ("clip_high", high)))
+    advantages = advantages_of(CHOSEN)
     sums, _, _ = gradient(CHOSEN, advantages, objective=dataclasses.replace(BASE, kl_weight=0.1), options=options)
     metrics = finish_metrics(sums)
     entropies, gaps, kls, stopped, reference_kls = [], [], [], [], []
@@ -219,7 +227,7 @@ def test_metrics_equal_their_definitions_written_out():
             gaps.append(abs(difference))
             kls.append(np.exp(difference) - 1 - difference)
             ratio = np.exp(difference)
-            stopped.append((advantage > 0 and ratio > 1 + clip.high) or (advantage < 0 and ratio < 1 - clip.low))
+            stopped.append((advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low))
             if p >= t.shared:
                 reference_kls.append(np.exp(-row[t.ids[p]]) - 1 + row[t.ids[p]])  # k3 to log-probs of 0
     expected = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import make_trajectory, varied
 
-from echo_jax.objective.selection import Selection, SelectionError, load_filter, select, turn_of
+from echo_jax.objective.selection import Selection, SelectionError, find_filter, select, turn_of
 from echo_jax.roles import Role
 
 P, A, O, N, F = Role.PROMPT, Role.ACTION, Role.OBSERVATION, Role.BOILERPLATE, Role.FEEDBACK  # noqa: E741
@@ -44,8 +44,8 @@ def keep_even_ids(trajectory, mask):
 def test_a_filter_narrows_the_mask():
     t = make_trajectory([0, 1, 2, 3, 4], [P, O, O, O, A])
     assert only(t, keep=keep_even_ids) == [0, 0, 1, 0, 0]
-    assert load_filter(f"{__name__}:keep_even_ids").__name__ == "keep_even_ids"
-    assert load_filter("") is None
+    assert find_filter(f"{__name__}:keep_even_ids", {}).__name__ == "keep_even_ids"
+    assert find_filter("", {}) is None
 
 
 @pytest.mark.parametrize(

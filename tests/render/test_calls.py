@@ -10,7 +10,7 @@ from echo_jax.render.calls import GRAMMARS, MALFORMED, Call, Malformed
 from echo_jax.tools import TOOLS
 
 PLAIN, JSON = GRAMMARS["plain"], GRAMMARS["json"]
-ALL = tuple(TOOLS)
+ALL = TOOLS
 
 
 def block(**call):
@@ -35,7 +35,7 @@ LS = block(name="bash", arguments={"command": "ls"})
 )
 def test_a_plain_call_is_a_name_and_its_arguments_by_lines(text, call):
     assert PLAIN.parse(text, ALL) == [call]
-    assert PLAIN.parse(PLAIN.write(call), ALL) == [call]
+    assert PLAIN.parse(PLAIN.write(call, ALL), ALL) == [call]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,9 @@ def test_what_is_no_plain_call_says_what_is_wrong(text, status):
 
 def test_only_the_tools_of_the_task_exist():
     for grammar in (PLAIN, JSON):
-        (attempt,) = grammar.parse(grammar.write(Call("python", {"code": "1"})), ("bash", "submit"))
+        (attempt,) = grammar.parse(
+            grammar.write(Call("python", {"code": "1"}), ALL), {name: ALL[name] for name in ("bash", "submit")}
+        )
         assert attempt == Malformed("unknown_tool", "unknown tool; there are: bash submit")
 
 
@@ -94,12 +96,12 @@ def test_every_json_attempt_is_found_in_order_and_none_inside_reasoning(text, st
 @pytest.mark.parametrize("before", ["", " \n", "<|python_tag|>", " <|python_tag|> "])
 def test_llamas_call_may_have_its_mark_before_it(before):
     llama, call = GRAMMARS["llama"], Call("bash", {"command": "ls"})
-    assert llama.parse(before + llama.write(call), ALL) == [call]
+    assert llama.parse(before + llama.write(call, ALL), ALL) == [call]
 
 
 def test_arguments_come_out_as_they_went_in():
     awkward = 'echo "é\\n\n" # \ud83e\udd91 \x00'
-    assert JSON.parse(JSON.write(Call("bash", {"command": awkward})), ALL) == [Call("bash", {"command": awkward})]
+    assert JSON.parse(JSON.write(Call("bash", {"command": awkward}), ALL), ALL) == [Call("bash", {"command": awkward})]
 
 
 @given(

@@ -423,7 +423,7 @@ def test_formats_and_tokenizers_must_fit(tmp_path):
 def sampled(renderer, text, *, stopped=True):
     ids = renderer.action(text).ids
     ids = ids if stopped else ids[:-1]
-    return Sampled(ids, (-1.0,) * len(ids), (0.5,) * len(ids), stopped, 3)
+    return Sampled(ids, (-1.0,) * len(ids), (0.5,) * len(ids), (3,) * len(ids), stopped)
 
 
 def answered(head, **fields):

@@ -23,7 +23,8 @@ from echo_jax.render.calls import MALFORMED
 from echo_jax.roles import Role
 from echo_jax.rollout import world as environment
 from echo_jax.rollout.collector import ATTEMPTS, Collector, Interrupted, Job, RolloutError
-from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.engine import EngineSetup
+from echo_jax.rollout.engine.lanes import LaneSessions
 from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.summary import rollout_metrics, summaries
 from echo_jax.rollout.trajectory import DTYPES
@@ -61,8 +62,8 @@ class ScriptedTask(Task):
     prompt: str = "value of oak"
     files: Mapping[str, bytes] = dataclasses.field(default_factory=lambda: {"oak": b"elm\nash\n", "elm": b"1\n"})
 
-    def score(self, answer, world):
-        return self.judge(answer)
+    def score(self, episode):
+        return self.judge(episode.answer)
 
     def demonstrate(self, rng, *, solve):
         yield from self.script()
@@ -110,12 +111,17 @@ def caller():
     return graphdef, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
 
 
+def engine_setup(**fields):
+    plain = dict(
+        graphdef=caller()[0], model_config=CALLER, mesh=make_mesh(1, 1, 1), sessions=LANES,
+        max_tokens=RULES.max_tokens, temperature=TEMPERATURE, stop_ids=RENDERER.stop_ids, seed=0,
+    )  # fmt: skip
+    return EngineSetup(**plain | fields)
+
+
 @pytest.fixture(scope="module")
 def shared():
-    engine = DenseEngine(
-        caller()[0], CALLER, lanes=LANES, max_tokens=RULES.max_tokens, temperature=TEMPERATURE,
-        stop_ids=RENDERER.stop_ids, seed=0,
-    )  # fmt: skip
+    engine = LaneSessions(engine_setup())
     engine.set_params(caller()[1], 5)
     return engine
 
@@ -379,42 +385,6 @@ def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, m
     assert all(map(same, trajectories[1:], expected[1:]))
     with pytest.raises(RolloutError, match="task 0 failed on this machine: injected"):
         collector.scripted(scripted_jobs(says("submit oak"), files={"bad": b""}), [True], 0)
-
-
-def test_a_machine_on_which_every_rollout_fails_is_an_error_with_its_cause(collector, engine, monkeypatch):
-    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
-    with pytest.raises(RolloutError, match="all 5 rollouts failed on this machine.*injected"):
-        collector.rollouts(jobs_of(5), engine)
-
-
-class WithAnother(Peers):
-    """Two processes, of which the other one answers what it always does."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self._answer = answer
-
-    def gather(self, value, what="result"):
-        return [value, self._answer[what]]
-
-
-def test_a_host_that_fails_its_share_fails_no_run_whose_other_hosts_can_score(collector, engine, monkeypatch):
-    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
-    well, ill = {"rollouts": False, "faults": [3, 3, ""]}, {"rollouts": False, "faults": [3, 0, "theirs"]}
-    monkeypatch.setattr(collector, "_peers", WithAnother(well))
-    assert not any(t.scored for t in collector.rollouts(jobs_of(2), engine))
-    monkeypatch.setattr(collector, "_peers", WithAnother(ill))
-    with pytest.raises(RolloutError, match="all 5 rollouts failed.*theirs"):
-        collector.rollouts(jobs_of(2), engine)
-
-
-def test_all_are_interrupted_when_another_process_is(collector, engine, monkeypatch):
-    monkeypatch.setattr(collector, "_peers", WithAnother({"rollouts": True, "a step": True}))
-    with pytest.raises(Interrupted) as interrupted:
-        collector.rollouts(jobs_of(2), engine)
-    assert len(interrupted.value.finished) == 2
-    with pytest.raises(Interrupted):
-        collector.check_stop()
 
 
 def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):

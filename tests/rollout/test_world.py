@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from echo_jax.render.calls import Call
 from echo_jax.rollout import world as environment
 from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine, ScoreError
 from echo_jax.tasks.task import Task
+from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import CommandResult, Limits, SandboxError, Status
 
 MACHINE = Machine(Limits(timeout_seconds=5.0, memory_bytes=128 << 20, disk_bytes=8 << 20, output_bytes=256))
@@ -21,15 +21,12 @@ class Judged(Task):
     prompt: str = "do it"
     judge: object = lambda answer, world: 1.0
 
-    def score(self, answer, world):
-        return self.judge(answer, world)
-
-    def demonstrate(self, rng, *, solve):
-        yield "submit"
+    def score(self, episode):
+        return self.judge(episode.answer, episode.world)
 
 
-def bash(command):
-    return Call("bash", {"command": command})
+def run(world, tool, seconds=math.inf, **arguments):
+    return world.run(TOOLS[tool], arguments, seconds)
 
 
 def test_a_call_runs_no_longer_than_its_limit_and_than_what_its_episode_has_left():
@@ -37,10 +34,10 @@ def test_a_call_runs_no_longer_than_its_limit_and_than_what_its_episode_has_left
     roomy = EpisodeWorld(Judged(), MACHINE)
     for own, seconds in ((with_limit, math.inf), (with_limit, 60.0), (roomy, 0.3)):
         assert own._world is not None or own.open()
-        result = own.run(bash("sleep 60"), seconds)
+        result = run(own, "bash", seconds, command="sleep 60")
         assert result.status is Status.TIMEOUT
         assert 0.2 < result.seconds < 3
-    assert roomy.run(bash("sleep 0.5; echo done"), math.inf).head == b"done\n"
+    assert run(roomy, "bash", command="sleep 0.5; echo done").head == b"done\n"
     for own in (with_limit, roomy):
         assert own.finish("") == 1.0
 
@@ -56,7 +53,7 @@ def test_setup_has_a_budget_of_its_own_and_is_not_the_agents_fault():
         Judged(setup="sleep 0.4; mkdir d"), dataclasses.replace(MACHINE, limits=Limits(timeout_seconds=0.2))
     )
     assert patient.open()
-    assert patient.run(bash("ls"), math.inf).head == b"d\n"
+    assert run(patient, "bash", command="ls").head == b"d\n"
     patient.close()
 
 
@@ -83,9 +80,9 @@ def test_what_the_agent_left_running_is_ended_before_it_is_scored():
     own = EpisodeWorld(Judged(judge=judge), MACHINE)
     assert own.open()
     forge = "(setsid sh -c 'while :; do echo forged > f; done' &); sleep 0.1; echo started"
-    assert own.run(bash(forge), math.inf).head == b"started\n"
+    assert run(own, "bash", command=forge).head == b"started\n"
     forge = "import os\nif not os.fork():\n    while True: open('f', 'w').write('forged')"
-    assert own.run(Call("python", {"code": forge}), math.inf).status is Status.OK
+    assert run(own, "python", code=forge).status is Status.OK
     assert judge("", own._world) == 0.0  # they are at work
     assert own.finish("") == 1.0
 
@@ -94,7 +91,7 @@ def test_what_the_agent_left_running_is_ended_before_it_is_scored():
 def test_a_score_that_is_no_reward_is_an_error_that_names_the_task(score):
     own = EpisodeWorld(Judged(judge=lambda answer, world: score), MACHINE)
     assert own.open()
-    with pytest.raises(ScoreError, match=r"judged/train/0 is .*a reward lies in \[0, 1\]"):
+    with pytest.raises(ScoreError, match=r"judged/train/0 is .*its rewards lie in \[0, 1\]"):
         own.finish("")
 
 
@@ -122,6 +119,6 @@ def test_a_task_with_a_world_of_its_own_needs_no_sandbox(monkeypatch):
     monkeypatch.setattr(environment, "Sandbox", None)
     own = EpisodeWorld(Walk(tools=("go",), judge=lambda answer, world: float(world.steps == 2)), MACHINE)
     assert own.open()
-    assert own.run(Call("go", {"direction": "n"}), math.inf).head == b"at 1"
-    assert own.run(Call("go", {"direction": "n"}), math.inf).head == b"at 2"
+    assert run(own, "go", direction="n").head == b"at 1"
+    assert run(own, "go", direction="n").head == b"at 2"
     assert (own.finish(""), world.closed, own.limits_by) == (1.0, 1, "")

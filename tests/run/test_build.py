@@ -8,8 +8,8 @@ from synthetic import varied
 
 from configs import maze, tiny
 from echo_jax.config import ConfigError
-from echo_jax.objective.advantages import advantages_of
-from echo_jax.objective.policy_losses import POLICY_LOSSES, Clip
+from echo_jax.objective.advantages import ADVANTAGES, advantages_of
+from echo_jax.objective.policy_losses import POLICY_LOSSES
 from echo_jax.run.build import build
 from echo_jax.run.validate import validate
 from echo_jax.tasks import FAMILIES
@@ -78,10 +78,10 @@ def test_schedule_and_modes_follow_the_step():
 @pytest.mark.parametrize(
     ("fields", "attribute", "expected"),
     [
-        ({"clip_low": 0.1, "clip_high": 0.4}, "clip", Clip(0.1, 0.4)),
-        ({"dual_clip": 3.0}, "clip", Clip(0.2, 0.2, 3.0)),
-        ({"policy": "gspo"}, "clip", Clip(3e-4, 4e-4)),
-        ({"policy": "dapo"}, "clip", Clip(0.2, 0.28)),
+        ({"clip_low": 0.1, "clip_high": 0.4}, "policy_options", (("clip_high", 0.4), ("clip_low", 0.1))),
+        ({"policy_options": {"dual_clip": 2.0}}, "policy_options", (("dual_clip", 2.0),)),
+        ({"dual_clip": 3.0}, "policy_options", (("dual_clip", 3.0),)),
+        ({"policy": "gspo"}, "policy", "gspo"),
         ({"old_logprobs": "recomputed"}, "importance_cap", 2.0),
         ({"old_logprobs": "recomputed", "importance_cap": 1.5}, "importance_cap", 1.5),
         ({"observation_clip": 0.2}, "observation_clip", 0.2),
@@ -108,10 +108,10 @@ def test_the_warm_start_is_the_same_whatever_rl_ablates():
 def test_a_policy_loss_brings_its_advantage_and_normaliser_unless_told_otherwise(policy):
     chosen, loss = varied(), POLICY_LOSSES[policy]
     built = with_fields(policy=policy)
-    np.testing.assert_array_equal(built.advantages(chosen), advantages_of(chosen, loss.advantage))
+    np.testing.assert_array_equal(built.advantages(chosen), advantages_of(chosen, ADVANTAGES[loss.advantage]))
     assert built.objective(0).policy_normalizer == loss.normalizer
     told = with_fields(policy=policy, advantage="reward", policy_normalizer="token")
-    np.testing.assert_array_equal(told.advantages(chosen), advantages_of(chosen, "reward"))
+    np.testing.assert_array_equal(told.advantages(chosen), advantages_of(chosen, ADVANTAGES["reward"]))
     assert told.objective(0).policy_normalizer == "token"
 
 
@@ -123,7 +123,7 @@ class NoSuchTool(LookupFamily):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"task.mixture": {"shel": 1.0}}, r"\['shel'\]; choose from lookup, rooms, shell, python, sqlite, maze"),
+        ({"task.mixture": {"shel": 1.0}}, "task.mixture = 'shel': choose one of lookup, rooms, shell, python, sqlite, maze"),
         ({"task.mixture": {"shell": 1.0}, "task.shell.level": 9}, "task.shell.level = 9: choose 1 to 3"),
         ({"task.mixture": {"maze": 1.0}, "task.maze.width": 1}, "task.maze: 1 × 6 cells"),
         ({"task.mixture": {"shell": 1.0}}, "leaves of config.rollout.max_tokens = 64|no room in rollout.max_tokens"),
@@ -146,7 +146,7 @@ def test_a_task_tool_or_limit_that_cannot_be_is_named_before_any_episode(fields,
 
 def test_a_task_with_a_tool_that_there_is_not_is_named(monkeypatch):
     monkeypatch.setitem(FAMILIES, "lookup", NoSuchTool)
-    with pytest.raises(ConfigError, match=r"lookup/train/0 has the tools \['browser'\]; there are bash, python"):
+    with pytest.raises(ConfigError, match=r"lookup/train/0 names the tools browser; choose from bash, python"):
         build(tiny.get_config())
 
 

@@ -19,15 +19,17 @@ from runs import comparable, wait_for_step
 from configs import tiny
 from echo_jax import config as config_lib
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
-from echo_jax.roles import Role
+from echo_jax.render.calls import MALFORMED
+from echo_jax.roles import ENVIRONMENT_CLASSES, Role
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.collector import Collector, Job
 from echo_jax.run import build as build_lib
 from echo_jax.run import runner
 from echo_jax.run import workdir as workdir_lib
 from echo_jax.run.build import build
+from echo_jax.system import metric_table
 from echo_jax.system.metrics import read_metrics
-from echo_jax.tools import bubblewrap, sandbox
+from echo_jax.tools import TOOLS, bubblewrap, sandbox
 
 ROOT = Path(__file__).parents[2]
 ONE_DEVICE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
@@ -586,6 +588,22 @@ def test_every_config_leaf_is_read_by_something(recorded_run):
     unread = set(config_lib.flat(recorded_run.config)) - recorded_run.reads
     unread -= {name for name in unread if name.startswith("task.")}  # of families that are not in the mixture
     assert not unread
+
+
+def test_every_metric_has_a_line_in_the_table_and_every_line_a_metric(recorded_run, finished):
+    workdirs = (recorded_run.workdir, finished)
+    written = {name for workdir in workdirs for record in read_metrics(workdir / "metrics.jsonl") for name in record}
+    placeholders = {
+        "CLASS": "|".join(ENVIRONMENT_CLASSES),
+        "TOOL": "|".join(TOOLS),
+        "STATUS": "|".join((*sandbox.Status, *MALFORMED, "submit")),
+        "K": "[0-9]+",
+    }
+    assert {name for name in written if metric_table.describe(name, placeholders) is None} == set()
+    found = {id(metric_table.describe(name, placeholders)) for name in written}
+    unseen = {name for name, metric in metric_table.METRICS.items() if id(metric) not in found}
+    # A policy loss of one's own has a test elsewhere; the peak of a CPU is not known.
+    assert unseen <= {"policy/LOSS", "train/mfu"}
 
 
 def test_nothing_compiles_after_the_first_step_checkpoint_and_evaluation(recorded_run):

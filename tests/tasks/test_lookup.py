@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 import pytest
+from scoring import score
 
 from echo_jax.render import BuiltinRenderer
 from echo_jax.roles import Role
@@ -66,15 +67,15 @@ def test_no_answer_and_every_wrong_answer_earn_nothing():
     for task in (FAMILY.make("train", i) for i in range(200)):
         wrong = {"", ".", "-", *WORDS, *task.files, *(f"./{path}" for path in task.files), *map(str, range(*LINES))}
         wrong -= {task.answer, task.answer.removeprefix("./")}
-        assert task.score(None, None) == 0.0
-        assert not any(task.score(guess, None) for guess in wrong)
-        assert task.score(task.answer, None) == task.score(f" {task.answer}\n", None) == 1.0
+        assert score(task, None, None) == 0.0
+        assert not any(score(task, guess, None) for guess in wrong)
+        assert score(task, task.answer, None) == score(task, f" {task.answer}\n", None) == 1.0
 
 
 def test_a_path_may_be_submitted_with_or_without_its_dot():
     task = next(task for task in some_of_every_template(13) if task.template == "file")
     assert task.answer.startswith("./")
-    assert task.score(task.answer.removeprefix("./"), None) == 1.0
+    assert score(task, task.answer.removeprefix("./"), None) == 1.0
 
 
 def test_the_answer_does_not_stand_in_the_prompt():

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from scoring import score
 
 from echo_jax.render import BuiltinRenderer
 from echo_jax.roles import Role
@@ -67,7 +68,7 @@ def visit():
             for command in (task.setup, *commands):
                 assert box.run(command).status is Status.OK, command
             box.kill_processes()
-            return task.score(answer, box)
+            return score(task, answer, box)
 
     return score
 
@@ -118,7 +119,7 @@ def test_a_sandbox_that_died_before_the_score_is_no_zero():
     with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
         box.close()
         with pytest.raises(SandboxError):
-            task.score("x", box)
+            score(task, "x", box)
 
 
 def test_neither_the_path_nor_the_directories_stand_in_the_prompt():

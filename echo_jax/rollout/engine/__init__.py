@@ -1,4 +1,29 @@
 """Sampling: a policy decodes many sessions at once.
 
-In: the new ids of each session. Out: sampled ids, their log-probs and entropies.
+In: the new ids of each session. Out: sampled ids, their log-probs, entropies and policy versions. `interface.py` says
+what an engine is; a new one is a class and a line in `ENGINES`, or is named as `module:Class` in
+`config.rollout.engine`.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from echo_jax.rollout.engine.interface import Engine, EngineSetup
+from echo_jax.rollout.engine.lanes import LaneSessions
+from echo_jax.system import named
+
+__all__ = ["ENGINES", "Engine", "EngineSetup", "find_engine"]
+
+ENGINES: dict[str, Callable[..., Engine]] = {"dense": LaneSessions}
+
+
+def find_engine(name: str, options: Mapping[str, Any]) -> Callable[..., Engine]:
+    """Returns what makes an engine of an `EngineSetup` and these options.
+
+    Raises:
+      ConfigError: there is no such engine, or it does not take these options.
+    """
+    make = named.find(name, ENGINES, "rollout.engine")
+    named.check_callable(make, name, "rollout.engine")
+    named.check_options(make, options, "rollout.engine_options", given=1)
+    return make

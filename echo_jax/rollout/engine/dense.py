@@ -182,7 +182,8 @@ class DenseEngine:
             ids, logprobs, entropies = (
                 tuple(field[lane, turn].tolist()) for field in (self._host.ids, self._host.logprob, self._host.entropy)
             )
-            finished[int(lane)] = Sampled(ids, logprobs, entropies, ids[-1] in self._stop_ids, self._version)
+            versions = (self._version,) * len(ids)
+            finished[int(lane)] = Sampled(ids, logprobs, entropies, versions, ids[-1] in self._stop_ids)
         return finished
 
     def cancel(self) -> None:

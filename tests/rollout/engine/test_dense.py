@@ -300,7 +300,7 @@ def test_a_session_may_fill_its_lane_to_the_last_slot(engine):
 
 def test_a_turn_is_reported_once_and_carries_its_version(engine):
     engine.set_params(weights(TINY)[1], 12)
-    assert one_turn(engine, {0: (0, (1,), 3)})[0].policy_version == 12
+    assert one_turn(engine, {0: (0, (1,), 3)})[0].versions == (12,) * 3
     assert engine.step() == {}
 
 

@@ -1,0 +1,69 @@
+"""Collections by all processes of a run: they stop together and fail together.
+
+In: this process's share of the jobs. Out: its trajectories; or, in every process, the same exception.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from echo_jax.rollout.collector import Collector, Interrupted, RolloutError
+from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.system.peers import Peers
+
+
+class JointCollector:
+    """A `Collector` whose collections all processes of a run make at the same time, each with its share of the jobs."""
+
+    def __init__(self, collector: Collector, peers: Peers):
+        self._collector = collector
+        self._peers = peers
+
+    @property
+    def retried(self) -> int:
+        """Rollouts of the last collection that were made again, in all processes."""
+        return sum(self._peers.gather(self._collector.retried))
+
+    def rollouts(self, *arguments: Any, **options: Any) -> list[Trajectory]:
+        """As `Collector.rollouts`.
+
+        Raises:
+          Interrupted: this process, or another, was asked to stop; it holds what this one had finished.
+          RolloutError: in all processes together, no rollout could be scored.
+        """
+        trajectories = self._together(lambda: self._collector.rollouts(*arguments, **options))
+        self._check_scored(trajectories)
+        return trajectories
+
+    def scripted(self, *arguments: Any, **options: Any) -> list[Trajectory]:
+        """As `Collector.scripted`.
+
+        Raises:
+          Interrupted: this process, or another, was asked to stop.
+        """
+        return self._together(lambda: self._collector.scripted(*arguments, **options))
+
+    def check_stop(self) -> None:
+        """Raises `Interrupted` if this process, or another of the run, was asked to stop."""
+        if any(self._peers.gather(self._collector.stop.is_set(), "a step")):
+            raise Interrupted
+
+    def _together(self, collect: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        try:
+            trajectories, interrupted = collect(), False
+        except Interrupted as stopped:
+            trajectories, interrupted = list(stopped.finished), True
+        if any(self._peers.gather(interrupted, "rollouts")):
+            raise Interrupted(trajectories)
+        return trajectories
+
+    def _check_scored(self, trajectories: Sequence[Trajectory]) -> None:
+        scored = sum(t.scored for t in trajectories)
+        made, scored, faults = zip(
+            *self._peers.gather([len(trajectories), scored, self._collector.fault], "faults"), strict=True
+        )
+        if any(made) and not any(scored):
+            causes = "; ".join(dict.fromkeys(filter(None, faults)))
+            raise RolloutError(
+                f"none of {sum(made)} rollouts could be scored; remove the cause, then run the same command again. The "
+                f"last one: {causes or 'no cause is known'}"
+            )

@@ -1,0 +1,108 @@
+"""Every metric that runs write: its unit and what it means.
+
+In: nothing. Out: `METRICS`. A name may have a placeholder: CLASS is a class of environment tokens, TOOL a tool, STATUS
+how an attempt at a tool call went, K a number of samples, LOSS what a policy loss of yours reports. Means over tokens
+are over the tokens that the LM head is run for (`loss.score_all`).
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    unit: str
+    meaning: str
+
+
+_TOKENS, _NATS, _SHARE, _COUNT = "tokens", "nats a token", "share, 0 to 1", "count"
+
+_EPISODES = {
+    "submitted": Metric(_COUNT, "rollouts started"),
+    "accepted": Metric(_COUNT, "rollouts that were scored and, in training, have a token that some term trains"),
+    "rejected": Metric(_COUNT, "rollouts without a score: the machine failed, or the task could not say"),
+    "solve_rate": Metric(_SHARE, "scored rollouts that earned their task's highest reward"),
+    "reward": Metric("reward", "mean over scored rollouts"),
+    "mixed_groups": Metric(_SHARE, "groups whose rollouts did not all earn the same"),
+    "turns": Metric(_COUNT, "mean turns a rollout"),
+    "tokens": Metric(_TOKENS, "mean length of a rollout, prompt included"),
+    "calls_STATUS": Metric(_COUNT, "attempts at tool calls that ended with this status"),
+    "imagined_observations": Metric(_SHARE, "action tokens that spell the header of an observation"),
+}
+
+METRICS = {
+    "step": Metric("steps", "updates done since the run began, warm start included"),
+    # The loss.
+    "loss/total": Metric(_NATS, "the loss that is minimised, all terms"),
+    "loss/observation": Metric(_NATS, "the observation term, lambda included"),
+    "loss/observation_weight": Metric("factor", "lambda of this step; 0 in a mode without observation term"),
+    "loss/kl": Metric(_NATS, "the KL term, its weight included"),
+    "loss/active_fraction": Metric(_SHARE, "packed tokens whose log-prob a term reads"),
+    "loss/gradient_cosine": Metric("cosine", "between the gradients of the policy and the observation term"),
+    "loss/gradient_ratio": Metric("ratio", "norm of the observation term's gradient over that of the policy term"),
+    # The policy term.
+    "policy/loss": Metric(_NATS, "the policy term; in the warm start, cross-entropy of the demonstrated actions"),
+    "policy/entropy": Metric(_NATS, "mean entropy of the trainer's distributions at the actions"),
+    "policy/tokens": Metric(_TOKENS, "actions that the LM head was run for"),
+    "policy/clip_fraction": Metric(_SHARE, "actions whose gradient the clip stopped or whose weight it bounded"),
+    "policy/sampler_gap": Metric(_NATS, "mean |log-prob of the trainer - log-prob of the sampler| over actions"),
+    "policy/sampler_gap_max": Metric("nats", "the largest such difference"),
+    "policy/mismatch_kl": Metric(_NATS, "mean ratio - log ratio - 1 over actions, trainer to sampler"),
+    "policy/reference_kl": Metric(_NATS, "mean KL estimate to the policy that RL began with"),
+    "policy/reference_tokens": Metric(_TOKENS, "actions in the KL"),
+    "policy/gradient_norm": Metric("norm", "of the policy term's gradient alone, with loss.gradient_metrics_every"),
+    "policy/LOSS": Metric("its own", "mean over actions of what a policy loss of yours reports under this name"),
+    # The observation term.
+    "observation/loss": Metric(_NATS, "the observation term without lambda"),
+    "observation/ce": Metric(_NATS, "mean cross-entropy of bodies of tool output, at temperature 1"),
+    "observation/accuracy": Metric(_SHARE, "body tokens that were the most likely one"),
+    "observation/tokens": Metric(_TOKENS, "bodies of tool output that the LM head was run for"),
+    "observation/ce_CLASS": Metric(_NATS, "the same for another class of environment tokens"),
+    "observation/accuracy_CLASS": Metric(_SHARE, "the same for another class of environment tokens"),
+    "observation/tokens_CLASS": Metric(_TOKENS, "the same for another class of environment tokens"),
+    "observation/ce_tool_TOOL": Metric(_NATS, "the same for the bodies that one tool wrote"),
+    "observation/accuracy_tool_TOOL": Metric(_SHARE, "the same for the bodies that one tool wrote"),
+    "observation/tokens_tool_TOOL": Metric(_TOKENS, "the same for the bodies that one tool wrote"),
+    "observation/gradient_norm": Metric("norm", "of the observation term's gradient alone"),
+    # Rollouts of the step, and evaluations.
+    **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
+    "rollout/filtered": Metric(_COUNT, "scored rollouts of which no term trains a token"),
+    "rollout/retried": Metric(_COUNT, "rollouts that were made again since the machine failed them"),
+    "rollout/tokens_per_second": Metric("tokens/s", "tokens of the rollouts, prompts included, over time/rollout"),
+    **{f"eval/{name}": metric for name, metric in _EPISODES.items()},
+    "eval/pass@K": Metric(_SHARE, "held-out tasks solved by at least one of K samples, estimated without bias"),
+    "eval/pass@K_stderr": Metric(_SHARE, "its standard error over tasks"),
+    "eval/observation_ce": Metric(_NATS, "mean cross-entropy of tool output in fixed held-out transcripts"),
+    # Packing.
+    "pack/tokens": Metric(_TOKENS, "predicted tokens of the batch"),
+    "pack/slots": Metric(_TOKENS, "places of the rows that hold anything"),
+    "pack/efficiency": Metric(_SHARE, "pack/tokens over pack/slots"),
+    "pack/pairs": Metric(_COUNT, "pairs of a token and one that it attends to"),
+    # The update.
+    "train/gradient_norm": Metric("norm", "of the whole gradient, before it is clipped"),
+    "train/update_norm": Metric("norm", "of the change of the parameters"),
+    "train/tokens_per_second": Metric("tokens/s", "pack/tokens over time/train"),
+    "train/flops_per_second": Metric("FLOP/s", "analytic FLOPs of the update on real tokens, over time/train"),
+    "train/mfu": Metric(_SHARE, "that over the peak of the devices, where it is known"),
+    # Seconds.
+    "time/step": Metric("s", "the whole step, evaluations apart"),
+    "time/rollout": Metric("s", "sampling and tools"),
+    "time/train": Metric("s", "packing and the update"),
+    "time/evaluate": Metric("s", "evaluations of this step"),
+}
+
+
+def describe(name: str, placeholders: dict[str, str]) -> Metric | None:
+    """Returns what a metric of this name is; None for one that the table lacks.
+
+    Args:
+      placeholders: placeholder -> regular expression of what may stand for it.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, metric in METRICS.items():
+        expression = re.escape(pattern)
+        for placeholder, choices in placeholders.items():
+            expression = expression.replace(placeholder, f"(?:{choices})")
+        if re.fullmatch(expression, name):
+            return metric
+    return None

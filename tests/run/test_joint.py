@@ -1,0 +1,80 @@
+"""Laws of collecting with other processes, which are played here; `tests/system/test_peers.py` has real ones."""
+
+import threading
+
+import pytest
+from synthetic import make_trajectory
+
+from echo_jax.rollout.collector import Interrupted, RolloutError
+from echo_jax.run.joint import JointCollector
+from echo_jax.system.peers import Peers
+
+
+class WithAnother(Peers):
+    """Two processes, of which the other one answers what it always does."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self._answer = answer
+
+    def gather(self, value, what="result"):
+        return [value, self._answer[what]]
+
+
+class Made:
+    """A collector whose collections always end like this."""
+
+    def __init__(self, *trajectories, fault="", interrupted=False):
+        self.stop, self.retried, self.fault = threading.Event(), 0, fault
+        self._trajectories, self._interrupted = list(trajectories), interrupted
+
+    def rollouts(self):
+        if self._interrupted:
+            raise Interrupted(self._trajectories)
+        return self._trajectories
+
+    scripted = rollouts
+
+
+GOOD, LOST = make_trajectory([1, 2]), make_trajectory([1, 2], scored=False, outcome="infra")
+
+
+def test_a_run_of_which_no_rollout_is_scored_stops_with_the_cause():
+    with pytest.raises(RolloutError, match="none of 2 rollouts could be scored.*injected"):
+        JointCollector(Made(LOST, LOST, fault="injected"), Peers()).rollouts()
+    assert JointCollector(Made(LOST, GOOD, fault="injected"), Peers()).rollouts() == [LOST, GOOD]
+    assert JointCollector(Made(), Peers()).rollouts() == []
+
+
+def test_a_host_that_fails_its_share_fails_no_run_whose_other_hosts_can_score():
+    well, ill = {"rollouts": False, "faults": [3, 3, ""]}, {"rollouts": False, "faults": [3, 0, "theirs"]}
+    made = Made(LOST, LOST, fault="ours")
+    assert JointCollector(made, WithAnother(well)).rollouts() == [LOST, LOST]
+    with pytest.raises(RolloutError, match="none of 5 rollouts.*ours; theirs"):
+        JointCollector(made, WithAnother(ill)).rollouts()
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "scripted"])
+def test_all_are_interrupted_when_another_process_is(kind):
+    joint = JointCollector(Made(GOOD, GOOD), WithAnother({"rollouts": True, "a step": True}))
+    with pytest.raises(Interrupted) as interrupted:
+        getattr(joint, kind)()
+    assert interrupted.value.finished == [GOOD, GOOD]
+    with pytest.raises(Interrupted):
+        joint.check_stop()
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "scripted"])
+def test_what_an_interrupted_collection_finished_is_passed_on(kind):
+    joint = JointCollector(Made(GOOD, interrupted=True), Peers())
+    with pytest.raises(Interrupted) as interrupted:
+        getattr(joint, kind)()
+    assert interrupted.value.finished == [GOOD]
+
+
+def test_nobody_stops_unasked_and_all_stop_when_this_process_is_asked():
+    made = Made()
+    JointCollector(made, Peers()).check_stop()
+    made.stop.set()
+    with pytest.raises(Interrupted):
+        JointCollector(made, Peers()).check_stop()

@@ -1,0 +1,52 @@
+"""What the package gives to those who bring their own trainer, and what its import does: nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "echo_jax").rglob("*.py")
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Returns the modules that a fresh interpreter has loaded after some code."""
+    code += "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_and_each_name_only_what_it_needs():
+    assert {name for name in loaded_by("import echo_jax") if name.startswith(("jax", "echo_jax."))} == set()
+    role = loaded_by("from echo_jax import Role; assert Role.ACTION == 3")
+    assert {name for name in role if name.startswith(("jax", "echo_jax."))} == {"echo_jax.roles"}
+    all_names = loaded_by("from echo_jax import *; assert callable(echo_loss) and callable(pack) and fused_logprobs")
+    assert not {name for name in all_names if name.startswith(("echo_jax.tools", "echo_jax.tasks", "echo_jax.run."))}
+
+
+def test_a_name_that_the_package_lacks_is_named_with_those_it_has():
+    import echo_jax
+
+    assert {"Role", "echo_loss", "fused_logprobs", "pack"} <= set(dir(echo_jax))
+    with pytest.raises(AttributeError, match="'pak'; it has Role, echo_loss, fused_logprobs, pack"):
+        _ = echo_jax.pak
+
+
+def test_compiling_ahead_of_time_loads_no_task_tool_or_collector():
+    loaded = loaded_by("import echo_jax.compile")
+    assert "echo_jax.learner.learner" in loaded
+    parts = ("echo_jax.tasks", "echo_jax.tools", "echo_jax.rollout.collector", "echo_jax.rollout.world")
+    assert {name for name in loaded if name.startswith(parts)} == set()
+
+
+def test_importing_any_module_touches_no_device():
+    """JAX makes its backends when a device is first asked for, and only then."""
+    modules = [name for name in MODULES if not name.endswith("supervisor")]  # which runs inside the sandbox
+    code = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in modules)
+    code += "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
+    assert "echo_jax.run.trainer" in loaded_by(code)

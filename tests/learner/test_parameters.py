@@ -271,7 +271,7 @@ def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
     own = shutil.copyfile(weights / "tokenizer.model", tmp_path / "own.model")
     assert tokenizers.find(own, weights).vocab_size == 1280
     other = str(published_tokenizers.write(tmp_path / "other", "qwen3"))
-    with pytest.raises(TokenizerError, match=rf"{other} is of another vocabulary than the tokenizer of {weights}: '"):
+    with pytest.raises(TokenizerError, match=rf"{other} has a different vocabulary from the tokenizer of {weights}: '"):
         build(small(weights, **{"tokenizer.path": other}))
     (weights / "tokenizer.model").unlink()
     build(small(weights, **{"tokenizer.path": str(own)}))

@@ -64,8 +64,8 @@ def wait_until(condition, seconds: float = 300.0) -> None:
 
 @pytest.mark.slow
 def test_sweep_survives_a_kill_and_a_stop(tmp_path):
-    """In the second run a process is killed, and launch.sh restarts the run. In the third everything is stopped, and the
-    same command resumes. Each run ends like an undisturbed one."""
+    """In the second run a process is killed, and launch.sh restarts the run. In the third everything is stopped, and
+    the same command resumes. Each run ends like an undisturbed one."""
     config, workdir, output = tmp_path / "c.py", tmp_path / "w", tmp_path / "output"
     config.write_text(SWEEP)
     names = [f"observation_weight={weight},seed={seed}" for weight in ("0.0", "0.05") for seed in (0, 1)]

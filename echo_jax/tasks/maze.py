@@ -129,8 +129,8 @@ def neighbour(cell: Cell, direction: str) -> Cell:
 
 def exits(doors: frozenset[tuple[Cell, Cell]], cell: Cell) -> dict[str, Cell]:
     """Returns {direction: cell behind the door} for the doors of a cell."""
-    beside = {direction: neighbour(cell, direction) for direction in STEPS}
-    return {direction: behind for direction, behind in beside.items() if (cell, behind) in doors}
+    neighbours = {direction: neighbour(cell, direction) for direction in STEPS}
+    return {direction: behind for direction, behind in neighbours.items() if (cell, behind) in doors}
 
 
 def _dig(cells: list[Cell], rng: np.random.Generator) -> frozenset[tuple[Cell, Cell]]:
@@ -140,8 +140,8 @@ def _dig(cells: list[Cell], rng: np.random.Generator) -> frozenset[tuple[Cell, C
     path = [cells[int(rng.integers(len(cells)))]]
     visited = {path[0]}
     while path:
-        beside = [neighbour(path[-1], direction) for direction in STEPS]
-        new = [cell for cell in beside if cell in cells and cell not in visited]
+        neighbours = [neighbour(path[-1], direction) for direction in STEPS]
+        new = [cell for cell in neighbours if cell in cells and cell not in visited]
         if not new:
             path.pop()
             continue

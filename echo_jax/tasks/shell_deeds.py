@@ -259,13 +259,13 @@ def archive(rng: np.random.Generator, level: int) -> Problem:
 
 def links(rng: np.random.Generator, level: int) -> Problem:
     folder, paths = some_paths(rng, level, (".txt", ".log"))
-    new, nowhere, *_ = (name for name in names(rng) if not any(name in path for path in paths))
+    new, missing, *_ = (name for name in names(rng) if not any(name in path for path in paths))
     texts = [path for path in paths if path.endswith(".txt")]
-    beside = {path.replace(".txt", ".link"): path for path in texts}
+    linked = {path.replace(".txt", ".link"): path for path in texts}
     broken = [path.replace(".log", ".link") for path in paths if path.endswith(".log")] if level == 3 else []
     target = pick(rng, paths)
-    leads_to = by_level(level, {new: target}, {f"{new}/{posixpath.basename(path)}": path for path in texts}, beside)
-    symlinks = {link: posixpath.basename(path) for link, path in beside.items()} | dict.fromkeys(broken, nowhere)
+    leads_to = by_level(level, {new: target}, {f"{new}/{posixpath.basename(path)}": path for path in texts}, linked)
+    symlinks = {link: posixpath.basename(path) for link, path in linked.items()} | dict.fromkeys(broken, missing)
     prompt, command, slip = by_level(
         level,
         (f"Make a symbolic link {new} that leads to {target}.", f"ln -s {target} {new}", f"ln -s {new} {target}"),

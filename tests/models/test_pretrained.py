@@ -227,10 +227,10 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path):
     edit(tmp_path, change)
     with pytest.raises(WeightsError) as raised:
         read(TINY, tmp_path)
-    said = str(raised.value)
-    assert "model.layers.1.mlp.up_proj.weight is missing; it should have the shape [32, 16]" in said
-    assert f"{SINGLE}: model.layers.0.mlp.gate_proj.weight has the shape [32, 15], not [32, 16]" in said
-    assert f"{SINGLE}: model.layers.0.self_attn.q_proj.bias is not a tensor of this model" in said
+    message = str(raised.value)
+    assert "model.layers.1.mlp.up_proj.weight is missing; it should have the shape [32, 16]" in message
+    assert f"{SINGLE}: model.layers.0.mlp.gate_proj.weight has the shape [32, 15], not [32, 16]" in message
+    assert f"{SINGLE}: model.layers.0.self_attn.q_proj.bias is not a tensor of this model" in message
 
 
 def test_tied_head_stored_as_a_copy_is_ignored(tmp_path):
@@ -255,8 +255,8 @@ def test_rope_frequencies_in_old_files_are_ignored(tmp_path):
 
 def test_index_states_the_total_number_of_bytes(tmp_path):
     write(TINY, tmp_path, file_bytes=5000, dtype="bfloat16")
-    said = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
-    assert said == sum(2 * int(np.prod(tensor.shape)) for tensor in open_source(tmp_path).tensors.values())
+    total = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
+    assert total == sum(2 * int(np.prod(tensor.shape)) for tensor in open_source(tmp_path).tensors.values())
 
 
 def test_truncated_file_is_named_with_its_first_lost_tensor(tmp_path):
@@ -279,10 +279,10 @@ def test_truncated_file_is_named_with_its_first_lost_tensor(tmp_path):
 def test_wrong_index_is_named(tmp_path):
     write(TINY, tmp_path, file_bytes=5000)
     index = tmp_path / INDEX
-    said = json.loads(index.read_text())
-    name, *_ = said["weight_map"]
-    said["weight_map"][name] = sorted(set(said["weight_map"].values()))[-1]
-    index.write_text(json.dumps(said))
+    index_content = json.loads(index.read_text())
+    name, *_ = index_content["weight_map"]
+    index_content["weight_map"][name] = sorted(set(index_content["weight_map"].values()))[-1]
+    index.write_text(json.dumps(index_content))
     with pytest.raises(WeightsError, match=f"{INDEX} places {name} in .*, which has no such tensor"):
         open_source(tmp_path)
 
@@ -364,37 +364,37 @@ def test_a_gguf_file_whose_rope_scaling_is_a_table_is_refused(tmp_path):
 
 
 def test_old_and_new_expert_keys_are_equivalent():
-    said = published_config(SPARSE, max_length=128)
-    new = {key: value for key, value in said.items() if key != "num_experts"} | {"num_local_experts": 6}
-    assert model_fields(new) == model_fields(said)
-    assert model_fields(said)["normalize_experts"] is True
-    unsaid = {key: value for key, value in said.items() if key != "norm_topk_prob"}
-    assert model_fields(unsaid)["normalize_experts"] is False
+    published = published_config(SPARSE, max_length=128)
+    new = {key: value for key, value in published.items() if key != "num_experts"} | {"num_local_experts": 6}
+    assert model_fields(new) == model_fields(published)
+    assert model_fields(published)["normalize_experts"] is True
+    without = {key: value for key, value in published.items() if key != "norm_topk_prob"}
+    assert model_fields(without)["normalize_experts"] is False
 
 
 def test_old_rope_scaling_key_takes_precedence_over_the_new_one():
-    said = published_config(dataclasses.replace(TINY, rope_scaling=YARN, rope_theta=7.0), max_length=128)
-    both = said | {"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
-    assert model_fields(both) == model_fields(said)
+    published = published_config(dataclasses.replace(TINY, rope_scaling=YARN, rope_theta=7.0), max_length=128)
+    both = published | {"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert model_fields(both) == model_fields(published)
 
 
 def test_yarn_without_an_attention_factor_writes_none(tmp_path):
     scaling = dataclasses.replace(YARN, attention_factor=0.0)
-    said = published_config(dataclasses.replace(TINY, rope_scaling=scaling), max_length=128)["rope_scaling"]
-    assert "attention_factor" not in said
+    published = published_config(dataclasses.replace(TINY, rope_scaling=scaling), max_length=128)["rope_scaling"]
+    assert "attention_factor" not in published
 
 
 def test_missing_config_json_keys_have_the_published_defaults(tmp_path):
-    said = published_config(dataclasses.replace(TINY, num_kv_heads=TINY.num_heads), max_length=128)
+    published = published_config(dataclasses.replace(TINY, num_kv_heads=TINY.num_heads), max_length=128)
     for gone in ("head_dim", "rope_theta", "num_key_value_heads"):
-        fields = model_fields({key: value for key, value in said.items() if key != gone})
-        assert fields == model_fields(said | {gone: None})
+        fields = model_fields({key: value for key, value in published.items() if key != gone})
+        assert fields == model_fields(published | {gone: None})
         if gone == "head_dim":
             assert fields["head_dim"] == TINY.embed_dim // TINY.num_heads
         else:
-            assert fields == model_fields(said)
-    assert model_fields(said | {"rope_theta": None})["rope_theta"] == 10_000.0
-    assert model_fields(said | {"rope_scaling": {"rope_type": "none"}}) == model_fields(said)
+            assert fields == model_fields(published)
+    assert model_fields(published | {"rope_theta": None})["rope_theta"] == 10_000.0
+    assert model_fields(published | {"rope_scaling": {"rope_type": "none"}}) == model_fields(published)
 
 
 def test_config_may_add_a_rope_scaling_to_a_model_without_one(tmp_path):

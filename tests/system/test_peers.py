@@ -217,7 +217,7 @@ def test_two_processes_export_as_one(uninterrupted, tmp_path):
         statuses, outputs = finish(start(arguments, count=count))
         assert statuses == [0] * count, outputs
         assert f"is in {output}" in outputs[0]
-        assert all(str(output) not in said for said in outputs[1:])
+        assert all(str(output) not in text for text in outputs[1:])
         files.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert files[0] == files[1]
     assert SINGLE in files[0]

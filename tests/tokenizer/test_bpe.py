@@ -107,9 +107,9 @@ def test_only_trusted_spans_contain_added_tokens(pair, spans):
 
 
 def test_trusted_token_is_found_after_a_half_trusted_one(tmp_path):
-    def change(said):
-        last = said["added_tokens"][-1]
-        said["added_tokens"].append(last | {"id": last["id"] + 1, "content": "x<|im"})
+    def change(definition):
+        last = definition["added_tokens"][-1]
+        definition["added_tokens"].append(last | {"id": last["id"] + 1, "content": "x<|im"})
 
     ours = tokenizers.load(edit(write(tmp_path / "t", "chatml"), change))
     tokens = ours.encode_spans([("x", False), ("<|im_end|>", True)])
@@ -126,9 +126,9 @@ def test_merges_cross_span_boundaries(pair):
 def test_added_token_inside_a_longer_one_is_not_matched(tmp_path):
     """At each position the longest added token wins."""
 
-    def change(said):
-        last = said["added_tokens"][-1]
-        said["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<|im_end|>x"})
+    def change(definition):
+        last = definition["added_tokens"][-1]
+        definition["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<|im_end|>x"})
 
     folder = edit(write(tmp_path / "t", "chatml"), change)
     ours, real = tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
@@ -180,17 +180,17 @@ def test_different_vocabulary_is_reported_by_its_first_difference(tmp_path):
 
 def test_special_tokens_and_templates_are_found_in_every_published_layout(tmp_path):
     folder = write(tmp_path / "t", "chatml")
-    said = json.loads((folder / "tokenizer_config.json").read_text())
-    mapped = {"eos_token": {"content": said.pop("eos_token")}, "bos_token": "<|im_start|>"}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    mapped = {"eos_token": {"content": config.pop("eos_token")}, "bos_token": "<|im_start|>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(mapped))
-    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": said["chat_template"]}]
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": config["chat_template"]}]
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"pad_token": None, "bos_token": "<|endoftext|>", "chat_template": several})
     )
     ours = tokenizers.load(folder)
     assert ours.name_of("bos_token") == "<|endoftext|>"  # tokenizer_config.json overrides the map
     assert ours.end == ours.pad == ours.id_of("<|im_end|>")
-    assert ours.template == said["chat_template"]
+    assert ours.template == config["chat_template"]
 
 
 def test_template_in_a_separate_file_is_used(tmp_path):
@@ -202,17 +202,17 @@ def test_template_in_a_separate_file_is_used(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: said["added_tokens"][0].update(lstrip=True), r"\['<\|endoftext\|>'\] set one of lstrip, rstrip"),
-        (lambda said: said["model"].update(type="Unigram"), "not a byte-level BPE tokenizer.json"),
-        (lambda said: said.pop("added_tokens"), "lacks 'added_tokens'"),
-        (lambda said: said["added_tokens"][0].update(id="5"), r"has the added token \{'id': '5'"),
-        (lambda said: said["added_tokens"][0].update(content=5), "has the added token"),
-        (lambda said: said["added_tokens"][0].update(content="\ud800"), "it is damaged: it has the added token"),
-        (lambda said: said["added_tokens"][0].pop("special"), "has the added token"),
-        (lambda said: said["added_tokens"].append(7), "has the added token 7"),
-        (lambda said: said.pop("model"), "not a byte-level BPE tokenizer.json"),
-        (lambda said: said["model"]["vocab"].update({"\u2581the": 490}), "its pieces contain the character '\u2581'"),
-        (lambda said: (said["model"]["vocab"].pop("Q"), said["model"].update(merges=[])), "'Q' have no pieces"),
+        (lambda d: d["added_tokens"][0].update(lstrip=True), r"\['<\|endoftext\|>'\] set one of lstrip, rstrip"),
+        (lambda d: d["model"].update(type="Unigram"), "not a byte-level BPE tokenizer.json"),
+        (lambda d: d.pop("added_tokens"), "lacks 'added_tokens'"),
+        (lambda d: d["added_tokens"][0].update(id="5"), r"has the added token \{'id': '5'"),
+        (lambda d: d["added_tokens"][0].update(content=5), "has the added token"),
+        (lambda d: d["added_tokens"][0].update(content="\ud800"), "it is damaged: it has the added token"),
+        (lambda d: d["added_tokens"][0].pop("special"), "has the added token"),
+        (lambda d: d["added_tokens"].append(7), "has the added token 7"),
+        (lambda d: d.pop("model"), "not a byte-level BPE tokenizer.json"),
+        (lambda d: d["model"]["vocab"].update({"\u2581the": 490}), "its pieces contain the character '\u2581'"),
+        (lambda d: (d["model"]["vocab"].pop("Q"), d["model"].update(merges=[])), "'Q' have no pieces"),
     ],
     ids=["takes spaces in", "unigram", "no added tokens", "id", "content", "surrogate", "no kind", "number",
          "no model", "SentencePiece", "no Q"],
@@ -263,7 +263,7 @@ def test_unsupported_gguf_tokenizer_is_refused_but_its_vocabulary_is_readable(tm
 def test_bytes_without_a_piece_vanish_as_in_the_real_tokenizer(tmp_path):
     lost = "\x04"
     stand_in = next(name for byte, name in _bytes_to_unicode().items() if byte == ord(lost))
-    folder = edit(write(tmp_path / "t", "chatml"), lambda said: said["model"]["vocab"].pop(stand_in))
+    folder = edit(write(tmp_path / "t", "chatml"), lambda definition: definition["model"]["vocab"].pop(stand_in))
     ours, real = tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
     text = f"a{lost}b"
     assert ours.encode(text) == real.encode(text, add_special_tokens=False).ids
@@ -282,12 +282,12 @@ def test_damaged_files_are_named(tmp_path):
         with pytest.raises(TokenizerError, match=message):
             tokenizers.load(folder)
     (folder / "tokenizer.json").write_text(whole)
-    for said, message in (
+    for config, message in (
         ({"eos_token": "<|stop|>"}, r"eos_token = '<\|stop\|>' is not in its vocabulary"),
         ({"eos_token": ["<|im_end|>"]}, r"eos_token = \['<\|im_end\|>'\] is not a token name"),
         ({"eos_token": "<|im_end|>", "chat_template": {"a": 1}}, "chat_template is {'a': 1}, not text"),
     ):
-        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(TokenizerError, match=message):
             tokenizers.load(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": ["x"]}))

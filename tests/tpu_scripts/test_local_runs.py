@@ -82,9 +82,9 @@ def test_sweep_survives_a_kill_and_a_stop(tmp_path):
 
     sweep = launch(config, workdir, output)
     assert sweep.wait(600) == 0, output.read_text()
-    said = output.read_text()
+    text = output.read_text()
     assert all((workdir / name / "DONE").exists() for name in names)
-    assert said.count("done before") == 2
+    assert text.count("done before") == 2
     log = (workdir / names[1] / "log.txt").read_text()
     assert "restart 1 of 2" in log
     assert "resuming" in (workdir / names[2] / "log.txt").read_text()

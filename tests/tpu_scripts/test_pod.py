@@ -213,8 +213,10 @@ class Cloud:
         self.plan("")
         package = self.repository / "echo_jax"
         (package / "tools").mkdir(parents=True)
-        for name in ("__init__", "sweep", "cli", "config", "metrics"):
+        for name in ("__init__", "sweep", "config"):
             shutil.copy(ROOT / "echo_jax" / f"{name}.py", package)
+        for name in ("system", "run"):
+            shutil.copytree(ROOT / "echo_jax" / name, package / name)
         shutil.copytree(ROOT / "tpu_scripts", self.scripts)
         shutil.copy(ROOT / "setup.py", self.repository)
         (package / "tools" / "__init__.py").touch()

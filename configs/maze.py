@@ -1,4 +1,4 @@
-"""Mazes: walk to a goal in a text maze that is new in every task. It runs no subprocess, so it works everywhere.
+"""Mazes: walk to a goal in a text maze that is new in every task. This runs no subprocess, so it works everywhere.
 
 python -m echo_jax.train --config=configs/maze.py --workdir=runs/maze
 """

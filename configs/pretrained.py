@@ -1,10 +1,10 @@
-"""Any published model that is supported: a folder of safetensors, or a .gguf file, comes behind a colon.
+"""Any supported published model: give a folder of safetensors, or a .gguf file, after a colon.
 
 python -m echo_jax.train --config=configs/pretrained.py:FOLDER --workdir=runs/NAME
 
-The model's sizes are read from there, and its own chat format is used; of Llama 3 models, name it:
+The model's sizes are read from there, and its chat format is used. For Llama 3 models, set the format:
 `--config.render.format=llama_3 --config.rollout.grammar=llama`. `--config.lora.rank=32
---config.model.param_dtype=bfloat16` trains adapters alone. What is left to set is the size of a rollout and of a step.
+--config.model.param_dtype=bfloat16` trains only adapters. You still have to set the size of a rollout and of a step.
 """
 
 from echo_jax.config import default_config

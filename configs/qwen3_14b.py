@@ -1,4 +1,4 @@
-"""Qwen3-14B (huggingface.co/Qwen/Qwen3-14B) and the paper's setup; the folder with its weights comes behind a colon.
+"""Qwen3-14B (huggingface.co/Qwen/Qwen3-14B) with the paper's setup; give the folder of its weights after a colon.
 
 python -m echo_jax.train --config=configs/qwen3_14b.py:/data/Qwen3-14B --workdir=runs/qwen3_14b
 python -m echo_jax.compile --config=configs/qwen3_14b.py --topology=v5p:4x4x4

@@ -1,4 +1,4 @@
-"""Qwen3-32B (huggingface.co/Qwen/Qwen3-32B) and the paper's setup; the folder with its weights comes behind a colon.
+"""Qwen3-32B (huggingface.co/Qwen/Qwen3-32B) with the paper's setup; give the folder of its weights after a colon.
 
 python -m echo_jax.train --config=configs/qwen3_32b.py:/data/Qwen3-32B --workdir=runs/qwen3_32b
 python -m echo_jax.compile --config=configs/qwen3_32b.py --topology=v5p:4x4x4

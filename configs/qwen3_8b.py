@@ -1,4 +1,4 @@
-"""Qwen3-8B (huggingface.co/Qwen/Qwen3-8B) and the paper's setup; the folder with its weights comes behind a colon.
+"""Qwen3-8B (huggingface.co/Qwen/Qwen3-8B) with the paper's setup; give the folder of its weights after a colon.
 
 python -m echo_jax.train --config=configs/qwen3_8b.py:/data/Qwen3-8B --workdir=runs/qwen3_8b
 python -m echo_jax.compile --config=configs/qwen3_8b.py --topology=v5p:4x4x4

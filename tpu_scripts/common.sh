@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the scripts share; sourced, not run.
+# Shared functions of the scripts; sourced, not run.
 
-# How often they look whether a process is still there.
+# Seconds between checks whether a process is still running.
 export POLL_SECONDS=${POLL_SECONDS:-1}
 
 die() {
@@ -11,7 +11,7 @@ die() {
 
 say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
-# Sets the variable that an option --NAME=VALUE is named after.
+# Sets the variable NAME for an option --NAME=VALUE.
 set_option() {
   local option=${1%%=*}
   printf -v "${option#--}" '%s' "${1#*=}"
@@ -23,38 +23,38 @@ quoted() {
   printf '%s' "${line# }"
 }
 
-# To be put into the background: a command in a session of its own, which a terminal's Ctrl-C does not reach. It gets
-# one signal, from the script's own handler, and not two. bash would also have it ignore SIGINT; and it must not
-# outlive the script.
-in_own_session() { exec setsid env --default-signal=INT,QUIT setpriv --pdeathsig TERM "$@" </dev/null; }
+# Runs a command in a new session; call it in the background. A terminal's Ctrl-C does not reach it, so it gets one
+# signal, from the script's handler, and not two. It resets SIGINT, which bash makes background commands ignore, and
+# the command dies with the script.
+in_new_session() { exec setsid env --default-signal=INT,QUIT setpriv --pdeathsig TERM "$@" </dev/null; }
 
-# Does a line of shell so that a signal to the script need not wait for it, or prints it.
+# Runs a line of shell in the background, so that the script handles signals meanwhile; or prints it.
 dry_run=0 child=''
 step() {
   if ((dry_run)); then printf '%s\n' "$1" && return; fi
-  in_own_session bash -euo pipefail -c "$1" &
+  in_new_session bash -euo pipefail -c "$1" &
   child=$!
   await "$child"
 }
 
-# Prints the line of shell that does $2 on worker $1 of the pod that the rest names. A pod that is gone is noticed after
-# two minutes.
+# Prints the line of shell that runs $2 on worker $1 of the pod; the other arguments name the pod. ssh notices a lost
+# pod after two minutes.
 on_worker() {
   # shellcheck disable=SC2086 # several flags
   quoted gcloud compute tpus tpu-vm ssh "${@:3}" "--worker=$1" --quiet --ssh-flag=-oServerAliveInterval=30 \
     --ssh-flag=-oConnectTimeout=20 ${GCLOUD_SSH_FLAGS:-} "--command=$2"
 }
 
-# Waits until process $1 is gone, whatever signals come meanwhile, and returns its status.
+# Waits until process $1 has ended, whatever signals come meanwhile, and returns its status.
 await() {
   while kill -0 "$1" 2>/dev/null; do wait "$1" || :; done
   wait "$1"
 }
 
-# Whether status $1 says that the same command, given again, goes on: stopped from outside, or killed.
+# Whether the same command would resume after status $1: the run was stopped from outside, or killed.
 again() { (($1 == 75 || ($1 >= 128 && $1 != 130))); }
 
-# Of several statuses the one that says most: an error that the user must mend, then 75, then a kill.
+# Prints the most telling of several statuses: first an error that the user must fix, then 75, then a kill.
 most_telling() {
   local status rank best=0 best_rank=0
   for status; do

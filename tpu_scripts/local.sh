@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a program as N processes of this machine, and starts it again when it was lost. launch.sh calls it.
+# Runs a program as N processes on this machine, and restarts it if it is lost. launch.sh calls it.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -8,14 +8,14 @@ usage() {
   cat <<'EOF'
 Usage: local.sh --logs=DIR [--processes=N] [--restarts=R] [--dry-run] -- COMMAND …
 
-  --logs=DIR      process i writes to DIR/worker-i.log, appended to; DIR/command.txt keeps the command
-  --processes=N   how many (default 1); they find each other by JAX_COORDINATOR_ADDRESS and its like
-  --restarts=R    how often to start again after status 75 or a kill (default 2)
+  --logs=DIR      process i appends to DIR/worker-i.log; DIR/command.txt holds the command
+  --processes=N   number of processes (default 1); they find each other by JAX_COORDINATOR_ADDRESS etc.
+  --restarts=R    how often to restart after status 75 or a kill (default 2)
   --dry-run       print the commands and do nothing
 
-The output of process 0 is shown too. If one ends badly, the others get GRACE_SECONDS (default 75: they notice within
-60) before they are killed. SIGINT, SIGTERM and SIGHUP are passed on once; a second one kills. The exit status is the
-one that says most: an error that the user must mend before 75 (the same command again goes on) before a kill.
+The output of process 0 is also shown. If a process fails, the others have GRACE_SECONDS (default 75: they notice within
+60) to end before they are killed. SIGINT, SIGTERM and SIGHUP are passed on once; a second one kills. The exit status is
+the most telling one: an error that the user must fix before 75 (the same command resumes) before a kill.
 EOF
 }
 
@@ -33,7 +33,7 @@ while (($#)); do
   shift
 done
 [[ $logs ]] || die '--logs=DIR is missing'
-(($#)) || die 'the command is missing; it stands after --'
+(($#)) || die 'the command is missing; give it after --'
 
 pids=() signalled=''
 kill_all() { for pid in "${pids[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || :; done; }
@@ -42,9 +42,9 @@ pass_on() {
   signalled=$1
 }
 
-start_all() { # or prints how
+start_all() { # or prints the commands
   local i peers=() port
-  while port=$((20000 + RANDOM % 12000)) && (: <"/dev/tcp/localhost/$port") 2>/dev/null; do :; done # somebody listens
+  while port=$((20000 + RANDOM % 12000)) && (: <"/dev/tcp/localhost/$port") 2>/dev/null; do :; done # port in use
   for ((i = 0; i < processes; i++)); do
     if ((processes > 1)); then
       peers=("JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i")
@@ -52,7 +52,7 @@ start_all() { # or prints how
     if ((dry_run)); then
       quoted ${PYTHONPATH:+"PYTHONPATH=$PYTHONPATH"} "${peers[@]}" "$@" && printf '%b' "$end"
     else
-      in_own_session env "${peers[@]}" "$@" >>"$logs/worker-$i.log" 2>&1 &
+      in_new_session env "${peers[@]}" "$@" >>"$logs/worker-$i.log" 2>&1 &
       pids+=($!)
     fi
   done
@@ -64,7 +64,7 @@ run_once() {
   shown=$(wc -c <"$logs/worker-0.log")
   pids=()
   start_all "$@"
-  # A signal may have come while they were being started.
+  # A signal may have come during the start.
   if [[ $signalled ]]; then kill "-$signalled" "${pids[@]}" 2>/dev/null || :; fi
   tail -s "$POLL_SECONDS" -c "+$((shown + 1))" -f --pid="${pids[0]}" "$logs/worker-0.log" &
   while :; do
@@ -79,7 +79,7 @@ run_once() {
     if [[ $failed && ! $signalled ]] && ((SECONDS - failed >= ${GRACE_SECONDS:-75})); then kill_all; fi
     sleep "$POLL_SECONDS" || :
   done
-  kill_all # what they may have left behind
+  kill_all # any processes that they left behind
   await $! || :
   status=$(most_telling "${codes[@]}")
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes, restores and deletes TPU pods: queued resources of one node each, which has the same name.
+# Creates, restores and deletes TPU pods: queued resources with one node each, of the same name.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -9,18 +9,18 @@ usage() {
 Usage: pod.sh create|status|restore|delete NAME --zone ZONE [--project PROJECT] … [-- FLAGS OF gcloud … create]
        pod.sh list --zone ZONE [--project PROJECT]
 
-  create    ask for it, unless it exists, and wait until it can be used
+  create    request the pod, unless it exists, and wait until it is ready
   status    print its state in one word: READY, MISSING, PREEMPTED, SUSPENDED, WAITING_FOR_RESOURCES …
-  restore   wait if it is being made or repaired; make it again, as it was, if it was preempted, failed or is missing
-  delete    delete it; nothing to do if there is none
+  restore   wait if it is being created or repaired; recreate it, as it was, if it was preempted, failed or is missing
+  delete    delete it; does nothing if it does not exist
 
   --type TYPE         for example v5litepod-64 (the default), v5p-128, v6e-32
-  --version VERSION   of the TPU's software (default: the one that is meant for JAX on this type)
-  --spot              cheaper, and may be preempted
-  --timeout SECONDS   give up waiting, with status 75 (default: wait as long as it takes)
+  --version VERSION   of the TPU's software (default: the one meant for JAX on this type)
+  --spot              cheaper, but may be preempted
+  --timeout SECONDS   stop waiting, with status 75 (default: wait as long as it takes)
   --dry-run           print the commands and do nothing
 
-How it was asked for is kept in ~/.config/echo_jax/pods. WAIT_SECONDS (default 30) is how often its state is looked at.
+~/.config/echo_jax/pods records how each pod was requested. The state is checked every WAIT_SECONDS (default 30).
 EOF
 }
 
@@ -41,19 +41,19 @@ while (($#)); do
   esac
   shift
 done
-[[ $action =~ ^(create|status|restore|delete|list)$ ]] || die 'say what to do: create, status, restore, delete or list'
+[[ $action =~ ^(create|status|restore|delete|list)$ ]] || die 'the action must be create, status, restore, delete or list'
 [[ $pod || $action == list ]] || die 'the NAME of the pod is missing'
 [[ $zone ]] || die '--zone ZONE is missing'
 declare -A images=([v5litepod]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e [v4]=tpu-ubuntu2204-base)
 kind=${type:-v5litepod-64} && version=${version:-${images[${kind%%-*}]:-}}
-[[ $version ]] || die "which software for $kind? say --version"
+[[ $version ]] || die "no default software version for $kind; set --version"
 flags=("--accelerator-type=$kind" "--runtime-version=$version" "${spot[@]}" "$@")
 place=("--zone=$zone" ${project:+"--project=$project"})
 queue=(gcloud compute tpus queued-resources)
-kept=${XDG_CONFIG_HOME:-$HOME/.config}/echo_jax/pods/${project:-default}.$zone.$pod
+request=${XDG_CONFIG_HOME:-$HOME/.config}/echo_jax/pods/${project:-default}.$zone.$pod
 step() { if ((dry_run)); then quoted "$@" && printf '\n'; else "$@"; fi; }
 
-# A command on the pod; that there is none is no error, and prints nothing.
+# Runs a command on the pod. If the pod does not exist, it prints nothing and succeeds.
 unless_missing() {
   local error
   if ((dry_run)); then step "$@" "$pod" "${place[@]}" && return; fi
@@ -61,14 +61,14 @@ unless_missing() {
   [[ $error == *NOT_FOUND* ]] || { printf '%s\n' "$error" >&2 && return 1; }
 }
 
-# Sets `state`: of the queued resource, and once that is ACTIVE of the TPU. Fails if it cannot be known.
+# Sets `state` to that of the queued resource or, once it is ACTIVE, of the TPU. Fails if gcloud does not tell it.
 look() {
   local text
   text=$(unless_missing "${queue[@]}" describe --format=yaml) || return
   state=$(awk '$1 == "state:" && NF == 2 { print $2; exit }' <<<"$text")
-  if [[ $state && ! -e $kept ]]; then # asked for elsewhere
+  if [[ $state && ! -e $request ]]; then # requested elsewhere
     sed -En 's/^ *acceleratorType: /--accelerator-type=/p; s/^ *runtimeVersion: /--runtime-version=/p; s/^spot:.*/--spot/p' \
-      <<<"$text" >"$kept"
+      <<<"$text" >"$request"
   fi
   [[ $state != ACTIVE ]] || state=$(unless_missing gcloud compute tpus tpu-vm describe --format='value(state)') || return
   state=${state:-MISSING}
@@ -85,16 +85,16 @@ await_ready() {
 }
 gone='^(PREEMPTED|FAILED|SUSPENDED|TERMINATED|MISSING)$' state=MISSING
 if [[ $action == list ]]; then step "${queue[@]}" list "${place[@]}" && exit 0; fi
-if ((!dry_run)); then mkdir -p "${kept%/*}" && look; fi
+if ((!dry_run)); then mkdir -p "${request%/*}" && look; fi
 case $action in
   status) if ((dry_run)); then unless_missing "${queue[@]}" describe; else printf '%s\n' "$state"; fi && exit 0 ;;
-  delete) unless_missing "${queue[@]}" delete --force --quiet && { ((dry_run)) || rm -f "$kept"; } && exit 0 ;;
+  delete) unless_missing "${queue[@]}" delete --force --quiet && { ((dry_run)) || rm -f "$request"; } && exit 0 ;;
   create) [[ $state == MISSING ]] || { say "$pod exists" && await_ready && exit 0; } || exit ;;
   restore)
     [[ $state =~ $gone ]] || { await_ready && exit 0; } || :
-    if [[ -s $kept ]]; then mapfile -t flags <"$kept"; elif [[ ! $type ]]; then die "what was $pod? say --type"; fi
+    if [[ -s $request ]]; then mapfile -t flags <"$request"; elif [[ ! $type ]]; then die "$pod is unknown; set --type"; fi
     unless_missing "${queue[@]}" delete --force --quiet
     ;;
 esac
 step "${queue[@]}" create "$pod" "${place[@]}" "--node-id=$pod" "${flags[@]}" --quiet
-if ((!dry_run)); then printf '%s\n' "${flags[@]}" >"$kept" && await_ready; fi
+if ((!dry_run)); then printf '%s\n' "${flags[@]}" >"$request" && await_ready; fi

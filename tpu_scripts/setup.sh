@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares this machine for the tree that the script lies in: Python, the packages, the sandbox. Again, it does nothing.
+# Prepares this machine for the tree that contains the script: Python, packages, sandbox. Running it again is harmless.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=tpu_scripts/common.sh
@@ -9,12 +9,12 @@ usage() {
   cat <<'EOF'
 Usage: setup.sh [--extra=NAME] [--dry-run]
 
-  --extra=NAME   what to install beside the package (default: tpu)
+  --extra=NAME   extra of the package to install (default: tpu)
   --dry-run      print the commands and do nothing
 
-The virtual environment is ~/echo_jax/venv, with Python 3.12 by uv, since TPU images come with 3.10; both are fetched from
-the network. It is made again only when setup.py has changed. Then the sandbox is tried; on Ubuntu 24.04 it needs a
-setting, which is made if sudo asks for no password.
+The virtual environment is ~/echo_jax/venv, with Python 3.12 from uv, since TPU images have 3.10; both are downloaded.
+It is rebuilt only when setup.py has changed. Then the script tests the sandbox; on Ubuntu 24.04 the sandbox needs a
+kernel setting, which the script changes if sudo asks for no password.
 EOF
 }
 
@@ -46,7 +46,7 @@ install() {
   step "$(quoted "$uv" pip install --quiet --python "$venv/bin/python" -e "${root}[$extra]")"
 }
 
-# A connection that was lost leaves the first one at work.
+# After a lost connection an earlier setup may still be running.
 if ((!dry_run)); then mkdir -p "$base" && exec 8>"$base/setup.lock" && flock 8; fi
 wanted="$extra $(sha256sum <"$root/setup.py")"
 if [[ -x $venv/bin/python && $(cat "$venv/installed" 2>/dev/null) == "$wanted" ]]; then
@@ -54,7 +54,7 @@ if [[ -x $venv/bin/python && $(cat "$venv/installed" 2>/dev/null) == "$wanted" ]
 else
   lock=$base/state/lock # worker.sh's
   if [[ -e $lock ]] && ! flock -n "$lock" true; then
-    say "setup.py has changed, and a run is at work here: $(cat "$base/state/command")" && exit 1
+    say "setup.py has changed, but a run is active here: $(cat "$base/state/command")" && exit 1
   fi
   install
   if ! ((dry_run)); then printf '%s' "$wanted" >"$venv/installed"; fi

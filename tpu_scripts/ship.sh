@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings the committed tree to all workers of a TPU pod and prepares them. launch.sh does it before each start.
+# Copies the committed tree to all workers of a TPU pod and prepares them. launch.sh does this before each start.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
@@ -10,13 +10,13 @@ usage() {
   cat <<'EOF'
 Usage: ship.sh --pod=NAME --zone=ZONE [--project=P] [--commit=COMMIT] [--dry-run] [-- ARGUMENTS]
 
-  --pod=NAME, --zone=ZONE, --project=P   the pod, which pod.sh makes
-  --commit=COMMIT                        what to ship (default: HEAD)
+  --pod=NAME, --zone=ZONE, --project=P   the pod, which pod.sh creates
+  --commit=COMMIT                        the commit to ship (default: HEAD)
   --dry-run                              print the commands and do nothing
 
-The tree of that commit goes to ~/echo_jax/COMMIT on every worker, with the commit in .shipped/commit and what differs
-from it here, which is not run, in .shipped/diff. Then setup.sh runs there. GCLOUD_SSH_FLAGS are added to each ssh and
-scp, for example --internal-ip. With ARGUMENTS, worker 0 then runs python -m echo_jax.sweep with them.
+The tree of that commit goes to ~/echo_jax/COMMIT on every worker, with the commit in .shipped/commit. .shipped/diff
+records local changes, which do not run. Then setup.sh runs there. GCLOUD_SSH_FLAGS are added to each ssh and scp, for
+example --internal-ip. With ARGUMENTS, worker 0 then runs python -m echo_jax.sweep with them.
 EOF
 }
 
@@ -40,12 +40,12 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/echo_jax/ship/$pod.$$
 dir=$(quoted "$cache")
 archive=echo_jax-$sha.tar
 tree="\$HOME/echo_jax/$sha"
-if ! git -C "$root" diff --quiet "$sha"; then say "changes that are not in $sha do not run"; fi
+if ! git -C "$root" diff --quiet "$sha"; then say "local changes that are not in $sha will not run"; fi
 
 # shellcheck disable=SC2086 # several flags
 copy=$(quoted gcloud compute tpus tpu-vm scp "${place[@]}" --worker=all --quiet ${GCLOUD_SSH_FLAGS:-} \
   "$cache/tree.tar" "$pod:$archive")
-# Another run may be at work in a tree that is there already: it stays.
+# Another run may be using an existing tree: leave it in place.
 unpack="set -e; mkdir -p $tree.new; tar -xf $archive -C $tree.new; rm $archive; if [ -d $tree ]; then"
 unpack+=" cp $tree.new/.shipped/* $tree/.shipped; rm -r $tree.new; else mv $tree.new $tree; fi; $tree/tpu_scripts/setup.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one command on this worker of a pod, once at a time, whatever becomes of the connection. pod_run.sh calls it.
+# Runs one command at a time on this worker of a pod, and survives a lost connection. pod_run.sh calls it.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -9,13 +9,13 @@ usage() {
 Usage: worker.sh --attempt=ID --logs=DIR -- COMMAND …
        worker.sh --attempt=ID --stop=SIGNAL
 
-  --attempt=ID    names this start of the run, the same on all workers
-  --logs=DIR      the output goes to DIR/worker-W.log, appended to, where W is this worker's number in the pod
-  --stop=SIGNAL   send it to what is at work here, and start nothing more under this ID
+  --attempt=ID    names this start of the run; the same on all workers
+  --logs=DIR      append the output to DIR/worker-W.log, where W is this worker's number in the pod
+  --stop=SIGNAL   send SIGNAL to the active run, and start nothing more under this ID
 
-The command goes on when the connection is lost; the same command given again shows what it says and waits for it, and
-another one is refused. The last line says: "echo_jax: worker W ended with status S (ID)", which is what pod_run.sh
-reads, for gcloud passes on the status of one worker only. What is at work stands in ~/echo_jax/state.
+The command continues if the connection is lost; the same command again shows its output and waits for it, and a
+different one is refused. The last line is "echo_jax: worker W ended with status S (ID)"; pod_run.sh reads it, because
+gcloud passes on the status of only one worker. ~/echo_jax/state describes the active run.
 EOF
 }
 
@@ -39,19 +39,19 @@ mkdir -p "$state"
 metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes
 worker=${TPU_WORKER_ID:-$(curl -sf -m 10 -H 'Metadata-Flavor: Google' "$metadata/agent-worker-number" || echo 0)}
 noted() { cat "$state/$1" 2>/dev/null || :; }
-finish() { # A blank line first: ssh may have left half a line of another worker.
+finish() { # A newline first: ssh may have left half a line of another worker.
   printf '\necho_jax: worker %s ended with status %s (%s)\n' "$worker" "$1" "$attempt"
   exit "$1"
 }
-# Shows the log from byte $1 on until the run is over, then says how it ended.
+# Shows the log from byte $1 on until the run ends, then prints how it ended.
 follow() {
   tail -s "$POLL_SECONDS" -c "+$(($1 + 1))" -f --pid="$(noted runner)" "$(noted log)" | sed -u "s/^/[$worker] /" || :
   local code
   code=$(noted status)
-  finish "${code:-137}" # none: what should have written it was killed
+  finish "${code:-137}" # no status: the runner was killed before it wrote one
 }
 
-# Starts the command and writes down how it ends. It holds the lock, and so does the command.
+# Starts the command and records its exit status. Both hold the lock.
 runner() {
   trap '' HUP
   local code=0
@@ -65,7 +65,7 @@ exec 9>>"$state/lock"
 if [[ $signal ]]; then
   printf '%s' "$attempt" >"$state/stopped"
   if flock -n 9; then exit 0; fi
-  if [[ $signal == KILL ]]; then group=-; else group=''; fi # its children are the program's to end
+  if [[ $signal == KILL ]]; then group=-; else group=''; fi # for other signals the program ends its children itself
   say "worker $worker: sending SIG$signal"
   kill "-$signal" -- "$group$(noted pid)" || :
   exit 0
@@ -74,14 +74,14 @@ command="$PWD: $(quoted "$@")"
 if ! flock -n 9; then
   exec 9>&-
   if [[ $(noted command) == "$command" ]]; then
-    printf '[%s] this run is at work here already; its log from now on:\n' "$worker"
+    printf '[%s] this run is already active here; its log from now on:\n' "$worker"
     follow "$(wc -c <"$(noted log)")"
   fi
-  say "worker $worker is at work on another run: $(noted command)"
-  say "to stop it, on all workers: $0 --attempt=none --stop=TERM"
+  say "another run is active on worker $worker: $(noted command)"
+  say "to stop it, run on all workers: $0 --attempt=none --stop=TERM"
   finish 1
 fi
-# gcloud gives the command again when the connection was lost: the run may be over by now, or was to be stopped.
+# gcloud repeats the command after a lost connection: by then the run may have ended, or been asked to stop.
 if [[ $(noted attempt) == "$attempt" && $(noted status) ]]; then finish "$(noted status)"; fi
 if [[ $(noted stopped) == "$attempt" ]]; then finish 75; fi
 mkdir -p "$logs"

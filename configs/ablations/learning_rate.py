@@ -1,8 +1,8 @@
-"""The control of the quickstart: the same run with learning rate 0 must not get better.
+"""The control for the quickstart: the same run with learning rate 0 must not improve.
 
     python -m echo_jax.sweep --config=configs/ablations/learning_rate.py --workdir=runs/learning_rate
 
-One difference to configs/quickstart.py: `optimizer.learning_rate`, over three seeds.
+It differs from configs/quickstart.py only in `optimizer.learning_rate`, over three seeds.
 """
 
 from configs import quickstart

@@ -1,8 +1,8 @@
-"""What the ECHO weight does on rooms, where acting well needs to know how the world answers.
+"""The effect of the ECHO weight on rooms, where acting well requires predicting how the world responds.
 
     python -m echo_jax.sweep --config=configs/ablations/observation_weight.py --workdir=runs/observation_weight
 
-One difference to configs/rooms.py: `loss.observation_weight`, over three seeds.
+It differs from configs/rooms.py only in `loss.observation_weight`, over three seeds.
 """
 
 from configs import rooms

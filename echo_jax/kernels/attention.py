@@ -9,15 +9,15 @@ from jax.sharding import Mesh, PartitionSpec
 from echo_jax.system.sharding import MESH_AXIS_OF
 
 IMPLEMENTATIONS = ("xla", "splash")
-SPLASH_BLOCK = 512  # rows of queries and of keys at once
+SPLASH_BLOCK = 512  # queries, and keys, per block
 
 
 def packed_attention(q, k, v, segment_ids, *, implementation: str = "xla", mesh: Mesh | None = None):
-    """Attention inside segments. q [B, T, H, K], k and v [B, T, G, K] with G dividing H, segment_ids [B, T] -> like q.
+    """Attention within segments. q [B, T, H, K], k and v [B, T, G, K] with G dividing H, segment_ids [B, T] -> like q.
 
-    Rows hold each segment in order, so row order is causal order. Padding (segment 0) sees padding only. `xla` makes
-    the [T, T] scores of every head, and is placed by the partitioner; `splash` is jax's Pallas kernel for TPU, which
-    makes none, mapped over the data and tensor axes of `mesh`.
+    Rows hold each segment in order, so row order is causal order. Padding (segment 0) sees only padding. `xla` forms
+    the [T, T] scores of every head; the partitioner places it. `splash` is jax's Pallas kernel for TPU, which forms no
+    such scores; it is mapped over the data and tensor axes of `mesh`.
 
     Raises:
       ValueError: `splash` cannot divide T into its blocks.
@@ -34,7 +34,8 @@ def _splash(q, k, v, segment_ids, mesh: Mesh | None):
     block = min(SPLASH_BLOCK, length)
     if length % block or block % 128:
         raise ValueError(
-            f"attention 'splash' needs rows of a multiple of {SPLASH_BLOCK} tokens (or 128, 256), not {length}"
+            f"attention 'splash' needs the row length to be 128, 256 or a multiple of {SPLASH_BLOCK} tokens, "
+            f"not {length}"
         )
     shards = 1 if mesh is None else mesh.shape[MESH_AXIS_OF["heads"]]
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * (q.shape[2] // shards))
@@ -67,12 +68,12 @@ def _splash(q, k, v, segment_ids, mesh: Mesh | None):
 
 
 def cached_attention(q, k, v, positions):
-    """Attention of one token a lane over its cache.
+    """Attention of one token per lane over the lane's cache.
 
     Args:
       q: [B, H, K].
       k, v: [B, S, G, K]; slot s holds position s of the lane's sequence.
-      positions: int32 [B]; a lane sees the slots up to and including its own position.
+      positions: int32 [B]; a lane sees the slots up to and including its position.
 
     Returns:
       [B, H, K].

@@ -1,7 +1,7 @@
-"""A mixture of experts that drops no token: each goes to its own experts, however many others go there too.
+"""A mixture of experts that drops no token: each goes to its chosen experts, however many others go there too.
 
-Tokens stay on their device, sorted by expert, one grouped matmul for all (`jax.lax.ragged_dot`); the weights come to
-them, like those of every other matrix. What a token gets depends on itself alone, so packing changes nothing.
+Tokens stay on their device, sorted by expert; one grouped matmul serves all experts (`jax.lax.ragged_dot`). The weights
+are gathered, like every other matrix. A token's output depends on that token alone, so packing changes nothing.
 """
 
 import jax
@@ -12,18 +12,19 @@ from echo_jax.system.sharding import MESH_AXIS_OF
 
 
 def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mesh | None = None):
-    """The sum of what the `per_token` likeliest experts of each token make of it, each a SwiGLU (arXiv 2505.09388, 2).
+    """Returns each token's sum over its `per_token` likeliest experts, each a SwiGLU (arXiv 2505.09388, 2).
 
     Args:
       x: [B, ..., D].
       router: [D, E].
       gate, up: [E, D, F].
       down: [E, F, D].
-      normalize: whether the probabilities of the chosen experts are made to sum to 1.
-      mesh: where they lie. None: on one device.
+      normalize: whether to rescale the probabilities of the chosen experts so that they sum to 1.
+      mesh: where the arrays are. None: on one device.
 
     Returns:
-      Like x. The router's softmax, and the sum over experts, are in f32; shares of `tensor` are summed in x's dtype.
+      Like x. The router's softmax and the sum over experts are in f32; partial sums over `tensor` are added in x's
+      dtype.
     """
     if mesh is None:
         return _mix(x, router, gate, up, down, per_token, normalize)

@@ -1,4 +1,4 @@
 """The transformer and its weights: sizes, parameters, adapters, published files.
 
-In: token ids and parameters. Out: hidden states; files -> parameters -> files.
+In: token ids and parameters. Out: hidden states. It also reads parameters from files and writes them to files.
 """

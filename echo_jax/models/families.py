@@ -1,7 +1,7 @@
-"""The published models that transformer.py covers: their config.json, and the names of their tensors.
+"""The published models that transformer.py supports: their config.json, and the names of their tensors.
 
-In: a config.json, or what a GGUF file says of itself, as a dictionary of its keys. Out: fields of `config.model`; and
-back. Names of tensors are transformers' own: `model.layers.0.self_attn.q_proj.weight`.
+In: a config.json, or the same keys read from a GGUF file, as a dictionary. Out: fields of `config.model`; and back.
+Tensor names are those of transformers: `model.layers.0.self_attn.q_proj.weight`.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from echo_jax.models.rope import NO_SCALING, SCALINGS, RopeScaling
 from echo_jax.models.transformer import BIASED, EXPERT, MATRICES, ModelConfig
 from echo_jax.system.errors import UserError
 
-# What tells them apart is read off `qkv_bias`, `qk_norm` and `num_experts`.
+# `qkv_bias`, `qk_norm` and `num_experts` tell the families apart.
 FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "qwen3_moe": {"qkv_bias": False, "qk_norm": True},
 }
-SPARSE = ("qwen3_moe",)  # those with experts
+SPARSE = ("qwen3_moe",)  # families with experts
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -38,7 +38,7 @@ _SIZES = {
     "ffn_dim": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
-_EXPERTS = {  # and those of a model with experts
+_EXPERTS = {  # added or replaced in a model with experts
     "ffn_dim": "moe_intermediate_size",
     "num_experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
@@ -52,8 +52,8 @@ _ROPE = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
 }
-_ODD_ROPE = {"mscale": None, "mscale_all_dim": None, "truncate": True}  # variants of yarn -> what they are without
-# What would change the arithmetic -> the only value that is computed here
+_ODD_ROPE = {"mscale": None, "mscale_all_dim": None, "truncate": True}  # settings of yarn variants -> plain value
+# Keys that change the arithmetic -> the only supported value
 _UNSUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -65,7 +65,7 @@ _UNSUPPORTED = {
     "mlp_only_layers": [],
     "shared_expert_intermediate_size": None,
 }
-_NUMBERS = ("rms_norm_eps",)  # the other sizes are whole
+_NUMBERS = ("rms_norm_eps",)  # the other sizes are integers
 
 _LINEAR_NAMES = {
     "query": "self_attn.q_proj",
@@ -85,7 +85,7 @@ LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm.weight",
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
-    **{name: f"{own}.weight" for name, own in _LINEAR_NAMES.items()},
+    **{name: f"{module}.weight" for name, module in _LINEAR_NAMES.items()},
     **{f"{name}_bias": f"{_LINEAR_NAMES[name]}.bias" for name in BIASED},
 }
 TOP_NAMES = {
@@ -96,21 +96,21 @@ TOP_NAMES = {
 
 
 class Place(NamedTuple):
-    """Where a published tensor is: in all of a parameter, or in one layer's, or in that of one expert of a layer."""
+    """Where a published tensor belongs: a whole parameter, one layer of it, or one expert of a layer."""
 
     parameter: str
     index: tuple[int, ...] = ()  # (), (layer,) or (layer, expert)
 
 
 class FamilyError(UserError, ValueError):
-    """A published model is none that transformer.py computes; the message says what of it."""
+    """transformer.py does not support a published model; the message says why."""
 
 
 def family_of(config: ModelConfig) -> str:
-    """Returns the published family whose arithmetic this config has.
+    """Returns the published family whose arithmetic matches this config.
 
     Raises:
-      FamilyError: none has it.
+      FamilyError: no family matches.
     """
     for family, features in FAMILIES.items():
         alike = all(getattr(config, name) == value for name, value in features.items())
@@ -118,20 +118,20 @@ def family_of(config: ModelConfig) -> str:
             return family
     raise FamilyError(
         f"no published family has qkv_bias = {config.qkv_bias} with qk_norm = {config.qk_norm} and num_experts = "
-        f"{config.num_experts}; there are "
-        + ", ".join(f"{name} ({own}{', experts' * (name in SPARSE)})" for name, own in FAMILIES.items())
+        f"{config.num_experts}; the supported families are "
+        + ", ".join(f"{name} ({features}{', experts' * (name in SPARSE)})" for name, features in FAMILIES.items())
     )
 
 
 def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `config.model` that a config.json decides, `rope_scaling` as a dictionary.
+    """Returns the fields of `config.model` that a config.json determines, `rope_scaling` as a dictionary.
 
     Raises:
-      FamilyError: a key is missing, or has a value that transformer.py does not compute.
+      FamilyError: a key is missing, or has a value that transformer.py does not support.
     """
     family = published.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise FamilyError(f"model_type = {family!r}; there are {', '.join(FAMILIES)}")
+        raise FamilyError(f"model_type = {family!r} is not supported, only {', '.join(FAMILIES)}")
     for key, supported in _UNSUPPORTED.items():
         if (value := published.get(key, supported)) not in (supported, None):
             raise FamilyError(f"{key} = {value!r} is not supported, only {supported!r}")
@@ -140,25 +140,25 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
         raise FamilyError(f"layer_types = {kinds!r} is not supported, only full_attention")
     published = {key: value for key, value in published.items() if value is not None}
     published = {"num_key_value_heads": published.get("num_attention_heads")} | published
-    if "num_local_experts" in published:  # as transformers 5 writes it
+    if "num_local_experts" in published:  # the key that transformers 5 writes
         published = {"num_experts": published["num_local_experts"]} | published
     sizes = _sizes(family)
     if missing := [key for key in sizes.values() if published.get(key) is None]:
-        raise FamilyError(f"it does not say {', '.join(missing)}")
+        raise FamilyError(f"its configuration lacks {', '.join(missing)}")
     for key in (*sizes.values(), "head_dim", "max_position_embeddings"):
         _check_number(key, published.get(key, 1), whole=key not in _NUMBERS)
     fields = {"num_experts": 0, "experts_per_token": 0} | {field: published[key] for field, key in sizes.items()}
     fields["normalize_experts"] = bool(published.get("norm_topk_prob", False)) if family in SPARSE else True
     fields["head_dim"] = published.get("head_dim", fields["embed_dim"] // fields["num_heads"])
     fields["tie_embeddings"] = bool(published.get("tie_word_embeddings", False))
-    # transformers 5 keeps base and scaling together, but what stands under the old name counts.
+    # transformers 5 keeps base and scaling together in rope_parameters, but the old rope_scaling takes precedence.
     rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
-        own = published.get(key, {})
-        if not isinstance(own, dict):
-            raise FamilyError(f"{key} = {own!r} is no object")
-        own = {name: value for name, value in own.items() if value is not None}
-        rope |= own | ({"rope_type": own["type"]} if "type" in own and "rope_type" not in own else {})
+        values = published.get(key, {})
+        if not isinstance(values, dict):
+            raise FamilyError(f"{key} = {values!r} is not an object")
+        values = {name: value for name, value in values.items() if value is not None}
+        rope |= values | ({"rope_type": values["type"]} if "type" in values and "rope_type" not in values else {})
     theta = rope.get("rope_theta", published.get("rope_theta", 10_000.0))
     _check_number("rope_theta", theta, whole=False)
     fields["rope_theta"] = float(theta)
@@ -169,7 +169,7 @@ def model_fields(published: Mapping[str, Any]) -> dict[str, Any]:
 def _check_number(key: str, value: Any, *, whole: bool) -> None:
     kinds = (int,) if whole else (int, float)
     if type(value) not in kinds or not 0 < value < math.inf:
-        raise FamilyError(f"{key} = {value!r} is no {'whole ' * whole}number above 0")
+        raise FamilyError(f"{key} = {value!r} must be {'an integer' if whole else 'a finite number'} above 0")
 
 
 def _sizes(family: str) -> dict[str, str]:
@@ -181,14 +181,14 @@ def _scaling(rope: Mapping[str, Any], length: int | None) -> RopeScaling:
     if kind in ("default", "none"):
         return NO_SCALING
     if not isinstance(kind, str) or kind not in SCALINGS:
-        raise FamilyError(f"a rope scaling of type {kind!r} is not supported, only {', '.join(SCALINGS)}")
+        raise FamilyError(f"rope scaling of type {kind!r} is not supported, only {', '.join(SCALINGS)}")
     if odd := {key: rope[key] for key, plain in _ODD_ROPE.items() if rope.get(key, plain) != plain}:
-        raise FamilyError(f"a rope scaling with {odd} is not supported")
+        raise FamilyError(f"rope scaling with {odd} is not supported")
     given = {field: rope.get(_ROPE[field]) for field in SCALINGS[kind]}
     given["original_length"] = given["original_length"] or length
     given = {field: value for field, value in given.items() if value is not None}
     if missing := {"factor", "original_length"} - given.keys():
-        raise FamilyError(f"its rope scaling does not say {', '.join(sorted(_ROPE[field] for field in missing))}")
+        raise FamilyError(f"its rope scaling lacks {', '.join(sorted(_ROPE[field] for field in missing))}")
     for field, value in given.items():
         _check_number(_ROPE[field], value, whole=False)
     types = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
@@ -196,7 +196,7 @@ def _scaling(rope: Mapping[str, Any], length: int | None) -> RopeScaling:
 
 
 def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
-    """Returns the config.json of a model, of which `model_fields` gives the same fields again."""
+    """Returns the config.json of a model; `model_fields` turns it back into the same fields."""
     family = family_of(config)
     published = {
         "architectures": [ARCHITECTURES[family]],
@@ -221,7 +221,7 @@ def published_config(config: ModelConfig, *, max_length: int) -> dict[str, Any]:
 
 
 def tensor_names(config: ModelConfig) -> dict[str, Place]:
-    """Returns published name -> its place, of all tensors that a model has."""
+    """Returns published name -> place for all tensors of a model."""
     top = {TOP_NAMES[name]: Place(name) for name in TOP_NAMES if name != "lm_head" or not config.tie_embeddings}
     biases = BIASED if config.qkv_bias else ()
     norms = ("attention_norm", "ffn_norm", *(("query_norm", "key_norm") if config.qk_norm else ()))
@@ -235,7 +235,7 @@ def tensor_names(config: ModelConfig) -> dict[str, Place]:
 
 
 def published_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """Returns the shape of a parameter's published tensor: of a matrix, [what comes out, what goes in]."""
+    """Returns the shape of a parameter's published tensor; for a matrix, [outputs, inputs]."""
     sizes = config.sizes(name)[name in EXPERT :]
     if name not in MATRICES:
         return sizes if name in ("embedding", "lm_head") else (math.prod(sizes),)

@@ -1,8 +1,8 @@
-"""Analytic FLOPs of training, and the peak of a chip: what a model's arithmetic needs, not what a program does.
+"""Analytic FLOPs of training, and the peak of a chip: the FLOPs that a model's arithmetic needs, not those executed.
 
-Two FLOPs a weight and token forward, four backward, of which a frozen weight needs two; what is computed again counts
-once, and only the experts that a token goes to. Causal attention: every token with itself and those before it in its
-segment.
+Two FLOPs per weight and token forward, four backward, of which a frozen weight needs two. Recomputation is not counted;
+of the experts, only those that a token goes to count. Causal attention: every token with itself and those before it in
+its segment.
 """
 
 import math
@@ -26,11 +26,11 @@ PEAK_FLOPS = {
 
 
 def train_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
-    """Returns the FLOPs of forward and backward over `tokens`, with `pairs` of a token and one that it attends to."""
+    """Returns the FLOPs of forward and backward over `tokens`, with `pairs` of a token and a token it attends to."""
     one = lambda name: math.prod(model.sizes(name)[name in EXPERT :])  # noqa: E731
     layer = sum(one(name) * (model.experts_per_token if name in EXPERT else 1) for name in model.matrices)
     weights = model.num_layers * layer + model.vocab_size * model.embed_dim
-    attention = model.num_layers * 2 * model.num_heads * model.head_dim  # scores, and what they weigh
+    attention = model.num_layers * 2 * model.num_heads * model.head_dim  # scores, and the weighted sum of values
     if not model.lora.rank:
         return 6.0 * (weights * tokens + attention * pairs)
     adapter = sum(math.prod(model.sizes(name + part)) for name in model.lora.targets for part in (lora.A, lora.B))
@@ -38,6 +38,6 @@ def train_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
 
 
 def utilisation(flops_per_second: float, devices: list[jax.Device]) -> float | None:
-    """Returns the share of the devices' peak (MFU); None where the peak is not known."""
+    """Returns the share of the devices' peak (MFU); None if the peak is unknown."""
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return None if peak is None else flops_per_second / (peak * len(devices))

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a frozen matrix W acts as W + scale · A B, and only A and B are trained.
 
-In: parameters with adapters, one plain tree. Out: the part that is trained and the part that is not; the tree without
-adapters, which acts alike.
+In: parameters with adapters, one plain tree. Out: the trained part and the frozen part; parameters with their adapters
+merged in, which act alike.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-A, B = "_lora_a", "_lora_b"  # behind the name of the matrix that they adapt
+A, B = "_lora_a", "_lora_b"  # suffixes to the name of the adapted matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which matrices of each layer have an adapter; `rank` 0: none, and the whole model is trained."""
+    """Which matrices of each layer have an adapter. With `rank` 0 none has, and the whole model is trained."""
 
     rank: int = 0
     alpha: float = 1.0
@@ -30,7 +30,7 @@ NO_ADAPTERS = Lora()
 
 
 def init_a(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Returns a fresh A, as PEFT draws it; a fresh B is zero, so that training begins with the model as it is."""
+    """Draws an initial A as PEFT does. An initial B is zero, so that training starts from the unchanged model."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -40,14 +40,14 @@ def is_adapter(name: str) -> bool:
 
 
 def split(params: dict) -> tuple[dict, dict]:
-    """Returns what is trained and what is frozen: the adapters and the rest or, without adapters, all and nothing."""
+    """Returns (trained, frozen) parameters: the adapters and the others or, without adapters, all and none."""
     if not any(is_adapter(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
         return params, {}
     return _select(params, is_adapter), without(params)
 
 
 def without(params: dict) -> dict:
-    """Returns the parameters that are no adapters."""
+    """Returns the parameters without the adapters."""
     return _select(params, lambda name: not is_adapter(name))
 
 
@@ -63,7 +63,7 @@ def _select(tree: dict, keep: Callable[[str], bool]) -> dict:
 
 
 def join(trained: dict, frozen: dict) -> dict:
-    """Returns the one tree that `split` took apart."""
+    """Inverts `split`: returns the one tree."""
     joined = dict(frozen)
     for name, value in trained.items():
         joined[name] = join(value, frozen.get(name, {})) if isinstance(value, dict) else value
@@ -71,8 +71,8 @@ def join(trained: dict, frozen: dict) -> dict:
 
 
 def merged(layers: dict, name: str, index: tuple[int, ...], lora: Lora) -> jax.Array:
-    """Returns a parameter of one layer, `index` (layer,), with what its adapter adds, in float32; or as it is if it has
-    none, where `index` may go on to an expert."""
+    """Returns a parameter of one layer, `index` (layer,), with its adapter merged in, in float32. Returns a parameter
+    without an adapter unchanged; `index` may then also be (layer, expert)."""
     x = layers[name][index]
     if not lora.rank or name not in lora.targets:
         return x

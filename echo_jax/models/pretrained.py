@@ -18,14 +18,14 @@ from echo_jax.models.families import TOP_NAMES, FamilyError, model_fields, publi
 from echo_jax.models.sources import Slices, Source, WeightsError, open_source
 from echo_jax.models.transformer import MATRICES, ModelConfig, abstract_params
 
-SHOWN = 8  # problems of a message
+SHOWN = 8  # problems listed in a message
 
 
 def fields_of(path: str | Path) -> dict:
-    """Returns the fields of `config.model` that published weights decide, for a config file to assign.
+    """Returns the fields of `config.model` that published weights determine, for a config file to assign.
 
     Raises:
-      WeightsError: there are none, or transformer.py does not compute such a model.
+      WeightsError: there are no weights at `path`, or transformer.py does not support their model.
     """
     return _fields(open_source(Path(path)), Path(path))
 
@@ -38,24 +38,24 @@ def _fields(source: Source, path: Path) -> dict:
 
 
 def check_fields(source: Source, path: Path, model: ml_collections.ConfigDict) -> int:
-    """Returns how many rows the embedding has; raises `WeightsError`, listing the fields, if `config.model` says other
-    than the weights."""
+    """Returns how many rows the embedding has; raises `WeightsError`, listing the fields, if `config.model` contradicts
+    the weights."""
     fields = _fields(source, path)
     if fields["rope_scaling"]["kind"] == "none":
-        del fields["rope_scaling"]  # a model without may be given one, as Qwen does for long contexts
+        del fields["rope_scaling"]  # the config may add one to a model without, as Qwen does for long contexts
     given = model.to_dict() | {"vocab_size": model.vocab_size or fields["vocab_size"]}
     differing = [
-        f"config.model.{name} = {given[name]!r}, there {value!r}"
+        f"config.model.{name} = {given[name]!r}, but the weights have {value!r}"
         for name, value in fields.items()
         if given[name] != value
     ]
     if differing:
-        raise WeightsError(_listed(f"{path} holds another model than config.model describes", differing))
+        raise WeightsError(_listed(f"{path} holds a different model than config.model describes", differing))
     return fields["vocab_size"]
 
 
 def check_tensors(source: Source, path: Path, config: ModelConfig) -> None:
-    """Raises `WeightsError`, listing all of them, if tensors are missing, unknown or of another shape."""
+    """Raises `WeightsError`, listing the tensors, if any are missing, unknown or have the wrong shape."""
     wanted = tensor_names(config)
     problems = []
     for name, (parameter, _) in wanted.items():
@@ -69,17 +69,17 @@ def check_tensors(source: Source, path: Path, config: ModelConfig) -> None:
         if name == head and config.tie_embeddings:
             if not _same(source, head, embedding):
                 problems.append(
-                    f"{tensor.file.name}: {head} is another than {embedding}, while config.json ties them: say "
+                    f"{tensor.file.name}: {head} differs from {embedding}, but config.json ties them: set "
                     '"tie_word_embeddings": false there'
                 )
         elif name not in wanted and not name.endswith("rotary_emb.inv_freq"):
-            problems.append(f"{tensor.file.name}: {name} is no tensor of this model")
+            problems.append(f"{tensor.file.name}: {name} is not a tensor of this model")
     if problems:
         raise WeightsError(_listed(f"{path} does not fit this model", problems))
 
 
 def _same(source: Source, first: str, second: str) -> bool:
-    """Returns whether two tensors are equal, of which few rows at a time are read."""
+    """Returns whether two tensors are equal; reads a few rows at a time."""
     shape = source.tensors[first].shape
     if second not in source.tensors or source.tensors[second].shape != shape:
         return False
@@ -99,10 +99,10 @@ def load_params(
     mesh: Mesh,
     on_tensor: Callable[[int], None] = lambda done: None,
 ) -> dict:
-    """Returns the parameters, without adapters, of a source that `check_tensors` passed.
+    """Returns the parameters, without adapters, of a source that passed `check_tensors`.
 
     Args:
-      on_tensor: is told how many tensors have been read.
+      on_tensor: called with the number of tensors read so far.
     """
     abstract = lora.without(abstract_params(config, mesh)[1])
     names = tensor_names(config)
@@ -138,21 +138,21 @@ def _place(source: Source, name: str, parameter: str, shape: tuple[int, ...], sh
 
 
 def _read(tensor: Slices, parameter: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """Reads the slice `index` of a parameter from its published tensor, where a matrix stands transposed and what
-    goes in, and what comes out, is one dimension each."""
+    """Reads the slice `index` of a parameter from its published tensor. A published matrix is transposed: its input
+    dimensions are flattened into one, and so are its output dimensions."""
     bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
-    own = tuple(stop - start for start, stop in bounds)
+    sizes = tuple(stop - start for start, stop in bounds)
     if parameter not in MATRICES:
         matrix = parameter in ("embedding", "lm_head")
         published = tuple(slice(*b) for b in bounds) if matrix else (_flat(bounds, shape),)
-        return tensor[published].reshape(own)
+        return tensor[published].reshape(sizes)
     split = len(MATRICES[parameter][0])
     ins, outs = _flat(bounds[:split], shape[:split]), _flat(bounds[split:], shape[split:])
-    return tensor[outs, ins].T.reshape(own)
+    return tensor[outs, ins].T.reshape(sizes)
 
 
 def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
-    """Returns the slice of several dimensions made one; only the first of them is ever spread over devices."""
+    """Returns the slice of several dimensions flattened into one; only the first of them is ever sharded."""
     inner = int(np.prod(shape[1:]))
     return slice(bounds[0][0] * inner, bounds[0][1] * inner)
 
@@ -167,7 +167,7 @@ def _cast(leaf: jax.ShapeDtypeStruct):
 
 @functools.cache
 def _put(sharding: NamedSharding):
-    """Returns the jitted write of one matrix into a stack that is donated, so that no second stack is made."""
+    """Returns the jitted write of one matrix into a stack. It donates the stack, so that no second stack is made."""
 
     def put(stack, x, index):
         return stack.at[index].set(x.astype(stack.dtype))

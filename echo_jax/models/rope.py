@@ -1,6 +1,6 @@
 """Rotary position embedding, and the ways in which published models stretch it to longer contexts.
 
-In: a head's size, a base, a scaling. Out: the frequencies, made once on the host; queries and keys, turned by them.
+In: a head's size, a base, a scaling. Out: the frequencies, computed on the host; queries and keys, rotated by them.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# kind -> the fields of `RopeScaling` that it has
+# kind -> the fields of `RopeScaling` that it uses
 SCALINGS = {
     "none": (),
     "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
@@ -36,8 +36,8 @@ NO_SCALING = RopeScaling()
 
 
 class Rope(NamedTuple):
-    frequency: np.ndarray  # f32 [K / 2], radians a token
-    factor: float  # of what is turned
+    frequency: np.ndarray  # f32 [K / 2], radians per token
+    factor: float  # multiplies the rotated vectors
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling = NO_SCALING) -> Rope:
@@ -52,18 +52,18 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling = NO_SCALING) 
 
 
 def _llama3(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1's: waves longer than the old context are stretched, short ones kept, those between mixed."""
-    waves = scaling.original_length * frequency / (2 * math.pi)  # turns in the old context
+    """Llama 3.1's scaling: stretches waves longer than the old context, keeps short ones, and blends those between."""
+    turns = scaling.original_length * frequency / (2 * math.pi)  # within the old context
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
-    return (1.0 - kept) * frequency / scaling.factor + kept * frequency
+    unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 - unscaled) * frequency / scaling.factor + unscaled * frequency
 
 
 def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """YaRN's (arXiv 2309.00071, eq. 17 to 19), with the bounds rounded outwards as its authors' code does."""
+    """YaRN's scaling (arXiv 2309.00071, eq. 17 to 19), with the bounds rounded outwards as in its authors' code."""
     head_dim = 2 * len(frequency)
 
-    def index(turns: float) -> float:  # of the frequency that turns so often in the old context
+    def index(turns: float) -> float:  # of the frequency that makes this many turns within the old context
         return head_dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(index(scaling.beta_fast)), 0)
@@ -73,7 +73,7 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarr
 
 
 def rotate(x, positions, rope: Rope):
-    """Turns x [..., H, K] by positions [...], halves convention, in f32."""
+    """Rotates x [..., H, K] by positions [...], in f32; pairs entry i with entry i + K / 2 (halves convention)."""
     angle = positions[..., None, None].astype(jnp.float32) * rope.frequency
     sin, cos = jnp.sin(angle) * rope.factor, jnp.cos(angle) * rope.factor
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,7 +1,7 @@
-"""Trained weights, as a folder that transformers loads and servers serve; and adapters, in PEFT's layout.
+"""Writes trained weights as a folder that transformers and inference servers load; and adapters, in PEFT's layout.
 
-In: parameters on a mesh. Out: safetensors, an index of them, config.json. One tensor at a time comes to the host, and
-no more than one file's stay there.
+In: parameters on a mesh. Out: safetensors and their index; for adapters also adapter_config.json. One tensor at a time
+comes to the host, which never holds more than the tensors of one file.
 """
 
 import json
@@ -18,7 +18,7 @@ from echo_jax.models.families import LAYER_NAMES, Place, published_shape, tensor
 from echo_jax.models.sources import INDEX, SINGLE, import_safetensors
 from echo_jax.models.transformer import LINEAR, MATRICES, ModelConfig
 
-FILE_BYTES = 2 << 30  # of tensors in one file, unless a single one is larger
+FILE_BYTES = 2 << 30  # of tensors in one file, unless a single tensor is larger
 
 
 def write_weights(
@@ -30,9 +30,9 @@ def write_weights(
     file_bytes: int = FILE_BYTES,
     on_tensor: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Writes the tensors of a model, adapters merged into the matrices that they adapt, rounded to `dtype`.
+    """Writes the tensors of a model, rounded to `dtype`, with adapters merged into the matrices that they adapt.
 
-    With several processes all of them call it; process 0 writes, the others need no folder.
+    All processes must call it; process 0 writes, the others need no folder.
     """
     files = list(_files(config, np.dtype(jax.numpy.dtype(dtype)).itemsize, file_bytes))
     done, where = 0, {}
@@ -57,17 +57,17 @@ def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict
     """Yields the tensors of each file."""
     chosen, size = {}, 0
     for name, place in tensor_names(config).items():
-        own = int(np.prod(published_shape(config, place.parameter))) * itemsize
-        if chosen and size + own > file_bytes:
+        tensor_bytes = int(np.prod(published_shape(config, place.parameter))) * itemsize
+        if chosen and size + tensor_bytes > file_bytes:
             yield chosen
             chosen, size = {}, 0
         chosen[name] = place
-        size += own
+        size += tensor_bytes
     yield chosen
 
 
 def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, base: str, dtype: str) -> None:
-    """Writes the adapters alone as PEFT keeps them, rounded to `dtype`; see `write_weights` for several processes.
+    """Writes the adapters alone in PEFT's layout, rounded to `dtype`. All processes must call it, as `write_weights`.
 
     Args:
       base: the name of the weights that they adapt.
@@ -98,14 +98,14 @@ def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, bas
 
 
 def to_published(x: np.ndarray, parameter: str) -> np.ndarray:
-    """Returns a parameter of one layer in the layout of its published tensor; `pretrained.py` goes the other way."""
+    """Returns a parameter of one layer in the layout of its published tensor; `pretrained.py` does the reverse."""
     if parameter in MATRICES:
         return _matrix(x, len(MATRICES[parameter][0]))
     return x if parameter in ("embedding", "lm_head") else x.reshape(-1)
 
 
 def _matrix(x: np.ndarray, inputs: int) -> np.ndarray:
-    """Returns [what comes out, what goes in] of an array whose first `inputs` dimensions go in."""
+    """Returns the matrix [outputs, inputs] of an array whose first `inputs` dimensions are the inputs."""
     return np.ascontiguousarray(x.reshape(int(np.prod(x.shape[:inputs])), -1).T)
 
 
@@ -119,4 +119,4 @@ def _fetch(x: jax.Array) -> np.ndarray:
 def _save(tensors: dict[str, np.ndarray], folder: Path | None, name: str) -> None:
     if jax.process_index() == 0:
         import_safetensors().numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(folder.stat().st_mode & 0o666)  # the package lets nobody else read what it writes
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read

@@ -1,6 +1,6 @@
-"""Files of published weights, read one slice of one tensor at a time.
+"""Reads files of published weights, one slice of one tensor at a time.
 
-In: a folder of safetensors (one file, or several with an index), or a GGUF file. Out: what tensors there are, under
+In: a folder of safetensors (one file, or several with an index), or a GGUF file. Out: the list of tensors, under
 transformers' names, and any slice of one as numpy. Nothing stays in memory.
 """
 
@@ -19,7 +19,7 @@ from echo_jax.system.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}  # and bytes a number
+_DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}  # numpy dtype, bytes per number
 
 # Names of a GGUF file -> transformers'.
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,7 +36,7 @@ _GGUF_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# key of a config.json -> key of a GGUF, behind the architecture
+# key of a config.json -> key of a GGUF file, after the architecture's prefix
 _GGUF_CONFIG = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -49,8 +49,7 @@ _GGUF_CONFIG = {
     "max_position_embeddings": "context_length",
 }
 
-
-# and what would change the arithmetic -> the only value computed here ("head": the size of a head)
+# GGUF keys that change the arithmetic -> the only supported value ("head": the size of a head)
 _GGUF_ONLY = {
     "rope.dimension_count": "head",
     "attention.value_length": "head",
@@ -64,7 +63,7 @@ _GGUF_ONLY = {
 
 
 class WeightsError(UserError, ValueError):
-    """Published weights cannot be used; the message names file and tensor."""
+    """Published weights are unusable; the message names file and tensor."""
 
 
 class Tensor(NamedTuple):
@@ -84,20 +83,20 @@ class Source(Protocol):
     config: dict[str, Any]  # keys as in a config.json
 
     def open(self, name: str) -> AbstractContextManager[Slices]:
-        """Opens one tensor, of which nothing is left in memory when it is closed."""
+        """Opens one tensor; closing it frees its memory."""
         ...
 
 
 def open_source(path: Path) -> Source:
-    """Opens weights that a user names, reading no more than what is said of them.
+    """Opens the weights at `path`, reading only their metadata.
 
     Raises:
-      WeightsError: there are none, or a file is damaged.
+      WeightsError: there are no weights, or a file is damaged.
     """
     if path.suffix == ".gguf":
         return Gguf(path)
     if not path.is_dir():
-        raise WeightsError(f"there are no weights at {path}: it must be a folder with safetensors, or a .gguf file")
+        raise WeightsError(f"no weights at {path}: it must be a folder with safetensors, or a .gguf file")
     return Safetensors(path)
 
 
@@ -111,12 +110,12 @@ class Safetensors:
         if index.is_file():
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise WeightsError(f"{index} is no index: it has no weight_map of names and files")
+                raise WeightsError(f"{index} is not an index: it has no weight_map of names and files")
             for file in sorted(set(files.values())):
                 self.tensors |= _header(folder / file)
             for name, file in files.items():
                 if name not in self.tensors or self.tensors[name].file.name != file:
-                    raise WeightsError(f"{index} says that {name} is in {file}, which has no such tensor")
+                    raise WeightsError(f"{index} places {name} in {file}, which has no such tensor")
         elif (folder / SINGLE).is_file():
             self.tensors = _header(folder / SINGLE)
         else:
@@ -129,7 +128,7 @@ class Safetensors:
 
 
 def _header(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of one file. Its header must be whole, and the file as long as the header says.
+    """Returns the tensors of one file. Its header must be complete, and the file as long as the header says.
 
     Raises:
       WeightsError: it is damaged.
@@ -147,20 +146,20 @@ def _header(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is damaged: it has no safetensors header")
     header.pop("__metadata__", None)
     tensors = {}
-    for name, said in header.items():
+    for name, entry in header.items():
         try:
-            kind, shape, (start, stop) = str(said["dtype"]), tuple(said["shape"]), said["data_offsets"]
+            kind, shape, (start, stop) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             if not all(type(n) is int for n in (*shape, start, stop)):
-                raise ValueError("sizes are whole numbers")
+                raise ValueError("sizes must be integers")
         except (KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged: its header says of {name} {str(said)[:100]}") from error
+            raise WeightsError(f"{path} is damaged: its header describes {name} as {str(entry)[:100]}") from error
         if kind not in _DTYPES:
-            raise WeightsError(f"{path}: {name} has dtype {kind}; there can be {', '.join(_DTYPES)}")
+            raise WeightsError(f"{path}: {name} has dtype {kind}, which is not supported, only {', '.join(_DTYPES)}")
         dtype, itemsize = _DTYPES[kind]
         if start < 0 or stop - start != itemsize * math.prod(shape):
-            raise WeightsError(f"{path} is damaged: {name} {list(shape)} is said to be in bytes {start} to {stop}")
+            raise WeightsError(f"{path} is damaged: its header places {name} {list(shape)} in bytes {start} to {stop}")
         if (end := 8 + length + stop) > size:
-            raise WeightsError(f"{path} is cut short: {name} ends at byte {end}, the file at {size}; fetch it again")
+            raise WeightsError(f"{path} is truncated: {name} ends at byte {end}, the file at {size}; fetch it again")
         tensors[name] = Tensor(shape, dtype, path)
     safetensors = import_safetensors()
     try:
@@ -171,24 +170,24 @@ def _header(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns what a file holds.
+    """Returns the JSON object in a file.
 
     Raises:
-      WeightsError: it cannot be read, or holds something else.
+      WeightsError: it cannot be read, or does not hold a JSON object.
     """
     try:
         found = json.loads(path.read_text())
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is no JSON: {error}") from error
+        raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{path} holds no JSON object")
+        raise WeightsError(f"{path} does not hold a JSON object")
     return found
 
 
 def import_safetensors():
-    """Returns the package; it is no part of a core installation."""
+    """Returns the package safetensors, which the core installation does not include."""
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -208,7 +207,7 @@ class Gguf:
         try:
             reader = gguf.GGUFReader(path)
             texts = ("tokenizer.", "general.name", "general.description")
-            fields = {name: own.contents() for name, own in reader.fields.items() if not name.startswith(texts)}
+            fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(texts)}
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, IndexError, KeyError, OverflowError) as error:
@@ -228,18 +227,18 @@ class Gguf:
         except WeightsError:
             raise
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged: what it says of its model is of other types: {error}") from error
+            raise WeightsError(f"{path} is damaged: a field of its metadata has the wrong type: {error}") from error
 
     def _published(self, name: str) -> str:
         if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-            number, own, kind = layer.groups()
-            return f"model.layers.{number}.{_GGUF_LAYER.get(own, own)}.{kind}"
-        own, _, kind = name.rpartition(".")
-        return f"{_GGUF_TOP.get(own, own)}.{kind}"
+            number, stem, kind = layer.groups()
+            return f"model.layers.{number}.{_GGUF_LAYER.get(stem, stem)}.{kind}"
+        stem, _, kind = name.rpartition(".")
+        return f"{_GGUF_TOP.get(stem, stem)}.{kind}"
 
     def _read_config(self, fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
         family = fields.get("general.architecture")
-        found = {key: fields.get(f"{family}.{own}") for key, own in _GGUF_CONFIG.items()}
+        found = {key: fields.get(f"{family}.{gguf_key}") for key, gguf_key in _GGUF_CONFIG.items()}
         config = {"model_type": family} | {key: value for key, value in found.items() if value is not None}
         if embedding := self.tensors.get("model.embed_tokens.weight"):
             config["vocab_size"] = embedding.shape[0]
@@ -252,7 +251,7 @@ class Gguf:
                 "factor": fields.get(f"{family}.rope.scaling.factor"),
                 "original_max_position_embeddings": fields.get(f"{family}.rope.scaling.original_context_length"),
             }
-        if "rope_freqs.weight" in self._stored:  # Llama 3.1's, of which the file does not say the parameters
+        if "rope_freqs.weight" in self._stored:  # Llama 3.1's scaling; the file does not give its parameters
             config["rope_scaling"] = {"rope_type": "llama3, as a table in a GGUF file"}
         if "hidden_size" in config and "num_attention_heads" in config:
             head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -271,7 +270,7 @@ class Gguf:
         values = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.tensors[name].shape)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if heads and self.config["model_type"] == "llama":
-            # GGUF keeps the two halves of a head that rotate together side by side; here they are halves again.
+            # GGUF interleaves the two halves of a head that rotate together; this separates them again.
             pairs = values.reshape(self.config[heads], values.shape[0] // self.config[heads] // 2, 2, -1)
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         return values

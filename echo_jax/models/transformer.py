@@ -1,8 +1,8 @@
 """A decoder-only transformer: RoPE, RMSNorm, grouped-query attention, SwiGLU; layers stacked, scanned, rematerialised.
 
-Llama 3 and SmolLM2, Qwen2.5 (biases), Qwen3 (norms of queries and keys) and Qwen3-MoE (experts) are settings of it. In:
-token ids. Out: hidden states; the LM head is applied by the loss and by the sampler. nnx stops at this module's door:
-`init_params` gives a graph definition and a plain pytree, and everything above works on those.
+Settings of it are Llama 3 and SmolLM2, Qwen2.5 (biases), Qwen3 (norms of queries and keys) and Qwen3-MoE (experts).
+In: token ids. Out: hidden states; the loss and the sampler apply the LM head. nnx stays inside this module:
+`init_params` returns a graph definition and a plain pytree, and everything above works on those.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from echo_jax.models.lora import Lora
 from echo_jax.models.rope import NO_SCALING, RopeScaling, frequencies, rotate
 from echo_jax.system.sharding import sharding_of
 
-# The matrices of a layer: logical axes that go in, and those that come out.
+# The matrices of a layer: logical axes of the inputs, and of the outputs.
 LINEAR = {
     "query": (("embed",), ("heads", "head_dim")),
     "key": (("embed",), ("kv_heads", "head_dim")),
@@ -33,7 +33,7 @@ LINEAR = {
     "down": (("ffn",), ("embed",)),
 }
 ATTENTION = ("query", "key", "value", "attention_out")
-# In place of gate, up and down, with `num_experts`: what chooses, and the matrices of each expert.
+# With `num_experts` these replace gate, up and down: the router, and the matrices of each expert.
 ROUTER = {"router": (("embed",), ("experts",))}
 EXPERT = {f"expert_{name}": LINEAR[name] for name in ("gate", "up", "down")}
 MATRICES = LINEAR | ROUTER | EXPERT
@@ -56,11 +56,11 @@ PARAM_AXES = {
 }
 
 
-# What the backward pass finds saved of each layer; the rest is computed again.
+# What each layer saves for the backward pass, which recomputes everything else.
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,  # its input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its matmuls with weights gave
-    "none": None,  # all: nothing is computed again
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # also the results of its matmuls with weights
+    "none": None,  # everything: nothing is recomputed
 }
 
 
@@ -87,16 +87,16 @@ class ModelConfig:
     num_experts: int = 0  # 0: one FFN for all tokens
     experts_per_token: int = 0
     normalize_experts: bool = True
-    param_dtype: str = "float32"  # of all but the adapters, which are float32
+    param_dtype: str = "float32"  # except adapters, which are always float32
     lora: Lora = lora.NO_ADAPTERS
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Those of MATRICES that a layer has."""
+        """The names in MATRICES that a layer has."""
         return (*ATTENTION, *ROUTER, *EXPERT) if self.num_experts else tuple(LINEAR)
 
     def sizes(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a parameter, that of one layer."""
+        """Returns the shape of a parameter in one layer."""
         head_norm = {"query_norm": (self.head_dim,), "key_norm": (self.head_dim,)}
         size_of = {
             "vocab": self.vocab_size,
@@ -127,14 +127,14 @@ def init_cache(config: ModelConfig, lanes: int, slots: int) -> KVCache:
 
 
 def rms_norm(x, scale, eps):
-    """x [..., D] normalised in f32, times scale (arXiv 1910.07467, eq. 4)."""
+    """Normalises x [..., D] in f32, then multiplies it by scale (arXiv 1910.07467, eq. 4)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype)
 
 
 class Block(nnx.Module):
-    """One layer. `attend(q, k, v)` is given by the caller: packed rows in training, a cache in decoding."""
+    """One layer. The caller passes `attend(q, k, v)`: over packed rows in training, over a cache in decoding."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -158,7 +158,7 @@ class Block(nnx.Module):
             setattr(self, name + lora.B, nnx.Param(jnp.zeros(b)))
 
     def __call__(self, x, positions, attend, mesh: Mesh | None = None):
-        """x [..., D], positions [...] -> x [..., D], and whatever `attend` returns beside its output."""
+        """x [..., D], positions [...] -> x [..., D], and the second value that `attend` returns."""
         config = self.config
         h = rms_norm(x, self.attention_norm[...], config.norm_eps)
         q, k, v = (self._linear(h, name) for name in ("query", "key", "value"))
@@ -181,7 +181,7 @@ class Block(nnx.Module):
         return getattr(self, name)[...].astype(self.config.compute_dtype)
 
     def _linear(self, x, name: str):
-        """x times a matrix, with its bias and what its adapter adds, if it has them."""
+        """Multiplies x by a matrix, and adds its bias and its adapter's output, if it has them."""
         weight, inputs = self._weight, len(LINEAR[name][0])
         y = jnp.tensordot(x, weight(name), inputs)
         if hasattr(self, f"{name}_bias"):
@@ -206,7 +206,7 @@ def _ones(config: ModelConfig, name: str):
 
 
 class Transformer(nnx.Module):
-    """Hidden states of packed rows (`__call__`) or of one more token a lane (`decode`)."""
+    """Hidden states of packed rows (`__call__`) or of one more token per lane (`decode`)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -220,7 +220,7 @@ class Transformer(nnx.Module):
     def __call__(self, tokens, positions, segment_ids, mesh: Mesh | None = None):
         """tokens, positions, segment_ids int32 [B, T] -> hidden [B, T, D] in the compute dtype.
 
-        `mesh`: where they lie, for the kernels that must be told; None: on one device.
+        `mesh`: where the arrays are, for kernels that need it; None: on one device.
         """
 
         def attend(q, k, v):
@@ -236,7 +236,7 @@ class Transformer(nnx.Module):
         return self._finish(run(self._embed(tokens, mesh), self.layers))
 
     def decode(self, tokens, positions, cache: KVCache, mesh: Mesh | None = None):
-        """Feeds one token a lane. tokens, positions int32 [B] -> hidden [B, D], and the cache with this token in it.
+        """Feeds one token per lane. tokens, positions int32 [B] -> hidden [B, D], and the cache with this token in it.
 
         A position past the cache's slots writes nothing (an idle lane). `mesh`: as in `__call__`.
         """
@@ -273,7 +273,7 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh):
 
 
 def init_adapters(config: ModelConfig, seed: int, mesh: Mesh):
-    """Returns the adapters alone, as `init_params` would make them: for a model whose weights come from elsewhere."""
+    """Returns only the adapters, as `init_params` would make them: for a model whose other weights are loaded."""
     return _init(config, seed, mesh, lambda params: lora.split(params)[0])[1]
 
 
@@ -288,11 +288,9 @@ def _init(config: ModelConfig, seed: int, mesh: Mesh, part):
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh):
-    """Returns (graph definition, pytree of ShapeDtypeStruct with shardings), with no memory used."""
+    """Returns (graph definition, pytree of ShapeDtypeStruct with shardings), without allocating arrays."""
     if config.vocab_size % mesh.shape["tensor"]:
-        raise ValueError(
-            f"a vocabulary of {config.vocab_size} is not divisible by mesh.tensor = {mesh.shape['tensor']}"
-        )
+        raise ValueError(f"vocab_size = {config.vocab_size} is not divisible by mesh.tensor = {mesh.shape['tensor']}")
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
     graphdef, state = nnx.split(model)
     pure = nnx.to_pure_dict(state)
@@ -306,10 +304,10 @@ def abstract_params(config: ModelConfig, mesh: Mesh):
 
 
 def used_dtype(path, dtype, config: ModelConfig):
-    """Returns what the model casts a parameter to where it uses it: the compute dtype, but for the norms' scales."""
+    """Returns the dtype in which the model uses a parameter: the compute dtype, except for the norms' scales."""
     return dtype if PARAM_AXES[path[-1].key] == ("norm",) else jnp.dtype(config.compute_dtype)
 
 
 def bind(graphdef, params) -> Transformer:
-    """Returns the model over these parameters; for use inside a jitted function."""
+    """Returns the model with these parameters; for use inside a jitted function."""
     return nnx.merge(graphdef, params)

@@ -1,4 +1,4 @@
-"""What any program needs and no part of the method is: flags and errors, several processes, devices, records of a run.
+"""Infrastructure that is independent of the method: flags and errors, several processes, devices, records of a run.
 
 In: a command line, an environment, devices. Out: errors a user can act on, a mesh, metrics, progress, provenance.
 """

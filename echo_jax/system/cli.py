@@ -1,4 +1,4 @@
-"""How every program starts: flags, and errors that its user can mend as one message instead of a traceback."""
+"""How every program starts: it parses flags, and prints errors that users can fix without a traceback."""
 
 import itertools
 import re
@@ -17,8 +17,8 @@ def run_program(
     main: Callable[[flags.FlagValues], int | None],
     required: tuple[str, ...] = ("config", "workdir"),
 ) -> None:
-    """Runs a program's main on its flags. Exits with its status; with 1 after one of `USER_ERRORS` or a config that
-    cannot be read."""
+    """Runs a program's main on its flags. Exits with its status, or with 1 after one of `USER_ERRORS` or for a config
+    that cannot be read."""
     flags.mark_flags_as_required(required)
 
     def guarded(argv: list[str]) -> int | None:
@@ -34,11 +34,11 @@ def run_program(
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def _cause(said: str) -> str:
-    """Returns the place in a config file, and the error, of a message that has the whole traceback in it."""
-    _, found, trace = said.rpartition("Traceback (most recent call last):\n")
+def _cause(message: str) -> str:
+    """Extracts the line of the config file, and the error, from a message that contains the whole traceback."""
+    _, found, trace = message.rpartition("Traceback (most recent call last):\n")
     if not found:
-        return f"{said}\n--help shows the flags"
+        return f"{message}\n--help shows the flags"
     lines = trace.rstrip().splitlines()
     frames = list(itertools.takewhile(lambda line: line.startswith(" "), lines))
     places = re.findall(r'File "(.+)", line (\d+), in (?:get_config|sweep)\b', "\n".join(frames))
@@ -47,7 +47,7 @@ def _cause(said: str) -> str:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags; a config file or an override that does not fit the config is one message with its place."""
+    """Parses the flags. For a bad config file or override, exits with one message that gives its location."""
     for argument in argv:
         name, _, value = argument.partition("=")
         path = Path(value.split(":")[0])

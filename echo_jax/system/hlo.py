@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its HLO text: which collectives, how large, inside how many loops.
+"""Reads from a compiled program's HLO text which collectives it has, how large, inside how many loops.
 
 In: `compiled.as_text()`. Out: `Collective`s, each once, however often its loop runs (the text for TPU does not say).
 """
@@ -18,7 +18,7 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int  # of its largest result, on one device
-    elements: int  # of that
+    elements: int  # of that result
     depth: int  # loops around it
 
 
@@ -47,7 +47,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def largest_array(result: str) -> tuple[int, int]:
-    """Returns (bytes, elements) of the largest array in an HLO type, as `(f32[8,128]{1,0}, bf16[4])`."""
+    """Returns (bytes, elements) of the largest array in an HLO type such as `(f32[8,128]{1,0}, bf16[4])`."""
     largest = 0, 0
     for dtype, dimensions in _ARRAY.findall(result):
         elements = 1
@@ -59,7 +59,7 @@ def largest_array(result: str) -> tuple[int, int]:
 
 
 def _loop_depths(parts: dict[str, list[str]]) -> dict[str, int]:
-    """Returns computation -> loops around it, those of its deepest caller; 0 for the entry."""
+    """Returns computation -> loops around it, counted at its deepest caller; 0 for the entry."""
     calls = []
     for caller, lines in parts.items():
         for line in lines:

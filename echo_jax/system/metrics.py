@@ -1,6 +1,6 @@
-"""Metrics of a run: one JSON object a step in `metrics.jsonl`, and the same numbers for TensorBoard.
+"""Metrics of a run: one JSON object per step in `metrics.jsonl`, and the same numbers for TensorBoard.
 
-A resumed run drops what the interrupted one wrote from the resume step on: the file reads as if nothing had happened.
+A resumed run drops the records from the resume step on, so the file looks like that of an uninterrupted run.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ class MetricsWriter:
     """Appends to `workdir/metrics.jsonl` and to an event file in `workdir/tensorboard`."""
 
     def __init__(self, workdir: Path, *, resume_step: int):
-        """Records of steps >= `resume_step` are dropped, and a last line that was cut short; 0 starts afresh."""
+        """Drops records of steps >= `resume_step`, and an incomplete last line; 0 starts afresh."""
         self._path = Path(workdir) / "metrics.jsonl"
         with _explained(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _drop_from(self._path, resume_step)
-            # Unbuffered: a line is in the file when `write` returns, and a full disk shows there and not in `close`.
+            # Unbuffered: a line is in the file when `write` returns, so a full disk fails there and not in `close`.
             self._file = self._path.open("ab", buffering=0)
-            # Not SummaryWriter: its thread dies of a full disk in silence, and then its bounded queue blocks the run.
+            # Not SummaryWriter: on a full disk its thread dies silently, and then its bounded queue blocks the run.
             folder = self._path.parent / "tensorboard"
             folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
@@ -51,7 +51,7 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one record. A value that is not finite becomes null in JSON.
+        """Writes one record. A non-finite value becomes null in JSON.
 
         Args:
           step: the record's step.
@@ -82,10 +82,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, without a last line that was cut short. No file, no records.
+    """Returns the records of a `metrics.jsonl`, without an incomplete last line; none if the file does not exist.
 
     Raises:
-      MetricsError: another line is not a record.
+      MetricsError: any other line is not a record.
     """
     path = Path(path)
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -93,12 +93,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if records and records[-1] is None:
         records.pop()
     if None in records:
-        raise MetricsError(f"{path}, line {records.index(None) + 1} is not a record: correct or delete that line")
+        raise MetricsError(f"{path}, line {records.index(None) + 1} is not a record: fix or delete that line")
     return records
 
 
 def _drop_from(path: Path, step: int) -> None:
-    """Keeps the records before `step`, atomically: at any moment the file is the old one or the new one."""
+    """Keeps the records before `step`, atomically: at any moment the file is either the old or the new one."""
     if not path.exists():
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -132,5 +132,5 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         raise MetricsError(
             f"cannot write metrics to {path.parent}: {error.strerror or error}. "
-            "Free or mend the disk, then run the same command again: it resumes from the last checkpoint"
+            "Fix the disk or free space on it, then run the same command again: it resumes from the last checkpoint"
         ) from error

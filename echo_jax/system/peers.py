@@ -1,9 +1,9 @@
 """The processes of one run: how they find each other, agree, and notice that one of them is gone.
 
-In: the environment that a launcher set. Out: a `Peers`. What they exchange here is small and goes through JAX's
+In: the environment that a launcher set. Out: a `Peers`. The processes exchange only small values here, through JAX's
 coordination service, which process 0 hosts; arrays go through the devices. A process that dies would leave the others
-waiting in a collective for ever, so each has a thread that gives and watches for signs of life, and ends its own
-process when another's stay away. When process 0 itself dies, JAX ends the others at once, with a message of its own.
+waiting in a collective forever. So each process has a thread that sends heartbeats, watches for those of the others,
+and ends its process when another's stop. When process 0 itself dies, JAX ends the others at once, with JAX's message.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ import jax
 from echo_jax.system.errors import USER_ERRORS, UserError
 
 # Exit statuses of a run.
-AGAIN = 75  # EX_TEMPFAIL: the same command, given again, goes on
-TAKEN = 69  # EX_UNAVAILABLE: it is another's
-_FOLDER = "echo_jax"  # of our keys
-_START_SECONDS = 300.0  # that all processes have to come
-_GRACE_SECONDS = 10.0  # that a process 0 which fails stays, for the others to read why
+AGAIN = 75  # EX_TEMPFAIL: the same command resumes the run
+TAKEN = 69  # EX_UNAVAILABLE: another process owns the run
+_FOLDER = "echo_jax"  # prefix of our keys
+_START_SECONDS = 300.0  # within which all processes must start
+_GRACE_SECONDS = 10.0  # for which a failed process 0 stays, so that the others can read why
 
 
 class PeerError(UserError, RuntimeError):
-    """The processes of a run cannot work together; the message names the one that is missing or other."""
+    """The processes of a run cannot work together; the message names the one that is missing or differs."""
 
 
 class Peers:
-    """This process among those of its run; all of them make the same calls of `gather` and `first`, in the same order.
+    """This process among those of its run. All must make the same calls of `gather` and `first`, in the same order.
 
-    A context manager: leaving it by an exception tells the others why, and ends this process at once, since JAX would
-    wait for processes that no longer come. Alone, a process is left as if there were no manager.
+    A context manager: leaving it by an exception tells the others why and ends this process at once, since JAX would
+    wait for processes that no longer come. For a single process it does nothing.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Peers:
     ):
         """
         Args:
-          silence_seconds: without a sign of life for so long, a process is taken for dead.
-          barrier_seconds: that a process may be late for a `gather`, though alive.
-          client: of JAX's coordination service; None for one process.
+          silence_seconds: after this long without a heartbeat, a process counts as dead.
+          barrier_seconds: how late a live process may be for a `gather`.
+          client: of JAX's coordination service; None for a single process.
         """
         self.index, self.count = index, count
         self._silence, self._barrier = silence_seconds, barrier_seconds
@@ -62,9 +62,9 @@ class Peers:
         self._gathered = 0
         self._on_stop: Callable[[int], None] = lambda signal_number: None
         self._stop = 0  # the signal by which this process was asked to stop
-        self._others_stop = 0  # that by which another was
+        self._others_stop = 0  # the signal by which another process was asked to stop
         self._done = threading.Event()
-        self._status = 0  # that this process ends with, once that is decided
+        self._status = 0  # the exit status of this process, once decided
         self._looked = time.monotonic()  # when the watch last got an answer
         if count > 1:
             self._hosts = self.gather(socket.gethostname(), "start")
@@ -76,14 +76,14 @@ class Peers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what a run writes once."""
+        """Whether this process writes the files that a run writes once."""
         return self.index == 0
 
     def gather(self, value: Any, what: str = "result") -> list[Any]:
-        """Returns every process's value, by index, once all have given it. `value`: what `json` can write.
+        """Returns every process's value, by index, once all have sent theirs. `value`: anything that `json` can write.
 
         Raises:
-          PeerError: one that is alive did not come within `barrier_seconds`; `what` and its host are named.
+          PeerError: a live process did not come within `barrier_seconds`; the message names `what` and its host.
         """
         if self.count == 1:
             return [value]
@@ -91,17 +91,17 @@ class Peers:
         folder = f"{_FOLDER}_gather/{self._gathered}"
         self._client.key_value_set(f"{folder}/{self.index}", json.dumps(value))
         values = [value if i == self.index else self._await(f"{folder}/{i}", i, what) for i in range(self.count)]
-        # Who gives its n-th value has read all of the n-1-th: those before are read by everyone.
+        # A process that sends its n-th value has read all values n-1. So everyone has read the values n-2.
         if self._gathered > 2:
             self._client.key_value_delete(f"{_FOLDER}_gather/{self._gathered - 2}/{self.index}")
         return values
 
     def join(self, values: Sequence[Any], what: str = "results") -> list[Any]:
         """Returns the values of all processes in one list."""
-        return [value for own in self.gather(list(values), what) for value in own]
+        return [value for theirs in self.gather(list(values), what) for value in theirs]
 
     def share(self, everything: Sequence[Any]) -> Sequence[Any]:
-        """Returns what of it this process gets, dealt out in turn."""
+        """Returns this process's share, dealt out in turn."""
         return everything[self.index :: self.count]
 
     def first(self, make: Callable[[], Any], what: str = "process 0") -> Any:
@@ -109,22 +109,22 @@ class Peers:
         return self.gather(make() if self.is_first else None, what)[0]
 
     def same(self, values: Mapping[str, Any], remedy: str) -> None:
-        """Raises `PeerError`, naming process and key, if a process has other values than process 0."""
+        """Raises `PeerError`, naming process and key, if a process's values differ from those of process 0."""
         everyone = self.gather(dict(values), "comparison")
         for index, other in enumerate(everyone):
             for name in sorted(everyone[0].keys() | other.keys()):
                 if everyone[0].get(name) != other.get(name):
                     raise PeerError(
-                        f"{self._name(index)} has {name} = {other.get(name)!r}, process 0 on {self._hosts[0]} has "
+                        f"{self._name(index)} has {name} = {other.get(name)!r}, but process 0 on {self._hosts[0]} has "
                         f"{everyone[0].get(name)!r}: {remedy}"
                     )
 
     def stop(self, signal_number: int) -> None:
-        """Asks all processes to stop; can be called from a signal handler."""
+        """Asks all processes to stop. Safe to call from a signal handler."""
         self._stop = self._stop or signal_number
 
     def on_stop(self, callback: Callable[[int], None]) -> None:
-        """`callback` is called in another thread, with the signal, when another process was asked to stop."""
+        """Calls `callback` in another thread, with the signal, when another process is asked to stop."""
         self._on_stop = callback
         if self._others_stop:
             callback(self._others_stop)
@@ -138,11 +138,11 @@ class Peers:
         if error is None:
             self.gather(None, "end")
             self._done.set()
-            for thread in self._threads:  # else they would miss what is shut down
+            for thread in self._threads:  # they must not use the service after its shutdown
                 thread.join()
             jax.distributed.shutdown()
             return
-        if self._of_a_collective(error):  # most likely another is gone: the watch finds out which, and ends us
+        if self._of_a_collective(error):  # most likely another process is gone: the watch finds it and ends this one
             time.sleep(self._silence + 2 * self._period)
         if isinstance(error, USER_ERRORS):
             reason = str(error)
@@ -152,14 +152,14 @@ class Peers:
             traceback.print_exception(error)
         self._fail(reason, 130 if isinstance(error, KeyboardInterrupt) else 1)
 
-    # Signs of life.
+    # Heartbeats.
 
     @property
     def _period(self) -> float:
         return min(self._silence / 10, 3.0)
 
     def _watch(self) -> None:
-        """Gives signs of life, and looks for the others'."""
+        """Sends heartbeats, and watches for those of the others."""
         heard = dict.fromkeys(range(self.count), (None, time.monotonic()))
         beat = 0
         while not self._done.wait(self._period):
@@ -170,29 +170,29 @@ class Peers:
                     self._say("stop", str(self._stop))
                 said = dict(self._client.key_value_dir_get(_FOLDER))
             except (RuntimeError, ValueError):
-                continue  # a blip, or process 0 is gone: the time tells
+                continue  # a brief failure, or process 0 is gone: time will tell
             now = self._looked = time.monotonic()
             for index in (i for i in range(self.count) if i != self.index):
-                of = {what: said.get(f"{_FOLDER}/{what}/{index}") for what in ("failed", "left", "stop", "alive")}
-                if of["failed"] is not None:
-                    failed = json.loads(of["failed"])
+                theirs = {what: said.get(f"{_FOLDER}/{what}/{index}") for what in ("failed", "left", "stop", "alive")}
+                if theirs["failed"] is not None:
+                    failed = json.loads(theirs["failed"])
                     self._end(f"{self._name(index)} failed: {failed['reason']}", failed["status"])
-                if of["left"] is not None:
+                if theirs["left"] is not None:
                     self._end(f"{self._name(index)} has stopped")
-                if of["stop"] and not self._others_stop:
-                    self._others_stop = int(of["stop"])
+                if theirs["stop"] and not self._others_stop:
+                    self._others_stop = int(theirs["stop"])
                     if not self._stop:
                         self._on_stop(self._others_stop)
-                if of["alive"] != heard[index][0]:
-                    heard[index] = (of["alive"], now)
+                if theirs["alive"] != heard[index][0]:
+                    heard[index] = (theirs["alive"], now)
                 elif now - heard[index][1] > self._silence:
-                    self._end(f"{self._name(index)} gave no sign of life for {self._silence:.0f} s")
+                    self._end(f"{self._name(index)} sent no heartbeat for {self._silence:.0f} s")
 
     def _watch_watch(self) -> None:
-        """Ends this process when the watch itself gets no answer: a host that vanished leaves it waiting."""
+        """Ends this process when the watch itself gets no answer: if process 0's host vanishes, the watch hangs."""
         while not self._done.wait(self._period):
             if time.monotonic() - self._looked > self._silence + self._period:
-                self._end(f"{self._name(0)} does not answer for {self._silence:.0f} s", answers=False)
+                self._end(f"{self._name(0)} has not answered for {self._silence:.0f} s", answers=False)
 
     def _say(self, what: str, text: str) -> None:
         self._client.key_value_set(f"{_FOLDER}/{what}/{self.index}", text, allow_overwrite=True)
@@ -208,7 +208,7 @@ class Peers:
                     raise
             if time.monotonic() >= deadline:
                 raise PeerError(
-                    f"{self._name(index)} did not come to {what!r} within system.barrier_seconds = {self._barrier:.0f}"
+                    f"{self._name(index)} did not reach {what!r} within system.barrier_seconds = {self._barrier:.0f}"
                 )
 
     def _name(self, index: int) -> str:
@@ -223,10 +223,10 @@ class Peers:
         return False
 
     def _end(self, why: str, status: int = AGAIN, *, answers: bool = True) -> None:
-        """Ends this process, whatever its other threads wait for: nothing else gets them out of a collective."""
-        if self._done.is_set() or (self._status and answers):  # it is about to end: others leaving is no news
+        """Ends this process, whatever its other threads wait for: nothing else frees them from a collective."""
+        if self._done.is_set() or (self._status and answers):  # already ending: another's exit changes nothing
             return
-        advice = ". What was saved is complete: the same command again resumes" if status == AGAIN else ""
+        advice = ". Everything saved is complete: run the same command again to resume" if status == AGAIN else ""
         print(f"error: {why}; {self._name(self.index)} stops too{advice}", file=sys.stderr, flush=True)
         self._exit(status, others=self.count - 2, answers=answers)
 
@@ -236,8 +236,8 @@ class Peers:
         self._exit(status, others=self.count - 1)
 
     def _exit(self, status: int, others: int, *, answers: bool = True) -> None:
-        """Ends this process; process 0, which the others ask, once so many `others` left or had the time to. The first
-        to call it decides the status."""
+        """Ends this process. Process 0, which hosts the service, first waits until `others` processes have left or the
+        grace period is over. The first call decides the status."""
         self._status = self._status or status
         with contextlib.suppress(RuntimeError, ValueError):
             if answers:
@@ -251,26 +251,26 @@ class Peers:
 
 
 def start(*, silence_seconds: float, barrier_seconds: float) -> Peers:
-    """Joins the other processes of this run, if the environment says that there are any. Comes before any use of JAX's
-    devices.
+    """Joins the other processes of this run, if the environment declares any. Call it before any use of JAX's devices.
 
-    One of: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; a SLURM step of several tasks;
-    `ECHO_JAX_CLUSTER=auto`, for what `jax.distributed.initialize` finds by itself (a TPU pod's metadata).
+    The environment is one of: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; a SLURM step of
+    several tasks; `ECHO_JAX_CLUSTER=auto`, which lets `jax.distributed.initialize` detect them (from a TPU pod's
+    metadata).
 
     Raises:
-      PeerError: the environment is incomplete, or the others did not come.
+      PeerError: the environment is incomplete, or the other processes did not come.
     """
     limits = {"silence_seconds": silence_seconds, "barrier_seconds": barrier_seconds}
     arguments = _arguments(os.environ)
     if arguments is None:
         return Peers(**limits)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which ours handles
+    jax.config.update("jax_enable_preemption_service", False)  # it would take over SIGTERM, which we handle
     patience = min(barrier_seconds, _START_SECONDS)
     late = threading.Timer(patience, _give_up, (arguments, patience))
     late.daemon = True
     late.start()
     try:
-        # JAX's own limits are longer than ours: beyond one it aborts the process, without saying which was lost.
+        # JAX's limits are longer than ours: past one, JAX aborts the process without saying which one was lost.
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=int(2 * patience) + 60,
@@ -281,22 +281,22 @@ def start(*, silence_seconds: float, barrier_seconds: float) -> Peers:
         raise PeerError(f"the processes of this run cannot find each other with {arguments}: {error}") from error
     finally:
         late.cancel()
-    from jax._src import distributed  # the only way to the client; orbax takes it too
+    from jax._src import distributed  # the only way to get the client; orbax uses it too
 
     state = distributed.global_state
     return Peers(**limits, client=state.client, index=state.process_id, count=state.num_processes)
 
 
 def _give_up(arguments: dict[str, Any], patience: float) -> None:
-    """Ends a process whose others did not come: JAX would wait, and nobody can be asked who is missing before all are
-    there."""
+    """Ends a process whose peers did not come. JAX would go on waiting, and cannot tell who is missing before all have
+    joined."""
     known = {
         n: os.environ[n] for n in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID") if n in os.environ
     }
     print(
         f"error: after {patience:.0f} s this process on {socket.gethostname()} still waits for others of its run "
-        f"({', '.join(f'{name} {value}' for name, value in (arguments | known).items())}): the log of the one that is "
-        "missing ends before the first step, or does not exist",
+        f"({', '.join(f'{name} {value}' for name, value in (arguments | known).items())}): find the missing process "
+        "by its log, which ends before the first step or does not exist",
         file=sys.stderr,
         flush=True,
     )
@@ -304,12 +304,14 @@ def _give_up(arguments: dict[str, Any], patience: float) -> None:
 
 
 def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Returns the arguments of `jax.distributed.initialize`; None for a process that is alone."""
+    """Returns the arguments of `jax.distributed.initialize`; None for a single process."""
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
         numbers = {}
         for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
             if not environment.get(name, "").isdecimal():
-                raise PeerError(f"JAX_COORDINATOR_ADDRESS = {address}, but {name} = {environment.get(name, '')!r}")
+                raise PeerError(
+                    f"JAX_COORDINATOR_ADDRESS = {address}, but {name} = {environment.get(name, '')!r} is not a number"
+                )
             numbers[name] = int(environment[name])
         count, index = numbers["JAX_NUM_PROCESSES"], numbers["JAX_PROCESS_ID"]
         if index >= count:

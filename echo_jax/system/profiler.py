@@ -1,4 +1,4 @@
-"""Records some steps of a run with JAX's profiler; look at them with `tensorboard --logdir` or xprof."""
+"""Records some steps of a run with JAX's profiler; view them with `tensorboard --logdir` or xprof."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Ends a recording under way, which writes it."""
+        """Ends and writes a recording in progress."""
         if self._recording:
             self._recording = False
             jax.profiler.stop_trace()

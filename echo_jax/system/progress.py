@@ -1,4 +1,4 @@
-"""Progress of a long phase: a live bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of a long phase: a live bar on a terminal, an occasional plain line elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ class Progress:
         with Progress("warm start", total=200, start=0) as progress:
             progress.update(step, {"loss": 1.23})
 
-    The rate counts the steps done since `start` only, so a resumed phase does not look faster than it is.
+    The rate counts only the steps since `start`, so a resumed phase does not look faster than it is.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Progress:
         """
         Args:
           title: names the phase.
-          total: the step at which it is complete.
-          start: the step from which this process goes on.
+          total: the step at which the phase is complete.
+          start: the step from which this process continues.
           every_seconds: without a terminal, the least time between two lines; the first and the last always show.
-          console: where to show; stdout if None.
+          console: where to print; stdout if None.
           clock: seconds, monotonic.
         """
         self._title, self._total, self._start = title, total, start
@@ -68,7 +68,7 @@ class Progress:
             self._print_line()
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Says that `step` of the `total` steps are done. Without `metrics` the ones before stay."""
+        """Reports that `step` of `total` steps are done. Without `metrics`, the previous ones stay."""
         self._step = step
         self._metrics = self._metrics if metrics is None else metrics
         self._unshown = True
@@ -78,7 +78,7 @@ class Progress:
             self._print_line()
 
     def log(self, text: str) -> None:
-        """Prints a line of its own, above the bar if there is one."""
+        """Prints a separate line, above the bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _print_line(self) -> None:
@@ -98,12 +98,12 @@ def _rate(steps_per_second: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
+    """Formats as h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _compact(value: Any) -> str:
-    """Three significant digits; whole numbers in full."""
+    """Formats with three significant digits; integers in full."""
     return str(value) if isinstance(value, int) else f"{float(value):.3g}"

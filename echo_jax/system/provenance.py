@@ -1,4 +1,4 @@
-"""What a run was made with: one line in `WORKDIR/provenance.jsonl` each time it is started or resumed.
+"""The software behind a run: one line in `WORKDIR/provenance.jsonl` each time it is started or resumed.
 
 In: the running process. Out: command, commit, uncommitted diff, interpreter and package versions.
 """
@@ -11,12 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # of the repository, where the package was not installed away from it
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, unless the package is installed elsewhere
 
 
 def record(workdir: Path, root: Path = ROOT) -> None:
-    """Appends one line. Where there is neither a git checkout nor what launch.sh notes of the one that it ships,
-    `git_sha` and `git_diff` are null."""
+    """Appends one line. `git_sha` and `git_diff` are null without a git checkout or the record that launch.sh ships."""
     sha, diff = source(root)
     line = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -32,17 +31,18 @@ def record(workdir: Path, root: Path = ROOT) -> None:
 
 
 def source(root: Path = ROOT) -> tuple[str | None, str | None]:
-    """Returns commit and uncommitted diff of the source; the diff of a shipped tree was not shipped."""
+    """Returns commit and uncommitted diff of the source. A shipped tree holds the commit's files: its diff, recorded
+    next to them, is not applied."""
     if _git(root, "rev-parse", "--show-toplevel") == f"{root}\n":
         commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")
     else:
-        noted = [root / ".shipped" / name for name in ("commit", "diff")]
-        commit, diff = (path.read_text(errors="replace") if path.exists() else None for path in noted)
+        shipped = [root / ".shipped" / name for name in ("commit", "diff")]
+        commit, diff = (path.read_text(errors="replace") if path.exists() else None for path in shipped)
     return commit and commit.strip(), diff
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None where there is no git or it refuses."""
+    """Returns what git prints; None if git is missing or fails."""
     try:
         run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says on which of its axes a logical axis lies."""
+"""The mesh, and the one table that maps logical axes to mesh axes."""
 
 import jax
 import numpy as np
@@ -25,9 +25,10 @@ MESH_AXIS_OF = {
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-    """Returns a mesh over `data × fsdp × tensor` of the given devices (default: all there are).
+    """Returns a mesh over `data × fsdp × tensor` of the given devices (default: all).
 
-    The devices of a process lie side by side, so its rows of a batch do too, and `tensor` stays within it if it can.
+    The devices of a process are adjacent, so its rows of a batch are too, and `tensor` stays within a process if it
+    can.
 
     Raises:
       ValueError: there are fewer devices than the product.
@@ -36,7 +37,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     need = data * fsdp * tensor
     if need > len(devices):
         raise ValueError(
-            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {need} devices, there are {len(devices)}"
+            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {need} devices, but only {len(devices)} are "
+            "available"
         )
     devices = sorted(devices, key=lambda device: device.process_index)[:need]
     return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -46,7 +48,7 @@ def processes_of(mesh: Mesh) -> int:
     """Returns how many processes the mesh spans.
 
     Raises:
-      ValueError: two of them would have to bring the same rows of a batch, or one brings more rows than another.
+      ValueError: two processes would have to supply the same rows of a batch, or one more rows than another.
     """
     owners = mesh.devices.reshape(-1, mesh.shape["tensor"])  # [data shards, tensor]
     index = np.vectorize(lambda device: device.process_index)(owners)
@@ -54,10 +56,12 @@ def processes_of(mesh: Mesh) -> int:
     if (index != index[:, :1]).any():
         chips = mesh.size // len(np.unique(index))
         raise ValueError(
-            f"mesh.tensor = {mesh.shape['tensor']} would span processes of {chips} devices each; it must divide them"
+            f"mesh.tensor = {mesh.shape['tensor']} would span processes of {chips} devices each; it must divide {chips}"
         )
     if len(set(shards.tolist())) > 1:
-        raise ValueError(f"the mesh takes {shards.tolist()} data shards of its processes; it must take as many of each")
+        raise ValueError(
+            f"the mesh uses {shards.tolist()} data shards from its processes; it must use the same number from each"
+        )
     return len(processes)
 
 

@@ -1,10 +1,10 @@
-"""Shows tasks of a family, and checks that they can be solved, but not by doing nothing.
+"""Shows tasks of a family, and checks that its script solves them and that an empty answer does not.
 
     python -m echo_jax.tasks --task=shell --set level=2
     python -m echo_jax.tasks --task=maze --set width=6 --set height=6 --split=heldout --show=1 --count=100
 
-Out: prompts, tools and files; then how many of `--count` tasks the family's own script solves in real episodes, and how
-many an agent solves that submits an empty answer at once.
+Out: prompts, tools and files; then how many of `--count` tasks the family's script solves in real episodes, and how
+many an agent solves by submitting an empty answer at once.
 """
 
 from absl import flags
@@ -23,8 +23,8 @@ def main(args: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("task", None, f"The family: {', '.join(FAMILIES)}.")
-    flags.DEFINE_multi_string("set", [], "A parameter of the family, as level=2; may be repeated.")
-    flags.DEFINE_enum("split", "train", ["train", "heldout"], "Which tasks.")
-    flags.DEFINE_integer("show", 3, "Tasks to show.", lower_bound=0)
-    flags.DEFINE_integer("count", 20, "Tasks to run.", lower_bound=1)
+    flags.DEFINE_multi_string("set", [], "A parameter of the family, such as level=2; may be repeated.")
+    flags.DEFINE_enum("split", "train", ["train", "heldout"], "The split to take tasks from.")
+    flags.DEFINE_integer("show", 3, "Number of tasks to show.", lower_bound=0)
+    flags.DEFINE_integer("count", 20, "Number of tasks to run.", lower_bound=1)
     run_program(main, required=("task",))

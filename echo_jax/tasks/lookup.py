@@ -1,4 +1,4 @@
-"""Lookup: find a fact in a random tree of small files. What the files hold is random; how to look is learned."""
+"""Lookup: find a fact in a random tree of small files. The contents are random; the agent learns how to search."""
 
 import dataclasses
 import functools
@@ -8,12 +8,12 @@ import numpy as np
 from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.words import WORDS
 
-KEYED_LINES = 3  # lines "key value" of a file, its first and last among them; the rest are filler
-LINES = (12, 100)  # length of a file: enough values that the number of lines cannot be guessed
+KEYED_LINES = 3  # lines "key value" per file, the first and last line among them; the others are filler
+LINES = (12, 100)  # range of a file's length, wide enough that the number of lines cannot be guessed
 
-MIN_VALUES = 50  # words left for values: a guess is right in at most one of so many cases
+MIN_VALUES = 50  # words left for values: a guess is right in at most one of 50 cases
 
-# template -> (what the agent reads, the command that answers it)
+# template -> (prompt, the command that answers it)
 TEMPLATES = {
     "value": ("value of {key}", "grep -rh {key} ."),
     "file": ("file with {key}", "grep -rl {key} ."),
@@ -81,18 +81,18 @@ class LookupFamily:
     def __post_init__(self):
         if min(self.folders, self.files) < 1:
             raise ValueError(
-                f"task.lookup: {self.folders} folders and {self.files} files; there must be one of each at least"
+                f"task.lookup: {self.folders} folders and {self.files} files; there must be at least one of each"
             )
         needed = self.folders + self.files * (1 + KEYED_LINES) + MIN_VALUES
         if not needed <= len(self._words) <= self.words <= len(WORDS):
             raise ValueError(
-                f"task.lookup.words = {self.words}, {len(self._words)} of them of use: {self.folders} folders and "
-                f"{self.files} files need at least {needed}, and there are {len(WORDS)}"
+                f"task.lookup.words = {self.words} yields {len(self._words)} usable words, but {self.folders} folders "
+                f"and {self.files} files need at least {needed}; words must be at most {len(WORDS)}"
             )
 
     @functools.cached_property
     def _words(self) -> list[str]:
-        """Words that hold no other one: a search for "crow" would find "crown" too."""
+        """Words that contain no other word: a search for "crow" would also find "crown"."""
         words = WORDS[: max(self.words, 0)]
         return [word for word in words if not any(other in word for other in words if other != word)]
 
@@ -106,11 +106,11 @@ class LookupFamily:
         paths = [f"{folders[i % self.folders]}/{file}" for i, file in enumerate(files)]
         content, table = {}, {}
         for i, path in enumerate(paths):
-            own = keys[i * KEYED_LINES : (i + 1) * KEYED_LINES]
+            file_keys = keys[i * KEYED_LINES : (i + 1) * KEYED_LINES]
             length = int(rng.integers(*LINES))
             inner = 1 + rng.choice(length - 2, KEYED_LINES - 2, replace=False)
             lines = ["-"] * length
-            for row, key in zip([0, *sorted(inner), length - 1], own, strict=True):
+            for row, key in zip([0, *sorted(inner), length - 1], file_keys, strict=True):
                 value = str(rng.choice(values))
                 lines[row] = f"{key} {value}"
                 table[key] = (path, value)

@@ -1,7 +1,7 @@
 """Maze: walk to a goal in a text maze that is new in every task, as in the microcosm of the ECHO paper
 (arXiv:2605.24517). It runs no process: the world is a few numbers.
 
-The agent knows where it stands and where the goal is, and sees the doors of its own cell only.
+The agent knows its cell and the goal's, and sees only the doors of its cell.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from echo_jax.tools.sandbox import CommandResult, Status
 Cell = tuple[int, int]  # column, row; the first row is the northmost
 
 STEPS = {"north": (0, -1), "east": (1, 0), "south": (0, 1), "west": (-1, 0)}
-EXTRA_DOORS = 0.15  # share of the doors that a spanning tree leaves closed: there is more than one way
+EXTRA_DOORS = 0.15  # opens this share of all doors in addition to a spanning tree: there is more than one path
 MAX_WANDERING = 12  # steps of a flawed demonstration
 
 
 class MazeWorld:
-    """Where the agent stands. `doors`: the pairs of cells between which one can walk."""
+    """Holds the agent's cell. `doors`: the pairs of cells between which one can walk."""
 
     def __init__(self, doors: frozenset[tuple[Cell, Cell]], start: Cell, goal: Cell):
         self.cell = start
@@ -58,10 +58,10 @@ class MazeWorld:
         )
 
     def kill_processes(self) -> None:
-        """There are none."""
+        """Does nothing: there are no processes."""
 
     def close(self) -> None:
-        """There is nothing to free."""
+        """Does nothing: there is nothing to free."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class MazeTask(Task):
         return MazeWorld(self.doors, self.start, self.goal)
 
     def ways(self) -> dict[Cell, tuple[str, ...]]:
-        """Returns the directions of a shortest way to each cell."""
+        """Returns the directions of a shortest path to each cell."""
         return shortest_ways(functools.partial(exits, self.doors), self.start)
 
     def score(self, episode: FinishedEpisode) -> float:
@@ -87,7 +87,7 @@ class MazeTask(Task):
         if solve:
             for direction in self.ways()[self.goal]:
                 yield f"go {direction}"
-        else:  # wander towards the goal and into walls, give up somewhere
+        else:  # wander roughly towards the goal, run into walls, and give up
             x, y = self.goal[0] - self.start[0], self.goal[1] - self.start[1]
             liked = ["east" if x > 0 else "west"] * abs(x) + ["south" if y > 0 else "north"] * abs(y)
             for _ in range(int(rng.integers(1, MAX_WANDERING + 1))):
@@ -96,7 +96,8 @@ class MazeTask(Task):
 
 
 class MazeFamily:
-    """A random maze of `width` × `height` cells for each task; the goal is half of the longest way off at least."""
+    """A new random maze of `width` × `height` cells for each task. The goal is at least half as far as the farthest
+    cell."""
 
     def __init__(self, width: int, height: int):
         if min(width, height) < 2 or max(width, height) > 20:
@@ -127,20 +128,20 @@ def neighbour(cell: Cell, direction: str) -> Cell:
 
 
 def exits(doors: frozenset[tuple[Cell, Cell]], cell: Cell) -> dict[str, Cell]:
-    """Returns {direction: the cell behind it} of the doors of a cell."""
-    beside = {direction: neighbour(cell, direction) for direction in STEPS}
-    return {direction: behind for direction, behind in beside.items() if (cell, behind) in doors}
+    """Returns {direction: cell behind the door} for the doors of a cell."""
+    neighbours = {direction: neighbour(cell, direction) for direction in STEPS}
+    return {direction: behind for direction, behind in neighbours.items() if (cell, behind) in doors}
 
 
 def _dig(cells: list[Cell], rng: np.random.Generator) -> frozenset[tuple[Cell, Cell]]:
-    """Returns the doors of a random spanning tree, made by a walk that backs out of dead ends, and some more."""
+    """Returns the doors of a random spanning tree, dug by a walk that backs out of dead ends, and some extra doors."""
     pairs = [(cell, neighbour(cell, direction)) for cell in cells for direction in ("east", "south")]
     doors = {pair for pair in pairs if pair[1] in cells and rng.random() < EXTRA_DOORS}
     path = [cells[int(rng.integers(len(cells)))]]
     visited = {path[0]}
     while path:
-        beside = [neighbour(path[-1], direction) for direction in STEPS]
-        new = [cell for cell in beside if cell in cells and cell not in visited]
+        neighbours = [neighbour(path[-1], direction) for direction in STEPS]
+        new = [cell for cell in neighbours if cell in cells and cell not in visited]
         if not new:
             path.pop()
             continue

@@ -1,7 +1,7 @@
-"""Tasks made from templates: what the families `shell`, `python` and `sqlite` have in common.
+"""Tasks made from templates: the common part of the families `shell`, `python` and `sqlite`.
 
-In: templates, functions of random numbers and a level. Out: tasks. A template draws its own content, so that no two
-tasks are alike, and says what earns the reward (`Goal`), by which turns, and how a beginner would go wrong.
+In: templates, functions of random numbers and a level. Out: tasks. A template draws all content at random, so that no
+two tasks are alike. It also defines what earns the reward (`Goal`), the turns that reach it, and a beginner's mistake.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ _Item = TypeVar("_Item")
 
 
 class Goal(Protocol):
-    """What earns the reward."""
+    """The condition that earns the reward."""
 
-    answer: str  # what the one who solves it submits; empty where a deed is asked for
+    answer: str  # the right answer; empty if the task asks for a deed
 
     def reached(self, answer: str, sandbox: Sandbox) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The right words in the right order, however they are spaced; a path may begin with `./`."""
+    """The right words in the right order, with any spacing; a path may begin with `./`."""
 
     answer: str
 
@@ -43,13 +43,13 @@ def _plain_words(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a template makes."""
+    """The output of a template."""
 
     prompt: str
     files: Mapping[str, bytes]
     symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    solution: tuple[str, ...]  # the turns that solve it, but for the submission
-    slip: str  # what a beginner might write in place of the last of them
+    solution: tuple[str, ...]  # the turns that solve it, without the submission
+    slip: str  # what a beginner might write instead of the last of them
     goal: Goal
 
 
@@ -93,7 +93,7 @@ class ProceduralTask(Task):
 
 
 class ProceduralFamily:
-    """Tasks of some templates, each as often as the others. `level`: how large they are, and of how many steps."""
+    """Tasks from several equally frequent templates. `level` sets how large they are and how many steps they need."""
 
     name: ClassVar[str]
     tools: ClassVar[tuple[str, ...]]
@@ -120,7 +120,7 @@ class ProceduralFamily:
 
 
 def by_level(level: int, *choices: _Item) -> _Item:
-    """Returns the choice that belongs to a level."""
+    """Returns the choice for a level."""
     return choices[level - 1]
 
 
@@ -128,7 +128,7 @@ def by_level(level: int, *choices: _Item) -> _Item:
 
 
 def draw(rng: np.random.Generator, items: Sequence[_Item], count: int) -> list[_Item]:
-    """Returns `count` different ones of `items`, in random order."""
+    """Returns `count` different items in random order."""
     return [items[i] for i in rng.choice(len(items), count, replace=False)]
 
 
@@ -137,28 +137,28 @@ def pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
 
 
 def names(rng: np.random.Generator) -> Iterator[str]:
-    """Yields different words, none part of another, so that a search for one does not find another."""
+    """Yields distinct words, none a substring of another, so that a search for one does not find another."""
     for word in draw(rng, WORDS, len(WORDS)):
         if not any(word != other and (word in other or other in word) for other in WORDS):
             yield word
 
 
-# -- looking at what the agent left -----------------------------------------------------------------------------------
+# -- inspecting what the agent left -----------------------------------------------------------------------------------
 
 
 def holds(sandbox: Sandbox, command: str) -> bool:
-    """Returns whether a command ends with status 0, untouched by what the agent did to its environment.
+    """Returns whether a command exits with status 0. It ignores the agent's changes to the environment.
 
-    Raises SandboxBroken if the sandbox is dead through no doing of the agent.
+    Raises SandboxBroken if the sandbox is dead through no fault of the agent.
     """
     result = sandbox.run(command, fresh=True)
     if result.status is Status.INFRA:
-        raise SandboxBroken(f"the sandbox died while it was looked at: {result.head.decode(errors='replace')}")
+        raise SandboxBroken(f"the sandbox died during scoring: {result.head.decode(errors='replace')}")
     return result.status is Status.OK
 
 
 def content(sandbox: Sandbox, path: str, limit: int) -> bytes | None:
-    """Returns a file; None if the agent left no regular one of at most `limit` bytes there."""
+    """Returns a file's content; None unless it is a regular file of at most `limit` bytes."""
     try:
         return sandbox.read_file(path, limit=limit)
     except SandboxBroken:

@@ -1,4 +1,4 @@
-"""Python: compute something about a file with the interpreter, or write a function into `solution.py`.
+"""Python: compute something from a file with the interpreter, or write a function into `solution.py`.
 
 Levels: more data, longer programs.
 """

@@ -1,7 +1,7 @@
-"""Templates of python tasks that ask for a function, and how a function is judged.
+"""Templates of python tasks that ask for a function, and how a function is graded.
 
-The function runs in the sandbox on inputs that the agent has not seen. The right values stay here and what comes back
-is compared with them, so nothing that the agent's code does there earns anything, but to return them.
+The function runs in the sandbox on inputs that the agent has not seen. The right values stay here and are compared with
+the values that come back. So the agent's code can earn the reward only by returning the right values.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ SOLUTION = "solution.py"
 CASES = 8  # hidden inputs
 _VALUES = ".values.json"
 _MAX_VALUES_BYTES = 1 << 16
-# -I, and the standard library before the agent's folder: what lies there replaces no module of the interpreter's own.
+# -I, and the standard library before the agent's folder: no file there can replace a module of the interpreter.
 _CALL = textwrap.dedent("""\
     import json, sys
     name, inputs, path = sys.argv[1:]
@@ -34,7 +34,7 @@ _CALL = textwrap.dedent("""\
 
 @dataclasses.dataclass(frozen=True)
 class Returns:
-    """A function in `solution.py` returns the right values."""
+    """Reached if a function in `solution.py` returns the right values."""
 
     function: str
     inputs: Sequence[Sequence]  # the arguments of each call, as JSON has them
@@ -52,12 +52,12 @@ class Returns:
 
 
 def assignments(**constants) -> str:
-    """Returns the text of a program that sets constants."""
+    """Returns program text that sets constants."""
     return "".join(f"{name} = {value!r}\n" for name, value in constants.items())
 
 
 def _function(what: str, program: str, slip: tuple[str, str], make_input: Callable[[], list], **constants) -> Problem:
-    """Returns the problem to write the function that `program` ends with; `slip` as in `python_questions`."""
+    """Returns the problem of writing the function that `program` ends with; `slip` as in `python_questions`."""
     program = assignments(**constants) + program
     function = program.rpartition("def ")[2].partition("(")[0]
     signature = program.rpartition("def ")[2].partition(":")[0]
@@ -65,7 +65,7 @@ def _function(what: str, program: str, slip: tuple[str, str], make_input: Callab
     exec(program, namespace)
     example, *inputs = (make_input() for _ in range(1 + CASES))
     call = f"{function}({', '.join(map(repr, example))})"
-    # Through JSON, as what comes back: tuples become lists.
+    # Through JSON, like the values that come back: tuples become lists.
     values = json.loads(json.dumps([namespace[function](*arguments) for arguments in inputs]))
     return Problem(
         prompt=f"Write a function {signature} into {SOLUTION}. {what} "
@@ -79,7 +79,7 @@ def _function(what: str, program: str, slip: tuple[str, str], make_input: Callab
 
 def encode(rng: np.random.Generator, level: int) -> Problem:
     k, m = (int(number) for number in draw(rng, range(2, 25), 2))
-    own = list(names(rng))
+    words = list(names(rng))
     shift, how = by_level(
         level,
         ("k", f"by {k} places"),
@@ -95,7 +95,7 @@ def encode(text):
         shifted += " " if letter == " " else chr((ord(letter) - 97 + {shift}) % 26 + 97)
     return shifted""",
         ("% 26", "% 25"),
-        lambda: [" ".join(draw(rng, own, 4))],
+        lambda: [" ".join(draw(rng, words, 4))],
         k=k,
         m=m,
     )
@@ -220,7 +220,7 @@ def machine(rng: np.random.Generator, level: int) -> Problem:
 
     def make_input() -> list:
         program = [int(rng.integers(1, 10))]
-        for _ in range(by_level(level, 4, 7, 10)):  # never fewer than two numbers before a word
+        for _ in range(by_level(level, 4, 7, 10)):  # every word finds at least two numbers on the stack
             program += [int(rng.integers(1, 10)), pick(rng, list(words))]
         return [program]
 
@@ -244,11 +244,11 @@ def run(program):
 
 
 def ranking(rng: np.random.Generator, level: int) -> Problem:
-    own = list(names(rng))[: 4 + 2 * level]
+    candidates = list(names(rng))[: 4 + 2 * level]
     keep, least = int(rng.integers(2, 4)), int(rng.integers(10, 30))
 
     def make_input() -> list:
-        return [[[pick(rng, own), int(rng.integers(1, 50))] for _ in range(4 + 3 * level)]]
+        return [[[pick(rng, candidates), int(rng.integers(1, 50))] for _ in range(4 + 3 * level)]]
 
     which, pairs, result, chosen = by_level(
         level,

@@ -1,6 +1,7 @@
 """Templates of python tasks that ask for an answer about a file.
 
-A solution is the text of a program, for it runs in two places: here, for the right answer, and in the demonstration.
+A solution is the text of a program, because it runs in two places: here, for the right answer, and in the
+demonstration.
 """
 
 import io
@@ -13,7 +14,7 @@ from echo_jax.tasks.python_functions import assignments
 
 
 def _question(prompt: str, path: str, text: str, program: str, slip: tuple[str, str], **constants) -> Problem:
-    """Returns the problem to find what `program` prints. `slip`: a part of the program, and what a beginner writes."""
+    """Returns the problem of finding what `program` prints. `slip`: a part of the program, and a beginner's version."""
     program = assignments(path=path, **constants) + program
     return Problem(
         prompt=prompt,
@@ -25,7 +26,7 @@ def _question(prompt: str, path: str, text: str, program: str, slip: tuple[str, 
 
 
 def _printed(program: str, text: str) -> str:
-    """Returns what a program of this file prints if the file it reads has that text."""
+    """Returns what a program of this module prints if the file it reads contains `text`."""
     output: list[str] = []
     exec(
         program,
@@ -63,7 +64,7 @@ def records(rng: np.random.Generator, level: int) -> Problem:
 def shortest(rng: np.random.Generator, level: int) -> Problem:
     words = names(rng)
     path, towns = f"{next(words)}.txt", [next(words) for _ in range(by_level(level, 7, 16, 40))]
-    # A ring, so that every town can be reached, and as many roads across.
+    # A ring, so that every town can be reached, and an equal number of roads across it.
     pairs = [*zip(towns, towns[1:] + towns[:1], strict=True), *(draw(rng, towns, 2) for _ in towns)]
     roads = [f"{one} {other} {rng.integers(10, 200)}\n" for one, other in pairs]
     start, goal = draw(rng, towns, 2)
@@ -95,9 +96,9 @@ print(far)""",
 
 
 def words(rng: np.random.Generator, level: int) -> Problem:
-    own = names(rng)
-    path = f"{next(own)}.txt"
-    used = [next(own) for _ in range(rng.integers(40, 100))]
+    fresh = names(rng)
+    path = f"{next(fresh)}.txt"
+    used = [next(fresh) for _ in range(rng.integers(40, 100))]
     lines = [" ".join(pick(rng, used) for _ in range(8)) + "\n" for _ in range(by_level(level, 12, 14, 80))]
     what, program = by_level(
         level,
@@ -156,8 +157,8 @@ def grid(rng: np.random.Generator, level: int) -> Problem:
 
 
 def nested(rng: np.random.Generator, level: int) -> Problem:
-    own = list(names(rng))
-    path, keys = f"{own[0]}.json", own[1:13]
+    words = list(names(rng))
+    path, keys = f"{words[0]}.json", words[1:13]
 
     def make(depth: int) -> dict:
         chosen = draw(rng, keys, 2 + level)

@@ -1,8 +1,8 @@
-"""Rooms: walk from one room to another on a map that is nowhere written down.
+"""Rooms: walk from one room to another on a map that the agent never gets to see.
 
 Rooms are directories with opaque names, exits are symlinks `n e s w` (a wall leads back to the same room), and the file
-`sign` names the room. The map is fixed by a seed, tasks are start/goal pairs on it, so the dynamics can be learned:
-from rewards alone, or from what the tools wrote back. The goal is checked by where the shell stands at the end.
+`sign` names the room. A seed fixes the map, and tasks are start/goal pairs on it. So the dynamics can be learned, from
+rewards alone or from the tools' output. The score checks the shell's directory at the end.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ HELDOUT_SHARE = 1 / 3  # of the start/goal pairs
 
 
 def move(exit_name: str) -> str:
-    """Returns the turn that goes through an exit and reads the sign behind it."""
+    """Returns the turn that goes through an exit and reads the next room's sign."""
     return f"bash cd -P {exit_name}; cat sign"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoomsTask(Task):
-    """Solved when the agent submits while its shell stands in the goal room."""
+    """Solved when the agent submits while its shell is in the goal room."""
 
-    path: tuple[str, ...]  # a shortest way, as exits
+    path: tuple[str, ...]  # the exits on a shortest path
     goal: str  # directory of the goal room
     goal_sign: str
 
     def score(self, episode: FinishedEpisode) -> float:
         if episode.answer is None:
             return 0.0
-        # A plain `cd n` leaves the name of the exit in the shell's directory: what counts is the room behind it.
+        # After a plain `cd n` the shell's directory still names the exit; the room that it leads to counts.
         world = episode.world
         here = world.run(f"cd {shlex.quote(world.cwd)} && pwd -P", fresh=True)
         if here.status is Status.INFRA:
@@ -47,7 +47,7 @@ class RoomsTask(Task):
         if solve:
             for exit_name in self.path:
                 yield move(exit_name)
-        else:  # wander about as long, then claim to be there
+        else:  # wander for about as many steps, then claim to be there
             for _ in range(len(self.path) + int(rng.integers(0, 2))):
                 observation = yield move(str(rng.choice(list(EXITS))))
                 if self.goal_sign in observation.split():
@@ -61,7 +61,7 @@ class RoomsFamily:
     def __init__(self, width: int, height: int, map_seed: int):
         count = width * height
         if not (width > 0 and 4 <= count <= len(WORDS)):
-            raise ValueError(f"task.rooms: a map of {width} × {height} rooms; there must be 4 to {len(WORDS)} rooms")
+            raise ValueError(f"task.rooms: a map of {width} × {height} rooms; it must have 4 to {len(WORDS)} rooms")
         rng = np.random.default_rng([3, map_seed])
         self._signs = [str(word) for word in rng.choice(WORDS, count, replace=False)]
         self._dirs = [f"r{number}" for number in rng.choice(9000, count, replace=False) + 1000]
@@ -94,7 +94,7 @@ class RoomsFamily:
 
 
 def _doors(width: int, height: int, rng: np.random.Generator) -> list[dict[str, int]]:
-    """Returns for each room {exit: room behind it}: a random spanning tree and some more doors."""
+    """Returns for each room {exit: room behind it}: a random spanning tree and some extra doors."""
     edges = []
     for room in range(width * height):
         x, y = room % width, room // width

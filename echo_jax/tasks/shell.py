@@ -1,6 +1,6 @@
 """Shell: everyday work on files with bash. Some templates ask for an answer, others for a deed.
 
-Levels: more and larger files, folders in folders, and more conditions that must be combined.
+Levels: more and larger files, nested folders, and more conditions to combine.
 """
 
 from echo_jax.tasks import shell_deeds as deeds

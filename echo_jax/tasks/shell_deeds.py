@@ -1,4 +1,4 @@
-"""Templates of shell tasks that ask for a deed: files that are there in the end, or no longer are."""
+"""Templates of shell tasks that ask for a deed: certain files must exist in the end, others must not."""
 
 import dataclasses
 import io
@@ -18,12 +18,12 @@ MAX_BYTES = 1 << 20  # of an archive, packed and unpacked
 
 @dataclasses.dataclass(frozen=True)
 class EndState:
-    """What must be below /work in the end. What else the agent leaves there does not matter."""
+    """The required state below /work in the end. Anything else that the agent leaves there does not matter."""
 
     files: Mapping[str, bytes]
     gone: tuple[str, ...] = ()
     condition: str = "true"  # for bash in /work
-    archive: str = ""  # a .tar.gz that holds `packed` and nothing else
+    archive: str = ""  # a .tar.gz that must hold exactly `packed`
     packed: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     answer: str = ""
 
@@ -32,7 +32,7 @@ class EndState:
         return (
             holds(sandbox, " && ".join([*gone, self.condition]))
             and all(
-                # The newline at the end may lack: `printf` is as good as `echo`.
+                # The final newline may be missing: `printf` is as good as `echo`.
                 content(sandbox, path, limit=len(wanted)) in (wanted, wanted.removesuffix(b"\n"))
                 for path, wanted in self.files.items()
             )
@@ -41,9 +41,10 @@ class EndState:
 
 
 def unpacked(data: bytes) -> dict[str, bytes] | None:
-    """Returns the files in a .tar.gz; None for one that is damaged, or holds anything but plain files and folders.
+    """Returns the files in a .tar.gz; None if it is damaged or holds anything but plain files and folders.
 
-    Here and not in the sandbox: what an archive of the agent's restores there may lie."""
+    It unpacks on the host: what the agent's archive restores in the sandbox may be forged (links, for example).
+    """
     inflate = zlib.decompressobj(wbits=31)  # gzip
     found = {}
     try:
@@ -78,7 +79,7 @@ def rename(rng: np.random.Generator, level: int) -> Problem:
         files=files,
         solution=(f"bash find {folder} -type f | head -n 4", f"bash {command}"),
         slip=f"bash {command.replace(new, '$f.md')}",
-        goal=EndState({moved.get(path, path): own for path, own in files.items()}, gone=tuple(moved)),
+        goal=EndState({moved.get(path, path): data for path, data in files.items()}, gone=tuple(moved)),
     )
 
 
@@ -111,7 +112,7 @@ def remove(rng: np.random.Generator, level: int) -> Problem:
         files=files,
         solution=(f"bash ls -l {folder} | head -n 4", f"bash {command}"),
         slip=f"bash {slip}",
-        goal=EndState({path: own for path, own in files.items() if path not in gone}, gone=tuple(gone)),
+        goal=EndState({path: data for path, data in files.items() if path not in gone}, gone=tuple(gone)),
     )
 
 
@@ -122,7 +123,7 @@ def replace(rng: np.random.Generator, level: int) -> Problem:
     def lines():
         for _ in range(6):
             yield f"{pick(rng, ['host', 'path', 'user'])} {' '.join(draw(rng, [old, *words[:20]], 4 * level))}"
-        yield f"host {old} {pick(rng, words)} {old}"  # a second one in a line
+        yield f"host {old} {pick(rng, words)} {old}"  # twice in one line
         yield f"path {old}"
 
     def edited(path: str, line: str) -> str:
@@ -137,10 +138,10 @@ def replace(rng: np.random.Generator, level: int) -> Problem:
     command = f"find {folder} -name '*.conf' -exec sed -i '{only}s/{old}/{new}/g' {{}} +"
     return Problem(
         prompt=f"Replace {old} by {new} everywhere in the .conf files {where}. Leave other files as they are.",
-        files={path: text(own) for path, own in lines_of.items()},
+        files={path: text(lines) for path, lines in lines_of.items()},
         solution=(f"bash grep -rc {old} {folder} | head -n 3", f"bash {command}"),
         slip=f"bash {command.replace('/g', '/')}",
-        goal=EndState({path: text(edited(path, line) for line in own) for path, own in lines_of.items()}),
+        goal=EndState({path: text(edited(path, line) for line in lines) for path, lines in lines_of.items()}),
     )
 
 
@@ -248,7 +249,7 @@ def archive(rng: np.random.Generator, level: int) -> Problem:
         solution=(f"bash find {folder} -type f | head -n 4", f"bash {by_level(level, whole, command, command)}"),
         slip=f"bash {by_level(level, f'gzip -r {folder}', whole, whole)}",
         goal=EndState(
-            {path: own for path, own in files.items() if path not in gone},
+            {path: data for path, data in files.items() if path not in gone},
             gone=tuple(gone),
             archive=target,
             packed={path: files[path] for path in packed},
@@ -258,13 +259,13 @@ def archive(rng: np.random.Generator, level: int) -> Problem:
 
 def links(rng: np.random.Generator, level: int) -> Problem:
     folder, paths = some_paths(rng, level, (".txt", ".log"))
-    new, nowhere, *_ = (name for name in names(rng) if not any(name in path for path in paths))
+    new, missing, *_ = (name for name in names(rng) if not any(name in path for path in paths))
     texts = [path for path in paths if path.endswith(".txt")]
-    beside = {path.replace(".txt", ".link"): path for path in texts}
+    linked = {path.replace(".txt", ".link"): path for path in texts}
     broken = [path.replace(".log", ".link") for path in paths if path.endswith(".log")] if level == 3 else []
     target = pick(rng, paths)
-    leads_to = by_level(level, {new: target}, {f"{new}/{posixpath.basename(path)}": path for path in texts}, beside)
-    symlinks = {link: posixpath.basename(path) for link, path in beside.items()} | dict.fromkeys(broken, nowhere)
+    leads_to = by_level(level, {new: target}, {f"{new}/{posixpath.basename(path)}": path for path in texts}, linked)
+    symlinks = {link: posixpath.basename(path) for link, path in linked.items()} | dict.fromkeys(broken, missing)
     prompt, command, slip = by_level(
         level,
         (f"Make a symbolic link {new} that leads to {target}.", f"ln -s {target} {new}", f"ln -s {new} {target}"),

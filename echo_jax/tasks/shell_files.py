@@ -1,4 +1,4 @@
-"""What the files of shell tasks are called and hold."""
+"""Names and contents of the files in shell tasks."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,8 +10,8 @@ COLUMNS = ("id", "city", "goods", "amount", "price")
 
 
 def some_paths(rng: np.random.Generator, level: int, suffixes: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns a folder and paths below it, flat at level 1, then in a tree. No two files have the same name, and each
-    suffix comes as often."""
+    """Returns a folder and paths below it, flat at level 1, in a tree at higher levels. No two files have the same
+    name, and all suffixes are equally frequent."""
     words = names(rng)
     folders = [next(words)]
     for _ in range(by_level(level, 0, 3, 7)):
@@ -22,7 +22,7 @@ def some_paths(rng: np.random.Generator, level: int, suffixes: Sequence[str]) ->
 
 
 def table(rng: np.random.Generator, count: int, cities: Sequence[str], goods: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns rows of `COLUMNS`; no two ids and no two amounts are the same."""
+    """Returns rows of `COLUMNS`; no two ids and no two amounts are equal."""
     ids, amounts = sorted(draw(rng, range(100, 999), count)), draw(rng, range(5, 999), count)
     prices = rng.integers(1, 100, count)
     return [

@@ -96,7 +96,7 @@ def distinct(rng: np.random.Generator, level: int) -> Problem:
     paths = [f"{folder}/{next(words)}.txt" for _ in range(by_level(level, 1, 4, 2))]
     used = [next(words) for _ in range(rng.integers(40, 150))]
     words_of = {path: [pick(rng, used) for _ in range(by_level(level, 150, 80, 200))] for path in paths}
-    one, other, sets = paths[0], paths[-1], [{*own} for own in words_of.values()]
+    one, other, sets = paths[0], paths[-1], [{*file_words} for file_words in words_of.values()]
     prompt = by_level(
         level,
         f"How many different lines are in {one}?",
@@ -112,8 +112,8 @@ def distinct(rng: np.random.Generator, level: int) -> Problem:
     return Problem(
         prompt=prompt,
         files={
-            path: text(f"{rng.integers(1000)} {word}" if level == 2 else word for word in own)
-            for path, own in words_of.items()
+            path: text(f"{rng.integers(1000)} {word}" if level == 2 else word for word in file_words)
+            for path, file_words in words_of.items()
         },
         solution=(f"bash head -n 3 {one}", f"bash {command}"),
         slip=f"bash {command.replace('sort -u', 'sort')}",
@@ -129,8 +129,8 @@ def missing(rng: np.random.Generator, level: int) -> Problem:
     lacking, shared = lines[: level + 1], lines[level + 1 :]
     files = {whole: text(draw(rng, lines, len(lines)))}
     for i, path in enumerate(paths):
-        own = [*shared[i :: len(paths)], *(next(words) for _ in range(level + 1))]
-        files[path] = text(draw(rng, own, len(own)))
+        present = [*shared[i :: len(paths)], *(next(words) for _ in range(level + 1))]
+        files[path] = text(draw(rng, present, len(present)))
     command = f"comm -23 <(sort {whole}) <(sort {folder}/*)"
     return Problem(
         prompt=f"Which lines of {whole} are not in {paths[0] if level == 1 else f'any file in {folder}'}? "

@@ -1,6 +1,6 @@
-"""Sqlite: questions to a database, and changes of it. The same three tables under several names, with new rows.
+"""Sqlite: questions about a database, and changes to it. Always the same three tables, with varying names and new rows.
 
-Levels: more rows, more tables that must be joined, more conditions.
+Levels: more rows, more tables to join, more conditions.
 """
 
 import datetime
@@ -58,7 +58,7 @@ def top(rng: np.random.Generator, level: int) -> Problem:
             f"{ranking} LIMIT 1",
             f"{ranking.replace('sum', 'max')} LIMIT 1",
         )
-    return top(rng, level)  # two share the first place
+    return top(rng, level)  # no unique winner: draw again
 
 
 def having(rng: np.random.Generator, level: int) -> Problem:
@@ -80,7 +80,7 @@ def having(rng: np.random.Generator, level: int) -> Problem:
 def above_average(rng: np.random.Generator, level: int) -> Problem:
     d = Data(rng, level)
     average = f"(SELECT avg({d.size}) FROM {d.things})"
-    own = f"(SELECT avg({d.amount}) FROM {d.events} AS own WHERE own.{d.person} = {d.events}.{d.person})"
+    personal = f"(SELECT avg({d.amount}) FROM {d.events} AS own WHERE own.{d.person} = {d.events}.{d.person})"
     return d.question(
         *by_level(
             level,
@@ -98,7 +98,7 @@ def above_average(rng: np.random.Generator, level: int) -> Problem:
             (
                 f"What is the sum of {d.amount} over those {d.events} in which it is above its average over all "
                 f"{d.events} of the same {d.person}?",
-                f"SELECT sum({d.amount}) FROM {d.events} WHERE {d.amount} > {own}",
+                f"SELECT sum({d.amount}) FROM {d.events} WHERE {d.amount} > {personal}",
                 f"SELECT sum({d.amount}) FROM {d.events} WHERE {d.amount} > (SELECT avg({d.amount}) FROM {d.events})",
             ),
         )

@@ -1,4 +1,4 @@
-"""The databases of the sqlite tasks: made here, and looked at once the agent has had them."""
+"""The databases of the sqlite tasks: made here, and checked here after the agent has used them."""
 
 import contextlib
 import dataclasses
@@ -12,24 +12,24 @@ from echo_jax.tasks.procedural import Answer, Problem, by_level, content, draw, 
 from echo_jax.tools.sandbox import Sandbox
 from echo_jax.tools.shell import DATABASE
 
-MAX_BYTES = 1 << 20  # of a database that is looked at
+MAX_BYTES = 1 << 20  # of a checked database
 MAX_VALUE_BYTES = 10_000  # of a value, a row or a statement in it
 MAX_COLUMNS = 10
-MAX_STEPS = 10_000_000  # of SQLite's virtual machine for one look: a fraction of a second
+MAX_STEPS = 10_000_000  # of SQLite's virtual machine per check: a fraction of a second
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     columns: tuple[str, ...]
-    rows: tuple[tuple, ...]  # in the order of their text
+    rows: tuple[tuple, ...]  # sorted by their repr
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What the database must hold in the end."""
+    """The contents that the database must have in the end."""
 
     tables: Mapping[str, Table]
-    indexes: Mapping[str, str]  # name -> definition, as `_plain` has it
+    indexes: Mapping[str, str]  # name -> definition, normalised by `_plain`
     answer: str = ""
 
     def reached(self, answer: str, sandbox: Sandbox) -> bool:
@@ -42,31 +42,30 @@ class Contents:
                 _distrust(connection)
                 tables = {name: _table(connection, name, len(table.rows)) for name, table in self.tables.items()}
                 return tables == self.tables and self.indexes.items() <= _indexes(connection).items()
-        except (sqlite3.Error, UnicodeError):  # damaged, hostile, or no text where text should be
+        except (sqlite3.Error, UnicodeError):  # damaged, hostile, or invalid text
             return False
 
 
 def _as_rollback(data: bytes) -> bytes:
-    """Returns a database as it is without a write-ahead log, which was emptied when the agent's connection closed and
-    which a database in memory cannot have (bytes 18 and 19, sqlite.org/fileformat.html)."""
+    """Switches a database from a write-ahead log to rollback mode (bytes 18 and 19, sqlite.org/fileformat.html): a
+    database in memory cannot have such a log. The agent's log was merged when its connection closed."""
     return data[:18] + b"\1\1" + data[20:] if data[18:20] == b"\2\2" else data
 
 
 def _distrust(connection: sqlite3.Connection) -> None:
-    """Prepares for a database that the agent may have made as it liked: neither time nor memory grow beyond what an
-    honest one needs."""
+    """Limits time and memory to what an honest database needs, since the agent may have forged this one."""
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
     connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
     connection.set_progress_handler(lambda: True, MAX_STEPS)
 
 
 def _table(connection: sqlite3.Connection, name: str, count: int) -> Table | None:
-    """Returns a table, with at most one row more than `count`. None for a view, a virtual table, a computed column (all
-    three would run what the agent wrote), or nothing."""
+    """Returns a table, with at most `count` + 1 rows. None for a view, a virtual table or a computed column (all three
+    would run the agent's code), or if it does not exist."""
     definition = connection.execute(
         "SELECT CAST(sql AS TEXT) FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE", [name]
     ).fetchone()
-    # The name in the definition is what counts to SQLite; the other columns of sqlite_master could be forged.
+    # SQLite uses the name in the definition; the other columns of sqlite_master could be forged.
     if definition is None or not _plain(definition[0]).startswith(f"createtable{name}("):
         return None
     if any(is_computed for *_, is_computed in connection.execute(f"PRAGMA table_xinfo([{name}])")):
@@ -84,14 +83,14 @@ def _indexes(connection: sqlite3.Connection) -> dict[str, str]:
 
 
 def _plain(sql: str) -> str:
-    """Returns a definition without what may be written in several ways: spaces, quotes and capitals."""
+    """Normalises a definition: removes spaces and quotes, and makes it lower case."""
     return sql.lower().translate(str.maketrans("", "", " \t\n\"'`[]"))
 
 
 class Data:
-    """A new database: people, things, and events that bring one of each together."""
+    """A new database: people, things, and events that each join a person and a thing."""
 
-    # people, things, events, a number of a thing, a number of an event
+    # people, things, events, numeric column of things, numeric column of events
     _TABLES = (
         ("customers", "products", "orders", "price", "quantity"),
         ("members", "books", "loans", "pages", "weeks"),
@@ -119,7 +118,7 @@ class Data:
             events.append((int(person), int(thing), day, int(rng.integers(1, 500))))
         self.city = people[events[-1][0] - 1][1]
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        self.connection.execute("PRAGMA page_size = 512")  # small files: there are thousands of tasks in memory
+        self.connection.execute("PRAGMA page_size = 512")  # small files: thousands of tasks are in memory
         self._make(self.people, "name TEXT, city TEXT", people)
         self._make(self.things, f"name TEXT, {self.size} INTEGER", zip(self.thing_names, sizes, strict=True))
         self._make(self.events, f"{self.person} INTEGER, {self.thing} INTEGER, day TEXT, {self.amount} INTEGER", events)
@@ -133,13 +132,13 @@ class Data:
             self.connection.execute(f"INSERT INTO {table} VALUES ({values})")
 
     def question(self, prompt: str, sql: str, slip: str) -> Problem:
-        """Returns the problem to find what a SELECT prints."""
+        """Returns the problem of finding what a SELECT prints."""
         rows = self.connection.execute(sql).fetchall()
         answer = " ".join("|".join(map(str, row)) for row in rows)
         return self._problem(prompt, sql, slip, self.connection.serialize(), Answer(answer))
 
     def change(self, prompt: str, sql: str, slip: str, new_table: str | None = None) -> Problem:
-        """Returns the problem to change the database as a statement does."""
+        """Returns the problem of changing the database as `sql` does."""
         before = self.connection.serialize()
         self.connection.execute(sql)
         tables = [self.people, self.things, self.events] + ([new_table] if new_table else [])

@@ -1,4 +1,4 @@
-"""Short common words: names of folders, files, keys, values and rooms. The tokenizer has a piece for each."""
+"""Short common words for folders, files, keys, values and rooms. The tokenizer has a piece for each."""
 
 WORDS = tuple(
     """

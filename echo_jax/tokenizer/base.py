@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to token ids and back."""
+"""The interface of every tokenizer: text to token ids and back."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,25 +8,25 @@ from echo_jax.system.errors import UserError
 
 
 class TokenizerError(UserError, ValueError):
-    """The tokenizer's files cannot serve: missing, damaged, or lossy."""
+    """The tokenizer's files are unusable: missing, damaged, or lossy."""
 
 
 class Tokenizer(Protocol):
-    """Text is str, where bytes that are not UTF-8 stand as surrogate escapes."""
+    """Text is str, in which bytes that are not UTF-8 are surrogate escapes."""
 
     vocab_size: int
     vocabulary: dict[str, int]  # name -> id
     pad: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`; what spells a control symbol in it becomes plain pieces."""
+        """Returns the ids of `text`; a control symbol spelled out in it becomes plain pieces."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of any ids: control symbols by name; nothing for an id that is no piece, as one
-        of an embedding with more rows than pieces."""
+        """Returns the text of any ids: control symbols by name, nothing for an id without a piece (an embedding
+        may have more rows than there are pieces)."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the files that a published model has of its tokenizer."""
+        """Writes the tokenizer files of a published model."""
         ...

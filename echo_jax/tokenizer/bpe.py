@@ -1,7 +1,7 @@
 """The byte-level BPE of published models (Llama 3, Qwen, SmolLM2), through the `tokenizers` package.
 
-In: the files of a published model, or a GGUF file that holds their lists. Out: a tokenizer whose `encode` never gives
-an added token such as `<|im_end|>`, and `encode_spans`, which does so only where a template, not a tool, wrote it.
+In: the files of a published model, or a GGUF file that holds their lists. Out: a tokenizer whose `encode` never returns
+an added token such as `<|im_end|>`, and whose `encode_spans` does so only where a template, not a tool, wrote it.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 from echo_jax.tokenizer.base import TokenizerError
 
 _SURROGATES = re.compile("([\ud800-\udfff]+)")
-# What a published folder has of its tokenizer beside tokenizer.json.
+# The tokenizer files of a published folder.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,7 +33,7 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-# `tokenizer.ggml.pre` of a GGUF file -> how text is cut into words before merges
+# `tokenizer.ggml.pre` of a GGUF file -> how text is split into words before merges
 PRE_TOKENIZERS = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _split(_GPT2), _BYTES],
     "gpt-2": [_split(_GPT2), _BYTES],
@@ -44,26 +44,26 @@ PRE_TOKENIZERS = {
 
 class Token(NamedTuple):
     id: int
-    start: int  # character of the text where it begins
+    start: int  # index of its first character in the text
 
 
 class BytePairs:
-    """A tokenizer.json, and what is said of it beside it."""
+    """A tokenizer.json with its tokenizer_config.json."""
 
-    def __init__(self, definition: dict[str, Any], said: dict[str, Any], origin: Path):
+    def __init__(self, definition: dict[str, Any], settings: dict[str, Any], origin: Path):
         """
         Args:
           definition: a tokenizer.json.
-          said: a tokenizer_config.json.
+          settings: a tokenizer_config.json.
           origin: the file that errors name.
         """
-        self._definition, self._said, self._origin = definition, said, origin
+        self._definition, self._settings, self._origin = definition, settings, origin
         added = self._added()
         try:
             vocabulary = {n: i for n, i in definition["model"]["vocab"].items() if n not in added}
             self._plain = self._build(vocabulary)
         except Exception as error:  # `tokenizers` raises no narrower class
-            raise self._error(f"it is no tokenizer.json of a byte-level BPE: {error}") from error
+            raise self._error(f"not a byte-level BPE tokenizer.json: {error}") from error
         self.vocabulary = vocabulary | added
         self.vocab_size = 1 + max(self.vocabulary.values())
         self._bytes = self._byte_table(vocabulary, added)
@@ -71,7 +71,7 @@ class BytePairs:
         self._markup = _alternatives(added)
         self._special = frozenset(a["id"] for a in definition["added_tokens"] if a["special"])
         self._added_ids = frozenset(added.values())
-        self.template = self._default_template(said.get("chat_template") or "")
+        self.template = self._default_template(settings.get("chat_template") or "")
         self.end = self._named("eos_token")
         self.pad = self._named("pad_token", self.end)
 
@@ -80,32 +80,32 @@ class BytePairs:
         """Reads the files of a published model.
 
         Raises:
-          TokenizerError: one is missing or damaged, or it is no byte-level BPE.
+          TokenizerError: one is missing or damaged, or the tokenizer is not a byte-level BPE.
         """
-        said: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # what the second says counts
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second overrides the first
             if (folder / name).is_file():
-                said |= _json(folder / name)
+                settings |= _json(folder / name)
         if (template := folder / "chat_template.jinja").is_file():
-            said["chat_template"] = _text(template)
-        tokenizer = cls(_json(folder / "tokenizer.json"), said, folder / "tokenizer.json")
+            settings["chat_template"] = _text(template)
+        tokenizer = cls(_json(folder / "tokenizer.json"), settings, folder / "tokenizer.json")
         tokenizer._folder = folder
         return tokenizer
 
     @classmethod
     def of_gguf(cls, path: Path) -> Self:
-        """Builds it again from the lists of a GGUF file.
+        """Rebuilds it from the lists of a GGUF file.
 
         Raises:
-          TokenizerError: the file cannot be read, or it is no byte-level BPE of a known kind.
+          TokenizerError: the file cannot be read, or the tokenizer is not a byte-level BPE of a known kind.
         """
         fields = _gguf_fields(path)
         get = lambda name, default=None: fields.get(f"tokenizer.ggml.{name}", default)  # noqa: E731
         pre = get("pre")
         if get("model") != "gpt2" or pre not in PRE_TOKENIZERS:
             raise TokenizerError(
-                f"{path}: its tokenizer is {get('model')!r} with {pre!r}; there can be 'gpt2' with one of "
-                f"{', '.join(PRE_TOKENIZERS)}. Name a folder with a tokenizer.json in config.tokenizer.path"
+                f"{path}: its tokenizer is {get('model')!r} with {pre!r}; supported is 'gpt2' with one of "
+                f"{', '.join(PRE_TOKENIZERS)}. Set config.tokenizer.path to a folder with a tokenizer.json"
             )
         vocabulary = _vocabulary_of(fields, path)
         names, kinds = get("tokens"), get("token_type")
@@ -132,7 +132,7 @@ class BytePairs:
         }
         name_of = {str(i): name for name, i in vocabulary.items()}
         token = lambda name: name_of.get(str(get(f"{name}_token_id")))  # noqa: E731
-        said = {
+        settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": token("bos"),
             "eos_token": token("eos"),
@@ -140,7 +140,7 @@ class BytePairs:
             "chat_template": fields.get("tokenizer.chat_template"),
             "clean_up_tokenization_spaces": False,
         }
-        return cls(definition, {name: value for name, value in said.items() if value is not None}, path)
+        return cls(definition, {name: value for name, value in settings.items() if value is not None}, path)
 
     _folder: Path | None = None
 
@@ -148,8 +148,8 @@ class BytePairs:
         return [token.id for token in self.encode_spans([(text, False)])]
 
     def encode_markup(self, text: str) -> list[int]:
-        """Returns the ids of what an agent writes: markup such as `<tool_call>` becomes its token, what ends a turn or
-        changes the speaker does not."""
+        """Returns the ids of an agent's text: markup such as `<tool_call>` becomes its token; tokens that end a turn or
+        change the speaker stay plain text."""
         pieces, end = [], 0
         for match in self._matches(text):
             if self.vocabulary[match.group()] not in self._special:
@@ -158,10 +158,10 @@ class BytePairs:
         return [token.id for token in self.encode_spans([*pieces, (text[end:], False)])]
 
     def encode_spans(self, spans: Sequence[tuple[str, bool]]) -> list[Token]:
-        """Encodes (text, trusted) spans in one pass: merges cross their seams. An added token is recognised where all
-        of its characters are trusted; elsewhere its name is text."""
-        text = "".join(own for own, _ in spans)
-        trusted = [flag for own, flag in spans for _ in own]
+        """Encodes (text, trusted) spans in one pass: merges cross the boundaries between them. An added token is
+        recognised where all of its characters are trusted; elsewhere its name is text."""
+        text = "".join(part for part, _ in spans)
+        trusted = [flag for part, flag in spans for _ in part]
         tokens, end, at = [], 0, 0
         while self._markup and (match := self._markup.search(text, at)):
             if all(trusted[match.start() : match.end()]):
@@ -176,22 +176,22 @@ class BytePairs:
         return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "surrogateescape")
 
     def id_of(self, name: str) -> int | None:
-        """Returns the id of a token by its name."""
+        """Returns the id of the token with this name."""
         return self.vocabulary.get(name)
 
     def name_of(self, field: str) -> str:
-        """Returns the name of a token such as `bos_token`; "" if there is none."""
-        value = self._said.get(field)
+        """Returns the name of the token that a field such as `bos_token` sets; "" if there is none."""
+        value = self._settings.get(field)
         value = (value.get("content") if isinstance(value, dict) else value) or ""
         if not isinstance(value, str):
-            raise self._error(f"{field} = {value!r} is no name of a token")
+            raise self._error(f"{field} = {value!r} is not a token name")
         return value
 
     def is_added(self, token: int) -> bool:
         return token in self._added_ids
 
     def starts_with_added(self, text: str) -> str | None:
-        """Returns the added token that a text begins with."""
+        """Returns the added token that `text` starts with."""
         match = self._markup.match(text) if self._markup else None
         return match.group() if match else None
 
@@ -202,10 +202,10 @@ class BytePairs:
                     shutil.copyfile(self._folder / name, folder / name)
             return
         (folder / "tokenizer.json").write_text(json.dumps(self._definition, ensure_ascii=False))
-        (folder / "tokenizer_config.json").write_text(json.dumps(self._said, ensure_ascii=False, indent=2))
+        (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, ensure_ascii=False, indent=2))
 
     def _plainly(self, text: str, start: int) -> list[Token]:
-        """Encodes text in which nothing is an added token; bytes that are no text by the pieces of single bytes."""
+        """Encodes text without recognising added tokens; bytes that are not UTF-8 become single-byte pieces."""
         tokens = []
         for i, part in enumerate(_SURROGATES.split(text)):
             if i % 2:
@@ -217,7 +217,7 @@ class BytePairs:
             elif part:
                 found = self._plain.encode(part, add_special_tokens=False)
                 pairs = zip(found.ids, found.offsets, strict=True)
-                tokens += [Token(own, start + first) for own, (first, _) in pairs]
+                tokens += [Token(token, start + first) for token, (first, _) in pairs]
             start += len(part)
         return tokens
 
@@ -227,27 +227,27 @@ class BytePairs:
     def _added(self) -> dict[str, int]:
         added = self._definition.get("added_tokens")
         if not isinstance(added, list):
-            raise self._error("it is no tokenizer.json: it lacks 'added_tokens'")
-        for own in added:
+            raise self._error("not a tokenizer.json: it lacks 'added_tokens'")
+        for token in added:
             kinds = {"id": int, "content": str, "special": bool} | dict.fromkeys(_FLAGS, bool)
-            if not isinstance(own, dict) or any(type(own.get(key)) is not kind for key, kind in kinds.items()):
-                raise self._error(f"it is no tokenizer.json: it has the added token {str(own)[:200]}")
-            if _SURROGATES.search(own["content"]) or own["id"] < 0:
-                raise self._error(f"it is damaged: it has the added token {own['content']!r} = {own['id']}")
-        if odd := [own["content"] for own in added if any(own[flag] for flag in _FLAGS)]:
-            raise self._error(f"its added tokens {odd[:4]} take in what is beside them, which is not supported")
-        return {own["content"]: own["id"] for own in added}
+            if not isinstance(token, dict) or any(type(token.get(key)) is not kind for key, kind in kinds.items()):
+                raise self._error(f"not a tokenizer.json: it has the added token {str(token)[:200]}")
+            if _SURROGATES.search(token["content"]) or token["id"] < 0:
+                raise self._error(f"it is damaged: it has the added token {token['content']!r} = {token['id']}")
+        if greedy := [token["content"] for token in added if any(token[flag] for flag in _FLAGS)]:
+            raise self._error(f"its added tokens {greedy[:4]} set one of {', '.join(_FLAGS)}, which is not supported")
+        return {token["content"]: token["id"] for token in added}
 
-    def _default_template(self, said: Any) -> str:
-        if isinstance(said, list):  # several, by name
-            named = [own for own in said if isinstance(own, dict) and own.get("name") == "default"]
-            said = named[0].get("template") if named else ""
-        if not isinstance(said, str):
-            raise self._error(f"its chat_template is {str(said)[:100]}, no text")
-        return said
+    def _default_template(self, template: Any) -> str:
+        if isinstance(template, list):  # several, by name
+            default = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = default[0].get("template") if default else ""
+        if not isinstance(template, str):
+            raise self._error(f"its chat_template is {str(template)[:100]}, not text")
+        return template
 
     def _build(self, vocabulary: dict[str, int]):
-        """Returns the same tokenizer without added tokens and what it would put around a text."""
+        """Returns the same tokenizer, but without added tokens and without the tokens it would put around a text."""
         model = self._definition["model"] | {"vocab": vocabulary}
         plain = self._definition | {"added_tokens": [], "post_processor": None, "model": model}
         return _tokenizers().Tokenizer.from_str(json.dumps(plain))
@@ -257,15 +257,15 @@ class BytePairs:
         try:
             table = {i: bytes(byte_of[character] for character in name) for name, i in vocabulary.items()}
         except KeyError as error:
-            raise self._error(f"it is no byte-level BPE: its pieces have the character {error}") from error
+            raise self._error(f"not a byte-level BPE: its pieces contain the character {error}") from error
         return table | {i: name.encode() for name, i in added.items()}
 
     def _byte_ids(self, vocabulary: dict[str, int]) -> dict[int, int]:
-        """Returns byte -> its piece. SmolLM2 has none for some, such as 0x04: they vanish, as in `tokenizers`."""
+        """Returns byte -> its piece. SmolLM2 lacks some, such as 0x04; those bytes vanish, as in `tokenizers`."""
         found = {byte: vocabulary[name] for byte, name in _bytes_to_unicode().items() if name in vocabulary}
         missing = [chr(byte) for byte in range(ord(" "), 0x7F) if byte not in found]
         if missing:
-            raise self._error(f"it is no byte-level BPE: {''.join(missing)!r} have no pieces")
+            raise self._error(f"not a byte-level BPE: {''.join(missing)!r} have no pieces")
         return found
 
     def _named(self, field: str, default: int | None = None) -> int:
@@ -273,7 +273,7 @@ class BytePairs:
         if name in self.vocabulary:
             return self.vocabulary[name]
         if default is None:
-            raise self._error(f"{field} = {name!r} is no token of it")
+            raise self._error(f"{field} = {name!r} is not in its vocabulary")
         return default
 
     def _error(self, cause: str) -> TokenizerError:
@@ -285,13 +285,13 @@ _FLAGS = ("lstrip", "rstrip", "single_word")
 
 
 def _alternatives(added: dict[str, int]) -> re.Pattern | None:
-    """Returns what finds added tokens, the longest at each place."""
+    """Returns the pattern that finds added tokens, the longest at each position."""
     names = sorted(added, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-ins of bytes, in which byte-level vocabularies are written."""
+    """Returns GPT-2's printable stand-in for each byte; byte-level vocabularies are written in them."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -303,7 +303,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise TokenizerError(f"{path} is no text: {error}") from error
+        raise TokenizerError(f"{path} is not text: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -311,9 +311,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is no JSON: {error}") from error
+        raise TokenizerError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise TokenizerError(f"{path} holds no JSON object")
+        raise TokenizerError(f"{path} does not hold a JSON object")
     return found
 
 
@@ -326,10 +326,10 @@ def _tokenizers():
 
 
 def gguf_vocabulary(path: Path) -> dict[str, int]:
-    """Returns name -> id of a GGUF file's tokens, without the unused ones that fill its embedding up.
+    """Returns name -> id of a GGUF file's tokens, without the unused ones that pad its embedding.
 
     Raises:
-      TokenizerError: the file cannot be read, or has none.
+      TokenizerError: the file cannot be read, or has no tokenizer.
     """
     return _vocabulary_of(_gguf_fields(path), path)
 
@@ -337,7 +337,7 @@ def gguf_vocabulary(path: Path) -> dict[str, int]:
 def _vocabulary_of(fields: dict[str, Any], path: Path) -> dict[str, int]:
     names, kinds = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if not isinstance(names, list) or not isinstance(kinds, list) or not names or len(names) != len(kinds):
-        raise TokenizerError(f"{path} has no tokenizer; name one in config.tokenizer.path")
+        raise TokenizerError(f"{path} has no tokenizer; set config.tokenizer.path to one")
     return {name: i for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind != _UNUSED}
 
 

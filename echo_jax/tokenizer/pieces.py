@@ -1,4 +1,4 @@
-"""SentencePiece models with this package's control symbols, which mark who speaks; one ships with it."""
+"""SentencePiece models with this package's control symbols, which mark who speaks; one model is built in."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from echo_jax.tokenizer.base import TokenizerError
 DEFAULT_MODEL = Path(__file__).with_name("small.model")
 CONTROL_SYMBOLS = ("<|task|>", "<|assistant|>", "<|tool|>", "<|note|>", "<|end|>")
 
-# SentencePiece writes a space as U+2581, so a literal U+2581 must travel as bytes; so must bytes that are no text.
+# SentencePiece writes a space as U+2581, so a literal U+2581 is encoded as bytes; so are bytes that are not UTF-8.
 _AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
 
 
@@ -22,7 +22,7 @@ class SentencePieces:
         self.path = path = Path(path) if path else DEFAULT_MODEL
         if not path.is_file():
             raise TokenizerError(
-                f"there is no tokenizer model at {path}; leave tokenizer.path empty for the built-in one"
+                f"no tokenizer model at {path}; leave config.tokenizer.path empty for the built-in one"
             )
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -65,9 +65,9 @@ class SentencePieces:
         return ids
 
     def decode(self, ids) -> str:
-        """Returns the text of `ids`: `decode(encode(text)) == text`. Control symbols come out by name."""
+        """Returns the text of `ids`: `decode(encode(text)) == text`. Control symbols appear by name."""
         return b"".join(self._bytes[i] for i in ids if i < self.vocab_size).decode("utf-8", "surrogateescape")
 
     def save(self, folder: Path) -> None:
-        """Writes the model, under the name that published ones have."""
+        """Writes the model under the name that published models use."""
         shutil.copyfile(self.path, folder / "tokenizer.model")

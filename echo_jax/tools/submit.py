@@ -1,4 +1,4 @@
-"""The tool `submit`: a call of it is the agent's answer."""
+"""The tool `submit`: calling it gives the agent's answer."""
 
 from echo_jax.tools.sandbox import CommandResult
 from echo_jax.tools.tool import Tool, World, strings

@@ -1,13 +1,13 @@
-"""PID 1 of a sandbox: starts each command, reads its output under a cap, kills what outlives its time.
+"""PID 1 of a sandbox: starts each command, captures its output up to a cap, kills it at its time-out.
 
-It runs inside, from a byte-compiled copy, under `python -I -S`: only modules written in C are imported, which keeps the
-start-up near 10 ms. Code of the agent runs beside it under the same uid, and cannot reach it: a signal from inside a
-pid namespace does not kill its PID 1, and PR_SET_DUMPABLE=0 closes ptrace and /proc/1/{fd,mem} (what takes a bare pid,
-as prlimit(2) does, is closed by the seccomp filter). So its answers can be believed.
+It runs inside the sandbox, from a byte-compiled copy, under `python -I -S`. It imports only modules written in C, which
+keeps the start-up near 10 ms. The agent's code runs under the same uid but cannot reach it: a signal from inside a pid
+namespace does not kill its PID 1, PR_SET_DUMPABLE=0 closes ptrace and /proc/1/{fd,mem}, and the seccomp filter refuses
+calls that take a bare pid, such as prlimit(2). So the host can trust its answers.
 
 In: requests on file descriptor 0. Out: one answer each on file descriptor 1. A message is a list of byte strings; see
-`pack` and `unpack`, which the host uses too. End of file on 0 means that the host is gone: exit, and the kernel kills
-everything else in the namespace.
+`pack` and `unpack`, which the host uses too. End of file on 0 means that the host is gone: the supervisor exits, and
+the kernel kills everything else in the namespace.
 """
 
 import _signal
@@ -17,22 +17,22 @@ import select
 import sys
 import time
 
-# contextlib.suppress would cost the import of contextlib and collections
+# contextlib.suppress would require importing contextlib and collections
 # ruff: noqa: SIM105
 
 WORK = b"/work"
 BASH = b"/usr/bin/bash"
-SHELL = b"/run/shell"  # a small tmpfs of its own: a full disk must not lose the directory and the environment
-# Read by bash ahead of each command (BASH_ENV), so that the command itself is an ordinary `bash -c`. The state is the
-# agent's own: it may spoil it, and spoils its own next call by it. A call that replaces the EXIT trap, ends in `exec`
-# or dies by SIGKILL leaves the state as it was.
+SHELL = b"/run/shell"  # a separate small tmpfs: a full disk must not lose the directory and the environment
+# Bash reads this before each command (BASH_ENV), so that the command itself is an ordinary `bash -c`. The agent can
+# write this state; if it corrupts it, only the agent's next call suffers. A call that replaces the EXIT trap, ends in
+# `exec` or dies by SIGKILL leaves the state as it was.
 RC = b"""unset BASH_ENV
 [ -f /run/shell/env ] && . /run/shell/env
 trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; } 2>/dev/null' EXIT
 """
-# The agent's Python, one process for all its calls. The code lies in a file of memory that both sides hold; a byte on
-# one pipe starts it, a byte on another says how it ended. All of it is the agent's own: it may spoil it, and spoils its
-# own next call by it. SystemExit ends the process, as it would anywhere.
+# The agent's Python, one process for all its calls. The code is in a memory file that both sides hold open; a byte on
+# one pipe starts it, a byte on another says how it ended. The agent can reach all of this; if it corrupts it, only its
+# next call suffers. SystemExit ends the process, as it would anywhere.
 INTERPRETER = b"""
 import ast, linecache, os, sys, traceback
 sys.path.insert(0, "")  # not before: a module of the agent's must not stand in for one of these
@@ -82,7 +82,7 @@ REAP_SECONDS = 5.0
 
 
 def pack(fields):
-    """Length-prefixed fields, the whole prefixed by its length; 4 bytes each, little endian."""
+    """Returns length-prefixed fields, preceded by their total length. Each length is 4 bytes, little endian."""
     body = b"".join(len(field).to_bytes(4, "little") + field for field in fields)
     return len(body).to_bytes(4, "little") + body
 
@@ -100,11 +100,11 @@ def unpack(body):
 
 
 class Refused(Exception):
-    """A request that is answered with an error message."""
+    """The supervisor answers the request with this error message."""
 
 
 class Capture:
-    """Keeps the first and the last bytes of a stream and counts the others."""
+    """Keeps the first and last bytes of a stream and counts those between."""
 
     def __init__(self, limit):
         self.head, self.tail, self.total = bytearray(), bytearray(), 0
@@ -120,13 +120,14 @@ class Capture:
             del self.tail[: len(self.tail) - self.tail_limit]
 
     def finish(self):
-        """(head, tail, number of dropped bytes)"""
+        """Returns (head, tail, number of dropped bytes)."""
         tail = self.tail[max(0, len(self.tail) - self.tail_limit) :]
         return bytes(self.head), bytes(tail), self.total - len(self.head) - len(tail)
 
 
 def open_parent(path, create):
-    """A descriptor of the folder of `path` (relative to /work) and its last name, with no symbolic link followed."""
+    """Returns a descriptor of the folder of `path` (relative to /work), and the last name in `path`. Follows no
+    symbolic link."""
     *folders, name = path.split(b"/")
     flags = posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC | posix.O_NOFOLLOW
     folder = posix.open(WORK, flags)
@@ -147,8 +148,8 @@ def open_parent(path, create):
 
 
 def read_ready(fd, size=CHUNK):
-    """What is there now: b"" at the end of file, None for nothing. That can be after a poll that found something: the
-    agent can open its own end of a pipe for reading, through /proc, and take it away."""
+    """Returns the bytes available now: b"" at the end of file, None if there are none. It can return None even after a
+    poll that reported data: through /proc, the agent can open its end of a pipe for reading and take the data."""
     try:
         return posix.read(fd, size)
     except BlockingIOError:
@@ -156,7 +157,7 @@ def read_ready(fd, size=CHUNK):
 
 
 def read_up_to(fd, limit):
-    """At most `limit` + 1 bytes, so that the caller can tell that there was more."""
+    """Returns at most `limit` + 1 bytes, so that the caller can tell that there was more."""
     data = bytearray()
     while len(data) <= limit:
         chunk = posix.read(fd, min(CHUNK, limit + 1 - len(data)))
@@ -167,7 +168,7 @@ def read_up_to(fd, limit):
 
 
 def read_regular(name, limit, folder=None):
-    """Bytes of a regular file. O_NONBLOCK: opening a FIFO that somebody put there must not wait for its writer."""
+    """Returns the bytes of a regular file. O_NONBLOCK: opening a FIFO planted there must not wait for a writer."""
     fd = posix.open(name, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK, dir_fd=folder)
     try:
         if posix.fstat(fd).st_mode & 0o170000 != 0o100000:
@@ -181,7 +182,7 @@ def read_regular(name, limit, folder=None):
 
 
 def write_regular(name, data, folder=None):
-    """Makes the file anew: whatever bore the name before (a link, a FIFO, a hard link to elsewhere) is left alone."""
+    """Creates a new file. Whatever had the name before (a link, a FIFO, a hard link elsewhere) is never written to."""
     try:
         posix.unlink(name, dir_fd=folder)
     except FileNotFoundError:
@@ -198,11 +199,11 @@ def write_regular(name, data, folder=None):
 
 
 class Interpreter:
-    """Our ends of a running INTERPRETER."""
+    """The supervisor's ends of the pipes to a running INTERPRETER."""
 
     def __init__(self, output):
         self.pid = None
-        self.output = output  # None: it has closed it
+        self.output = output  # None once the interpreter has closed it
         self.memory = posix.memfd_create("call", posix.MFD_CLOEXEC)
         self.start_read, self.start = posix.pipe2(posix.O_CLOEXEC)
         self.ended, self.ended_write = posix.pipe2(posix.O_CLOEXEC)
@@ -210,17 +211,17 @@ class Interpreter:
             posix.set_blocking(fd, False)
 
     def begin(self, code):
-        """Raises OSError where it does not listen any more."""
-        read_ready(self.ended)  # what it said unasked
+        """Starts a call. Raises OSError if the interpreter no longer listens."""
+        read_ready(self.ended)  # drops bytes that it sent outside a call
         posix.ftruncate(self.memory, 0)
         posix.pwrite(self.memory, code, 0)
         posix.write(self.start, b"\0")
 
     def said(self):
-        """How the call ended, as a wait status; None: it has not."""
+        """Returns how the call ended, as a wait status; None while it runs."""
         byte = read_ready(self.ended, 1)
         if byte == b"" and self.pid is not None:
-            posix.kill(self.pid, _signal.SIGKILL)  # it has closed the pipe, and could never say
+            posix.kill(self.pid, _signal.SIGKILL)  # it has closed the pipe and could never report the end
         return 256 * (byte != b"\0") if byte else None
 
 
@@ -230,10 +231,10 @@ class Supervisor:
     def __init__(self, output_bytes, flood_bytes, polled_processes, rlimits):
         self.output_bytes = output_bytes
         self.flood_bytes = flood_bytes
-        self.polled_processes = polled_processes  # 0: the kernel limits them, nothing to watch
+        self.polled_processes = polled_processes  # 0: the kernel enforces the limit, no polling needed
         self.rlimits = rlimits
         self.cwd = WORK
-        self.child = self.status = None  # the process that the call under way waits for, and its wait status
+        self.child = self.status = None  # the process that the current call waits for, and its wait status
         self.interpreter = None
         self.background = []
         self.poller = select.poll()
@@ -241,7 +242,7 @@ class Supervisor:
         self.wake = wake
         self.poller.register(wake, select.POLLIN)
         _signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
-        _signal.signal(_signal.SIGCHLD, lambda *_: None)  # only a handler wakes the poll; signals from inside: harmless
+        _signal.signal(_signal.SIGCHLD, lambda *_: None)  # only a handler wakes the poll; a forged SIGCHLD is harmless
 
     # -- the protocol ------------------------------------------------------------------------------------------------
 
@@ -282,8 +283,8 @@ class Supervisor:
                 return
 
     def poll(self, seconds, watch):
-        """Descriptors that are ready, after the pipes of background processes are emptied (a server may log for ever:
-        with nobody reading, it would stop at a full pipe)."""
+        """Returns the descriptors that are ready, after emptying the pipes of background processes. A server may log
+        forever; if nobody read, it would stop at a full pipe."""
         if watch and self.polled_processes:
             seconds = min(0.05, 3600.0 if seconds is None else seconds)
         ready = {fd for fd, _ in self.poller.poll(None if seconds is None else max(0.0, seconds) * 1000)}
@@ -307,7 +308,7 @@ class Supervisor:
     # -- processes ---------------------------------------------------------------------------------------------------
 
     def reap(self):
-        """Collects every ended child, orphans too; notes the status of ours. False when no child is left."""
+        """Collects every ended child, orphans too, and records the status of `child`. False when no child is left."""
         while True:
             try:
                 pid, status = posix.waitpid(-1, posix.WNOHANG)
@@ -321,7 +322,7 @@ class Supervisor:
                 self.interpreter.pid = None
 
     def kill_all(self):
-        """Every process of the namespace but this one; a fork under way is ended by the same signal."""
+        """Kills every process of the namespace but this one. The signal also stops a fork in progress."""
         deadline = time.monotonic() + REAP_SECONDS
         while True:
             try:
@@ -339,7 +340,7 @@ class Supervisor:
             self.kill_all()
 
     def fork(self):
-        """fork; where the agent's own processes leave no room for one more, they are ended first."""
+        """Forks; kills the agent's processes first if they leave no room. Returns (pid, whether it killed)."""
         try:
             return posix.fork(), False
         except BlockingIOError:
@@ -353,7 +354,7 @@ class Supervisor:
         return []
 
     def run(self, command, timeout, fresh):
-        """One `bash -c`; see `answer`."""
+        """Runs one `bash -c`; see `answer`."""
         deadline = time.monotonic() + float(timeout)
         fresh = fresh == b"1"
         capture = Capture(self.output_bytes)
@@ -376,7 +377,7 @@ class Supervisor:
         return self.answer(capture, stopped)
 
     def python(self, code, timeout):
-        """Code for the agent's interpreter; see `answer`. One that has ended is replaced, and the output says so."""
+        """Runs code in the agent's interpreter; see `answer`. Replaces one that has ended; the output then says so."""
         deadline = time.monotonic() + float(timeout)
         capture = Capture(self.output_bytes)
         self.reap()
@@ -387,17 +388,17 @@ class Supervisor:
             self.start_interpreter()
             if old is not None:
                 capture.feed(b"[a fresh interpreter: the last one ended]\n")
-        own = self.interpreter
-        self.background.remove(own.output)
-        self.child, self.status = own.pid, None
+        interpreter = self.interpreter
+        self.background.remove(interpreter.output)
+        self.child, self.status = interpreter.pid, None
         self.poller.modify(0, 0)  # hang-up only
         try:
-            own.begin(code)
+            interpreter.begin(code)
         except (BlockingIOError, BrokenPipeError):  # the agent's code has closed or taken over its end
-            posix.kill(own.pid, _signal.SIGKILL)
-        self.poller.register(own.ended, select.POLLIN)
-        stopped = self.watch(own.output, capture, deadline, own)
-        self.poller.unregister(own.ended)
+            posix.kill(interpreter.pid, _signal.SIGKILL)
+        self.poller.register(interpreter.ended, select.POLLIN)
+        stopped = self.watch(interpreter.output, capture, deadline, interpreter)
+        self.poller.unregister(interpreter.ended)
         return self.answer(capture, stopped)
 
     def output_pipe(self):
@@ -409,28 +410,29 @@ class Supervisor:
 
     def start_interpreter(self):
         output, write_end = self.output_pipe()
-        own = Interpreter(output)
-        own.pid, _ = self.fork()
-        if own.pid == 0:
-            for fd in (own.memory, own.start_read, own.ended_write):
+        interpreter = Interpreter(output)
+        interpreter.pid, _ = self.fork()
+        if interpreter.pid == 0:
+            inherited = (interpreter.memory, interpreter.start_read, interpreter.ended_write)
+            for fd in inherited:
                 posix.set_inheritable(fd, True)
-            fds = [b"%d" % fd for fd in (own.memory, own.start_read, own.ended_write)]
+            fds = [b"%d" % fd for fd in inherited]
             self.become([b"/opt/python/bin/python3", b"-u", b"-P", b"-c", INTERPRETER, *fds], write_end, fresh=False)
-        for fd in (write_end, own.start_read, own.ended_write):
+        for fd in (write_end, interpreter.start_read, interpreter.ended_write):
             posix.close(fd)
         self.background.append(output)
-        self.interpreter = own
+        self.interpreter = interpreter
 
     def end_interpreter(self):
-        own, self.interpreter = self.interpreter, None
-        if own.pid is not None:
-            posix.kill(own.pid, _signal.SIGKILL)
-        for fd in (own.memory, own.start, own.ended):
+        interpreter, self.interpreter = self.interpreter, None
+        if interpreter.pid is not None:
+            posix.kill(interpreter.pid, _signal.SIGKILL)
+        for fd in (interpreter.memory, interpreter.start, interpreter.ended):
             posix.close(fd)
 
     def watch(self, output, capture, deadline, interpreter=None):
-        """Reads output until the child ends, or the interpreter says that a call did. Returns b"", or why everything
-        was killed before: b"timeout", b"output"."""
+        """Reads output until the child ends or the interpreter reports that the call did. Returns b"", or why it killed
+        everything first: b"timeout", b"output"."""
         stopped, is_open = b"", True
         while True:
             self.reap()
@@ -461,30 +463,30 @@ class Supervisor:
         return stopped
 
     def answer(self, capture, stopped):
-        """Wait status (empty: killed before its end), why it was killed, which disk is full, dropped bytes, directory,
-        head, tail."""
+        """Returns wait status (empty: killed before its end), why it was killed, which disk is full, dropped bytes,
+        directory, head, tail."""
         status = b"" if stopped else b"%d" % self.status
         head, tail, dropped = capture.finish()
         return [status, stopped, full_disk(), b"%d" % dropped, self.cwd, head, tail]
 
     def become(self, command, output, fresh, timeout=0.0):
-        """In the child: never returns."""
+        """Executes `command` in the child; never returns."""
         try:
             posix.setsid()
             if self.polled_processes:
-                posix.nice(19)  # a fork bomb must not starve the one who counts its processes
+                posix.nice(19)  # a fork bomb must not starve the supervisor that counts its processes
             null = posix.open("/dev/null", posix.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 posix.dup2(source, target)
-            # No protocol descriptor is left in this copy, and /proc/self of a process that is not dumpable is root's.
+            # This copy holds no protocol descriptor any more. Root owns /proc/self of a process that is not dumpable.
             set_dumpable(1)
             score = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
-            posix.write(score, b"1000")  # short of memory, the kernel ends this, not the trainer, not the supervisor
+            posix.write(score, b"1000")  # out of memory, the kernel kills this, not the trainer or the supervisor
             for which, value in self.rlimits:
                 hard = value
                 if which == resource.RLIMIT_CPU:
                     value = max(value, int(timeout) + 1)
-                    hard = value + 1  # the soft limit's SIGXCPU says why; at the hard one it would be SIGKILL
+                    hard = value + 1  # the soft limit's SIGXCPU says why; the hard limit would send SIGKILL
                 ceiling = resource.getrlimit(which)[1]
                 if ceiling != resource.RLIM_INFINITY:
                     value, hard = min(value, ceiling), min(hard, ceiling)
@@ -497,7 +499,7 @@ class Supervisor:
                 try:
                     posix.chdir(self.cwd)
                 except OSError:
-                    pass  # the folder is gone: /work
+                    pass  # the folder is gone: stay in /work
             posix.execve(command[0], [command[0].rpartition(b"/")[2], *command[1:]], environment)
         except OSError as error:
             posix.write(2, b"bash: %s\n" % error.strerror.encode())
@@ -505,8 +507,8 @@ class Supervisor:
             posix._exit(126)
 
     def finish_pipe(self, output, capture):
-        """What is in the pipe now, up to its capacity; never waits for an end of file that a background process
-        withholds. Later bytes are read and forgotten."""
+        """Captures what is in the pipe now, up to its capacity. A background process may hold the pipe open, so it does
+        not wait for the end of file; later bytes are read and dropped."""
         for _ in range(16):
             data = read_ready(output)
             if data is None:
@@ -516,8 +518,8 @@ class Supervisor:
             capture.feed(data)
         self.background.append(output)
         if len(self.background) > MAX_BACKGROUND_PIPES:
-            kept = None if self.interpreter is None else self.interpreter.output
-            self.drop(next(fd for fd in self.background if fd != kept))
+            interpreter_output = None if self.interpreter is None else self.interpreter.output
+            self.drop(next(fd for fd in self.background if fd != interpreter_output))
 
     def note_directory(self):
         try:
@@ -535,7 +537,7 @@ class Supervisor:
             posix.close(folder)
 
     def write(self, *entries):
-        """Triples of kind (b"file", b"link"), path and content or target."""
+        """Writes `entries`: triples of kind (b"file", b"link"), path, and content or target."""
         for kind, path, content in zip(entries[::3], entries[1::3], entries[2::3], strict=True):
             folder, name = open_parent(path, create=True)
             try:
@@ -549,7 +551,7 @@ class Supervisor:
 
 
 def threads():
-    """Threads of all processes, as the kernel's own limit counts; one that ends meanwhile counts as none."""
+    """Counts the threads of all processes, as the kernel's limit does; skips a process that ends meanwhile."""
     count = 0
     for name in posix.listdir("/proc"):
         if name.isdigit():
@@ -561,7 +563,7 @@ def threads():
 
 
 def full_disk():
-    """Which disk of the agent has nothing left, b"disk" or b"inodes"; b"" for none."""
+    """Returns what is used up on one of the agent's disks: b"disk" (space), b"inodes", or b"" for neither."""
     for path in (WORK, b"/tmp", SHELL):
         left = posix.statvfs(path)
         if left.f_bavail == 0:
@@ -572,7 +574,7 @@ def full_disk():
 
 
 def set_dumpable(value):
-    """prctl(PR_SET_DUMPABLE, value), through the C half of ctypes: the package would cost 3 ms for this one call."""
+    """Calls prctl(PR_SET_DUMPABLE, value) through the C half of ctypes: importing ctypes itself would take 3 ms."""
     import _ctypes
 
     prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
@@ -582,7 +584,7 @@ def set_dumpable(value):
 
 def main():
     set_dumpable(0)
-    # Python ignores or handles these; children inherit what is ignored, and a handled SIGINT could be sent from inside.
+    # Python ignores or handles these. Children would inherit the ignored ones; the agent could send a handled SIGINT.
     for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
     output_bytes, flood_bytes, polled_processes, *rlimits = map(int, sys.argv[1:])

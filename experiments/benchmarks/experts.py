@@ -1,10 +1,10 @@
-"""What a TPU's compiler makes of one layer of experts: FLOPs and memory, beside what the arithmetic needs.
+"""FLOPs and memory of one layer of experts as compiled for a TPU, compared with the FLOPs that the arithmetic needs.
 
     python experiments/benchmarks/experts.py --topology=v5e:4x4,v5p:2x2x1
 
 Compiles forward, and forward with backward, of a layer of Qwen3-30B-A3B over a row of 16,384 tokens for one chip, ahead
-of time and with no TPU (`pip install -e '.[tpu]'`), and prints a table. A grouped matmul does what the chosen experts
-need; one that is spread out does it for every expert.
+of time and with no TPU (`pip install -e '.[tpu]'`), and prints a table. A grouped matmul computes only the chosen
+experts; an expanded one computes every expert.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def backward(*arrays):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:4x4", help="one or several, with commas")
+    parser.add_argument("--topology", default="v5e:4x4", help="one or several, separated by commas")
     args = parser.parse_args()
     needed = 2 * TOKENS * EMBED * (EXPERTS + 3 * CHOSEN * FFN)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))

@@ -1,10 +1,10 @@
-"""How much host memory an import of published weights takes, beyond the arrays that it makes.
+"""Measures how much host memory an import of published weights takes, beyond the arrays that it makes.
 
     python experiments/benchmarks/import_memory.py
 
 Writes random weights of Qwen3-1.7B's shapes in bf16 to a temporary folder (4 GB), imports them in a fresh process each
-time, and prints a table. On a CPU the arrays lie in host memory too: they are taken off, and what is left is what the
-import adds anywhere. With --gguf=FILE a GGUF file is measured too.
+time, and prints a table. On a CPU the arrays are in host memory too, so they are subtracted: the difference is what the
+import adds on any device. --gguf=FILE also measures a GGUF file.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def model_config(path: Path, dtype: str):
 
 
 def write(folder: Path) -> None:
-    """Writes random weights as they are published, one file at a time."""
+    """Writes random weights in the published layout, one file at a time."""
     import ml_dtypes
     import numpy as np
     from safetensors.numpy import save_file
@@ -82,7 +82,7 @@ def status(field: str) -> int:
 
 
 def measure(path: Path, dtype: str) -> dict:
-    """Imports in this process; returns what it took."""
+    """Imports in this process; returns its memory and time."""
     import time
 
     import jax
@@ -98,7 +98,7 @@ def measure(path: Path, dtype: str) -> dict:
     check_tensors(source, path, config)
     jax.jit(lambda: jax.numpy.zeros(8))().block_until_ready()
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = time.perf_counter()
     params = jax.block_until_ready(load_params(source, config, mesh))
     seconds = time.perf_counter() - start
@@ -116,7 +116,7 @@ def measure(path: Path, dtype: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", type=Path, help="a GGUF file to import too")
+    parser.add_argument("--gguf", type=Path, help="also import this GGUF file")
     parser.add_argument("--child", nargs=2, metavar=("PATH", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,11 +1,11 @@
-"""Time and memory of the LM-head loss and its two gradients, ours beside the usual ways.
+"""Time and memory of the LM-head loss and its two gradients, ours compared with the usual methods.
 
     python experiments/benchmarks/lm_head_loss.py [--output=experiments/benchmarks/lm_head_loss.md]
     JAX_PLATFORMS=cuda python experiments/benchmarks/lm_head_loss.py --tables=gpu --torch=TORCH_VENV/bin/python
 
-On this machine: wall time as a ratio to full logits in the same run, and XLA's temporary memory. For TPUs, where the
-extra `tpu` is installed: what the real compiler plans, ahead of time, for one chip and for meshes (no TPU needed), and
-a roofline. On a GPU: wall time and memory beside Liger's and Apple's kernels (`lm_head_loss_torch.py`).
+On this machine: wall time as a ratio to full logits in the same run, and XLA's temporary memory. For TPUs, if the extra
+`tpu` is installed: the memory that the real compiler plans ahead of time, for one chip and for meshes (no TPU needed),
+and a roofline. On a GPU: wall time and memory, compared with Liger's and Apple's kernels (`lm_head_loss_torch.py`).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ahead of time there is no metadata server to ask
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # without a TPU there is no metadata server to query
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
@@ -38,8 +38,8 @@ from echo_jax.models.flops import PEAK_FLOPS
 from echo_jax.system.sharding import MESH_AXES
 
 OUTPUT = flags.DEFINE_string("output", None, "also write the tables to this file")
-REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls of each row; the fastest counts")
-TABLES = flags.DEFINE_list("tables", ["cpu", "tpu", "gpu"], "which tables to make")
+REPEATS = flags.DEFINE_integer("repeats", 5, "timed calls per row; the fastest counts")
+TABLES = flags.DEFINE_list("tables", ["cpu", "tpu", "gpu"], "tables to make")
 TORCH = flags.DEFINE_string("torch", sys.executable, "a Python with torch, liger-kernel and cut-cross-entropy")
 TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
 # Peak FLOP/s and HBM bytes/s of a chip, the latter from Google's system architecture pages (cloud.google.com/tpu/docs)
@@ -49,7 +49,7 @@ CHIPS = {
     "v6e": (PEAK_FLOPS["TPU v6 lite"], 1640e9),
 }
 SHARES = (1.0, 0.6, 0.3)
-CHUNK = 512  # tokens of a chunk in the chunked rows
+CHUNK = 512  # tokens per chunk in the chunked rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Size:
     dim: int
     vocab: int
     dtype: str
-    token_block: int  # small ones skip more exactly, large ones keep a TPU's matrix unit busy
+    token_block: int  # small blocks skip more exactly, large ones keep a TPU's matrix unit busy
 
 
 CPU = Size(4096, 512, 32_000, "float32", 256)
@@ -70,7 +70,7 @@ Row = Callable[..., tuple]
 
 
 def differentiated(logprob: Callable) -> Row:
-    """Makes a row of a function to per-token log-probs (or to a pair of them and of what is only computed)."""
+    """Makes a row from a function that returns per-token log-probs, or a pair of them and an unused result."""
 
     def row(hidden, head, targets, active, cotangent):
         def loss(hidden, head):
@@ -92,16 +92,16 @@ def full_logits(dtype):
 
 
 def token_chunks(hidden, head, targets, active):
-    """A scan over chunks of tokens, rematerialised."""
+    """Scans over chunks of tokens, rematerialised."""
     chunk = jax.checkpoint(
-        lambda xs: fused_logprobs(xs[0], head, xs[1], implementation="reference").logprob  # its logits: one chunk's
+        lambda xs: fused_logprobs(xs[0], head, xs[1], implementation="reference").logprob  # logits of one chunk
     )
     split = lambda x: x.reshape(-1, CHUNK, *x.shape[1:])  # noqa: E731
     return jax.lax.map(chunk, (split(hidden), split(targets))).reshape(-1)
 
 
 def gradient_in_forward(hidden, head, targets, active, cotangent):
-    """Liger's way: each chunk's gradients at once, while its logits are there; the head's accumulates in f32."""
+    """Liger's method: computes each chunk's gradients while its logits exist; the head's accumulates in f32."""
     split = lambda x: x.reshape(-1, CHUNK, *x.shape[1:])  # noqa: E731
 
     def chunk(carry, xs):
@@ -119,7 +119,7 @@ def gradient_in_forward(hidden, head, targets, active, cotangent):
 
 
 def tokamax_xla(hidden, head, targets, active, cotangent):
-    """tokamax's, which returns a sum: no token can be left out or weighted. Its TPU kernel compiles on a TPU only."""
+    """tokamax returns a sum: no token can be left out or weighted. Its TPU kernel compiles only on a TPU."""
     import tokamax  # not a dependency of this project
 
     def loss(hidden, head):
@@ -187,7 +187,7 @@ def cpu_table() -> Iterator[str]:
 
 
 def tpu_memory(row: Row, mesh: Mesh) -> tuple[float, float, float]:
-    """Returns, a chip: GiB of temporary memory, MiB of outputs beyond the gradients themselves, seconds to compile."""
+    """Returns per chip: GiB of temporary memory, MiB of outputs beyond the gradients; and seconds to compile."""
     data = mesh.shape["data"] * mesh.shape["fsdp"]
     on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
     tokens, batch = TPU.tokens * data, ("data", "fsdp")
@@ -200,15 +200,15 @@ def tpu_memory(row: Row, mesh: Mesh) -> tuple[float, float, float]:
     ]
     abstract = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in shapes]
     gradients = (shapes[0][2], shapes[1][2])
-    # Rows differ in what stands beside the loss: leave the placement of scalars to the compiler.
+    # Rows return different scalars with the loss: replicate them all.
     loss_shape = jax.eval_shape(row, *abstract)[0]
     out = (jax.tree.map(lambda _: on(), loss_shape), gradients)
     start = time.perf_counter()
     memory = jax.jit(row, out_shardings=out).lower(*abstract).compile().memory_analysis()
     compile_seconds = time.perf_counter() - start
     temporary, outputs = memory.temp_size_in_bytes, memory.output_size_in_bytes
-    own = 2 * (TPU.tokens * TPU.dim + TPU.vocab * TPU.dim / mesh.shape["tensor"] / mesh.shape["fsdp"])
-    return temporary / 2**30, (outputs - own) / 2**20, compile_seconds
+    gradient_bytes = 2 * (TPU.tokens * TPU.dim + TPU.vocab * TPU.dim / mesh.shape["tensor"] / mesh.shape["fsdp"])
+    return temporary / 2**30, (outputs - gradient_bytes) / 2**20, compile_seconds
 
 
 def chip_mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
@@ -218,9 +218,9 @@ def chip_mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
 
 
 def tpu_table() -> Iterator[str]:
-    yield f"## TPU, ahead of time: {TPU.tokens} tokens a data shard, D = {TPU.dim}, V = {TPU.vocab}, {TPU.dtype}\n"
+    yield f"## TPU, ahead of time: {TPU.tokens} tokens per data shard, D = {TPU.dim}, V = {TPU.vocab}, {TPU.dtype}\n"
     if importlib.util.find_spec("libtpu") is None:
-        yield "Not measured: it needs the TPU compiler, `pip install -e '.[tpu]'`."
+        yield "Not measured: this needs the TPU compiler, `pip install -e '.[tpu]'`."
         return
     yield "| row | chip | temp GiB | outputs beyond the gradients, MiB | compile s |"
     yield "|---|---|---|---|---|"
@@ -229,7 +229,7 @@ def tpu_table() -> Iterator[str]:
         for name, row, _ in rows(TPU):
             name = name.replace("100% active", "skipping")
             if "% active" in name or name in seen:
-                continue  # how many are active changes nothing here
+                continue  # the number of active tokens changes nothing here
             seen.add(name)
             yield from _tpu_row(name, chip, row, chip_mesh(topology, 1, 1))
         pallas = ours(TPU, entropy=True, implementation="pallas_tpu", token_block=512)
@@ -249,9 +249,12 @@ def _tpu_row(name: str, chip: str, row: Row, mesh: Mesh) -> Iterator[str]:
 
 
 def roofline_table() -> Iterator[str]:
-    """What the arithmetic says, in units of one T·D·V matmul at a chip's peak: no compiler and no TPU behind it."""
+    """Yields bounds in units of one T·D·V matmul at a chip's peak: pure arithmetic, with no compiler and no TPU."""
     yield f"## TPU, by arithmetic: {TPU.tokens} tokens, D = {TPU.dim}, V = {TPU.vocab}, all active\n"
-    yield "Matmul units, and the time, in such units, of the bytes that pass through HBM; the larger bounds it.\n"
+    yield (
+        "Matmul units, and the time to move the bytes through HBM in the same units; the larger is a lower bound on "
+        "the time.\n"
+    )
     yield "| way | matmul units | " + " | ".join(f"{chip}: HBM units" for chip in CHIPS) + " |"
     yield "|---|---|" + "---|" * len(CHIPS)
     matmul = 2 * TPU.tokens * TPU.dim * TPU.vocab
@@ -259,14 +262,14 @@ def roofline_table() -> Iterator[str]:
     logits = 2 * TPU.tokens * TPU.vocab
     chunks = TPU.tokens / CHUNK
     ways: dict[str, tuple[int, float]] = {
-        # logits written, read by the softmax and by its gradient, which is written and read by two matmuls
+        # writes the logits; the softmax and its gradient read them; the gradient is written, and two matmuls read it
         "full logits bf16": (3, 6 * logits + 3 * head + 3 * hidden),
-        # a chunk of tokens reads the head for each matmul, and reads and writes the gradient of the head in f32
+        # each chunk of tokens reads the head for each matmul, and reads and writes the head's gradient in f32
         "token chunks, rematerialised": (4, chunks * (3 + 2 * 2) * head + 4 * hidden),
         "token chunks, gradient in forward": (3, chunks * (2 + 2 * 2) * head + 3 * hidden),
     }
     for block in (2048, 4096, 8192):
-        # a block of the vocabulary reads hidden once forward and once backward, and reads and writes d hidden in f32
+        # each vocabulary block reads hidden once forward and once backward, and reads and writes d hidden in f32
         moved = -(-TPU.vocab // block) * (2 + 2 * 2) * hidden + 3 * head
         ways[f"ours, vocab_block {block}"] = (4, moved)
     for way, (units, moved) in ways.items():
@@ -275,12 +278,12 @@ def roofline_table() -> Iterator[str]:
 
 
 def gpu_table() -> Iterator[str]:
-    """Wall time and memory on this machine's GPU, torch's kernels in processes of their own."""
+    """Wall time and memory on this machine's GPU; torch's kernels run in separate processes."""
     yield "## GPU: 8192 tokens, D = 4096, bfloat16\n"
     if jax.default_backend() != "gpu":
         yield "Not measured: no GPU. The module's docstring has the command."
         return
-    yield f"{jax.devices()[0].device_kind}. Memory is above inputs and returned gradients.\n"
+    yield f"{jax.devices()[0].device_kind}. Memory is beyond inputs and returned gradients.\n"
     for size in GPU:
         hidden, head, *_ = arguments(size, 1.0)
         matmul = jax.jit(lambda h, w: jnp.einsum("nd,vd->nv", h, w)).lower(hidden, head).compile()
@@ -351,7 +354,7 @@ def main(_) -> None:
     for line in lines:
         emit(line)
     if importlib.util.find_spec("tokamax") is None:
-        emit("tokamax is not installed: no row of it.\n")
+        emit("tokamax is not installed: its row is missing.\n")
     tables = {"cpu": [cpu_table], "tpu": [tpu_table, roofline_table], "gpu": [gpu_table]}
     for table in [table for name in TABLES.value for table in tables[name]]:
         for line in table():

@@ -1,11 +1,11 @@
-"""The torch rows of `lm_head_loss.py`, a process of its own: neither framework sees the other's memory pool.
+"""The torch rows of `lm_head_loss.py`, in a separate process: neither framework sees the other's memory pool.
 
     python experiments/benchmarks/lm_head_loss_torch.py --tokens=8192 --dim=4096 --vocab=151936 --share=0.6
 
-Needs a GPU, torch, `liger-kernel` and `cut-cross-entropy` (none is a dependency of this project). One JSON object a
-row: seconds, bytes above inputs and returned gradients, and the largest relative error of 256 active rows of the
-gradient of hidden against f32. The loss is a plain sum over the active tokens, the others are given as the index to
-ignore: per-token cotangents, which PPO needs, are what these kernels do not offer.
+Needs a GPU, torch, `liger-kernel` and `cut-cross-entropy` (none is a dependency of this project). Prints one JSON
+object per row: seconds, bytes beyond inputs and returned gradients, and the largest relative error of 256 active rows
+of the gradient of hidden against f32. The loss is a plain sum over the active tokens; inactive ones have the ignored
+index. These kernels do not offer per-token cotangents, which PPO needs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from cut_cross_entropy import linear_cross_entropy
 from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
 IGNORE = -100
-CHECKED = 256  # rows of the gradient of hidden that are compared with f32
+CHECKED = 256  # rows of the gradient of hidden compared with f32
 ROWS = {
     "torch, full logits bf16": lambda h, w, t: F.cross_entropy(h @ w.T, t, ignore_index=IGNORE, reduction="sum"),
     "Liger": lambda h, w, t: LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum")(w, h, t),
@@ -31,7 +31,7 @@ ROWS = {
 
 
 def reference(hidden, head, targets) -> torch.Tensor:
-    """Returns the gradient of the loss by hidden for a few rows, in f32."""
+    """Returns the gradient of the loss with respect to a few rows of hidden, in f32."""
     hidden = hidden.detach().float().requires_grad_()
     F.cross_entropy(hidden @ head.detach().float().T, targets, reduction="sum").backward()
     return hidden.grad
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 8192), ("dim", 4096), ("vocab", 151_936), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--share", type=float, default=1.0, help="of the tokens that are active")
+    parser.add_argument("--share", type=float, default=1.0, help="share of active tokens")
     parser.add_argument(
         "--device", default="cuda", help="cpu, with TRITON_INTERPRET=1, checks the numbers at small sizes"
     )
@@ -78,7 +78,7 @@ def main() -> None:
     for name, loss in ROWS.items():
         try:
             result = measure(loss, hidden, head, targets, args.repeats, args.device)
-        except Exception as error:  # somebody else's kernel: that it fails here is the result
+        except Exception as error:  # a third party's kernel: its failure is the result
             result = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps({"name": name, "share": args.share, **result, "versions": versions}), flush=True)
 

@@ -1,9 +1,9 @@
-"""Starts and calls a second of the sandbox, all limits on.
+"""Measures sandbox starts and calls per second, with all limits on.
 
     python experiments/benchmarks/sandbox.py [--output=experiments/benchmarks/sandbox.md]
 
-A start is one episode's: a sandbox with files in it, a first command, its end. A call is one more command in a sandbox
-that stands. Each row is measured with some sandboxes at work at once, driven by as many threads.
+A start is that of one episode: open a sandbox with files, run a first command, close it. A call is one more command in
+an open sandbox. Each row is measured with several sandboxes at once, each driven by one thread.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from absl import app, flags
 from echo_jax.tools.sandbox import Limits, Sandbox, Status
 
 OUTPUT = flags.DEFINE_string("output", None, "also write the table to this file")
-SECONDS = flags.DEFINE_float("seconds", 5.0, "of each row")
+SECONDS = flags.DEFINE_float("seconds", 5.0, "duration of each measurement")
 LIMITS = Limits(memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
 FILES = {f"d{i % 3}/f{i}": b"one\ntwo\nthree\n" * 20 for i in range(8)} | {"f": b"line\n" * 100}
 
@@ -47,7 +47,7 @@ def read(sandbox: Sandbox) -> None:
     assert len(sandbox.read_file("f", limit=1000)) == 500
 
 
-ROWS: dict[str, tuple[Callable, bool]] = {  # name -> (what is done once, whether in a sandbox that stands)
+ROWS: dict[str, tuple[Callable, bool]] = {  # name -> (action, whether it needs an open sandbox)
     "episode start": (start, False),
     "bash: `cat f \\| wc -l`": (bash, True),
     "bash: `cd d1; export X=1`": (bash_builtin, True),
@@ -56,13 +56,13 @@ ROWS: dict[str, tuple[Callable, bool]] = {  # name -> (what is done once, whethe
 }
 
 
-def rate(action: Callable, stands: bool, workers: int) -> float:
-    """Returns how often a second `workers` threads do it, all together."""
+def rate(action: Callable, in_open_sandbox: bool, workers: int) -> float:
+    """Returns how often per second `workers` threads together complete the action."""
 
     def work(_) -> float:
         with contextlib.ExitStack() as stack:
-            sandbox = stack.enter_context(Sandbox(limits=LIMITS, files=FILES)) if stands else None
-            action(sandbox)  # an interpreter starts with its first call
+            sandbox = stack.enter_context(Sandbox(limits=LIMITS, files=FILES)) if in_open_sandbox else None
+            action(sandbox)  # warms up: the first call starts the interpreter
             ready.wait()
             begin, done = time.monotonic(), 0
             while (now := time.monotonic()) < begin + SECONDS.value:
@@ -79,15 +79,16 @@ def rate(action: Callable, stands: bool, workers: int) -> float:
 def table() -> Iterator[str]:
     with Sandbox(limits=LIMITS) as sandbox:
         limits_by = sandbox.limits_by
-    yield "# The sandbox: how often a second\n"
+    yield "# The sandbox: operations per second\n"
     yield (
         f"`python experiments/benchmarks/sandbox.py`, {datetime.date.today()}; {os.cpu_count()} CPU cores, "
         f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}; {limits_by}.\n"
     )
     yield "| | 1 at once | 8 at once | 64 at once |"
     yield "|---|---|---|---|"
-    for name, (action, stands) in ROWS.items():
-        yield f"| {name} | " + " | ".join(f"{rate(action, stands, workers):.0f}" for workers in (1, 8, 64)) + " |"
+    for name, (action, in_open_sandbox) in ROWS.items():
+        rates = (rate(action, in_open_sandbox, workers) for workers in (1, 8, 64))
+        yield f"| {name} | " + " | ".join(f"{found:.0f}" for found in rates) + " |"
 
 
 def main(_) -> None:

@@ -1,8 +1,8 @@
 """Trains the tokenizer that ships with the package: `python experiments/tokenizer/train.py --output=FILE`.
 
-Small on purpose (a tiny model's embedding should not dwarf it) and lossless: identity normalisation, byte fallback,
-no dummy prefix, roles as control symbols. The corpus is the words and commands of the built-in tasks, then shell and
-Python text.
+It is small on purpose (its embedding should not dwarf a tiny model) and lossless: identity normalisation, byte
+fallback, no dummy prefix, roles as control symbols. The corpus is the words and commands of the built-in tasks, then
+shell and Python text.
 """
 
 import email
@@ -23,7 +23,7 @@ from echo_jax.tasks.words import WORDS
 from echo_jax.tokenizer import CONTROL_SYMBOLS, DEFAULT_MODEL
 
 OUTPUT = flags.DEFINE_string("output", str(DEFAULT_MODEL), "the model file to write")
-VOCAB = flags.DEFINE_integer("vocab", 1280, "pieces, of which 256 are bytes")
+VOCAB = flags.DEFINE_integer("vocab", 1280, "number of pieces, of which 256 are bytes")
 
 
 def corpus():

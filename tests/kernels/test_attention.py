@@ -1,4 +1,4 @@
-"""Packed attention: every implementation is the same function, with the same gradients, on one device and on a mesh."""
+"""Packed attention: all implementations agree in value and gradients, on one device and on a mesh."""
 
 import functools
 
@@ -35,7 +35,7 @@ def value_and_gradients(*arrays, **options):
 
 
 def by_loops(q, k, v, segments):
-    """In float64, a token at a time."""
+    """Computes attention in float64, one token at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for b, t, h in np.ndindex(q.shape[:3]):
@@ -47,7 +47,7 @@ def by_loops(q, k, v, segments):
     return out
 
 
-def test_attention_is_what_it_says_a_token_at_a_time():
+def test_attention_equals_a_loop_over_tokens():
     q, k, v, segments, _ = inputs()
     short = slice(None, 1), slice(None, 40)
     arrays = [x[short] for x in (q, k, v, segments)]
@@ -55,13 +55,13 @@ def test_attention_is_what_it_says_a_token_at_a_time():
 
 
 @pytest.mark.parametrize("shape", [None, (1, 2, 1)])
-def test_the_splash_kernel_equals_the_plain_one_in_interpretation(shape, monkeypatch):
+def test_splash_kernel_equals_the_plain_one_in_interpret_mode(shape, monkeypatch):
     monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
     arrays = inputs()
     expected = value_and_gradients(*arrays)
     mesh = None if shape is None else make_mesh(*shape)
-    own = value_and_gradients(*arrays, implementation="splash", mesh=mesh)
-    for a, b in zip(own, expected, strict=True):
+    found = value_and_gradients(*arrays, implementation="splash", mesh=mesh)
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
 
 

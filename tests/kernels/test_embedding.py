@@ -1,4 +1,4 @@
-"""The look-up over a mesh is plain indexing, and so is its gradient."""
+"""The look-up over a mesh equals plain indexing, and so does its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ V, D, B, T = 40, 16, 8, 5
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_gradient_are_those_of_indexing(shape, dtype):
+def test_value_and_gradient_equal_plain_indexing(shape, dtype):
     rng = np.random.default_rng(0)
     table, out = rng.normal(size=(V, D)).astype(np.float32), rng.normal(size=(B, T, D)).astype(dtype)
     tokens = rng.integers(0, V, (B, T))
-    tokens[0, :4] = [0, 0, V - 1, V - 1]  # both ends, and a repetition whose gradients add up
+    tokens[0, :4] = [0, 0, V - 1, V - 1]  # both ends, repeated so that gradients add up
     mesh = make_mesh(*shape)
     placed = [
         jax.device_put(x, sharding_of(mesh, axes))
@@ -37,7 +37,7 @@ def test_value_and_gradient_are_those_of_indexing(shape, dtype):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_no_collective_is_larger_than_the_result_of_a_group():
+def test_no_collective_is_larger_than_one_groups_result():
     mesh = make_mesh(4, 2, 1)
     axes = {"table": ("vocab", "embed"), "tokens": ("batch", "time")}
     table = jax.ShapeDtypeStruct((V, D), jnp.float32, sharding=sharding_of(mesh, axes["table"]))

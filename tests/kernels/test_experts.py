@@ -1,4 +1,4 @@
-"""The mixture of experts equals itself written out, however uneven the choice, on any mesh; no token is dropped."""
+"""The mixture of experts equals a plain sum, however uneven the choice, on any mesh; no token is dropped."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ def inputs(seed=0, *, favoured=None):
     rng = np.random.default_rng(seed)
     sizes = [(4, 5, D), (D, E), (E, D, F), (E, D, F), (E, F, D)]
     x, router, *experts = (rng.normal(size=size).astype(np.float32) for size in sizes)
-    if favoured is not None:  # all tokens prefer one expert by far
+    if favoured is not None:  # all tokens strongly prefer one expert
         x[..., 0], router[0] = 1.0, 0.0
         router[0, favoured] = 100.0
     return x, router, *experts
 
 
 def written_out(x, router, gate, up, down, *, normalize):
-    """Token by token, expert by expert, in numpy."""
+    """Computes it token by token, expert by expert, in numpy."""
     out = np.zeros_like(x, np.float64)
     for place in np.ndindex(x.shape[:-1]):
         token = x[place].astype(np.float64)
@@ -39,14 +39,14 @@ def written_out(x, router, gate, up, down, *, normalize):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("favoured", [None, 3], ids=["any", "all to one expert"])
-def test_it_equals_the_sum_written_out(favoured, normalize):
+def test_mixture_equals_the_plain_sum(favoured, normalize):
     values = inputs(favoured=favoured)
     found = jax.jit(lambda *a: mix(*a, per_token=K, normalize=normalize))(*values)
     np.testing.assert_allclose(found, written_out(*values, normalize=normalize), rtol=1e-4, atol=1e-4)
 
 
-def test_router_and_sum_are_in_float32_where_the_rest_is_bfloat16():
-    """Experts that give all they get, so that what is rounded is the router's softmax and the sum alone."""
+def test_router_and_sum_are_float32_when_experts_are_bfloat16():
+    """The experts compute exactly, so the only rounding is in the router's softmax and the sum."""
     x, router, *_ = inputs(2)
     half = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
     gate, up, down = np.zeros((E, D, F)), np.zeros((E, D, F)), np.zeros((E, F, D))
@@ -60,7 +60,7 @@ def test_router_and_sum_are_in_float32_where_the_rest_is_bfloat16():
 
 
 def dense(x, router, gate, up, down):
-    """All experts for all tokens, those that were not chosen times 0."""
+    """Applies all experts to all tokens, with weight 0 where not chosen."""
     probability = jax.nn.softmax(x @ router)
     least = jax.lax.top_k(probability, K)[0][..., -1:]
     weight = jnp.where(probability >= least, probability, 0.0)
@@ -77,17 +77,17 @@ def gradients(function, values):
 
 
 def assert_close(found, expected):
-    for own, other in zip(found, expected, strict=True):
-        assert np.abs(other).max() > 0.01
-        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(theirs).max() > 0.01
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("favoured", [None, 3], ids=["any", "all to one expert"])
-def test_its_gradients_are_those_of_the_dense_sum(favoured):
+def test_gradients_equal_those_of_the_dense_sum(favoured):
     values = inputs(favoured=favoured)
     found = gradients(lambda *a: mix(*a, per_token=K, normalize=True), values)
     assert_close([found[0], *found[2:]], [(g := gradients(dense, values))[0], *g[2:]])
-    if favoured is None:  # else the router is as good as certain
+    if favoured is None:  # else the router is nearly certain
         assert_close(found[1:2], g[1:2])
 
 

@@ -1,4 +1,4 @@
-"""The fused LM head equals float64, value and gradients, ragged on every axis, on one device and on eight."""
+"""The fused LM head matches float64 in value and gradients, ragged on every axis, on one device and on eight."""
 
 import dataclasses
 import functools
@@ -14,15 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs, xla
 from echo_jax.system.sharding import make_mesh
 
-IMPLEMENTATIONS = ("reference", "xla")  # the Pallas kernel is interpreted on a CPU, and has tests of its own
-# What a result may differ by, relative to the norm of the whole array; log-probs absolutely.
+IMPLEMENTATIONS = ("reference", "xla")  # the Pallas kernel needs interpret mode on a CPU, and has separate tests
+# Tolerances, relative to the norm of the whole array; absolute for log-probs.
 GRADIENT = {"float32": 1e-5, "bfloat16": 5e-3}
 LOGPROB = 2e-5  # where |z| <= 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Inputs, cotangents and what float64 makes of them."""
+    """Inputs, cotangents and their float64 results."""
 
     hidden: np.ndarray
     head: np.ndarray  # [V, D]
@@ -32,7 +32,7 @@ class Problem:
     cotangents: np.ndarray  # [3, N] of logprob, logsumexp, entropy
 
     def float64(self, softcap=None):
-        """Returns ((logprob, logsumexp, entropy), (d hidden, d head)) by the formulas, [N, V] arrays and all."""
+        """Returns ((logprob, logsumexp, entropy), (d hidden, d head), argmax) by the formulas, with [N, V] arrays."""
         hidden, head, temperature = (x.astype(np.float64) for x in (self.hidden, self.head, self.temperature[:, None]))
         raw = hidden @ head.T
         capped = raw if softcap is None else softcap * np.tanh(raw / softcap)
@@ -102,8 +102,8 @@ def check(p: Problem, *, softcap=None, dtype="float32", mesh=None, **options):
     np.testing.assert_allclose(values[0], expected[0], rtol=0, atol=LOGPROB)
     np.testing.assert_allclose(values[1:], expected[1:], rtol=1e-5, atol=LOGPROB)
     assert (correct == (p.active & (best == p.targets))).all()
-    for own, value in zip(grads, expected_grads, strict=True):
-        difference = np.linalg.norm(own.astype(np.float64) - value)
+    for found, value in zip(grads, expected_grads, strict=True):
+        difference = np.linalg.norm(found.astype(np.float64) - value)
         assert difference <= GRADIENT[dtype] * np.linalg.norm(value) + 1e-12
 
 
@@ -137,8 +137,8 @@ def test_any_block_size_is_right(token_block, vocab_block):
     check(problem(37, 130), token_block=token_block, vocab_block=vocab_block)
 
 
-def test_large_logits_err_no_more_than_dense_float32_does():
-    """At ±80 a dense f32 head itself errs; ours by at most half as much again, and nothing overflows."""
+def test_large_logits_are_nearly_as_accurate_as_dense_float32():
+    """At ±80 a dense f32 head itself has errors; ours are at most 1.5 times as large, and nothing overflows."""
     p = problem(64, 1187, scale=6.0)
     inputs = {name: jnp.asarray(value) for name, value in vars(p).items()}
     expected, _, _ = p.float64()
@@ -154,7 +154,7 @@ def test_large_logits_err_no_more_than_dense_float32_does():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_clipped_ratio_and_squared_logsumexp_cotangents(implementation):
-    """A loss as it is trained: PPO's clip on the log-probs, a z-loss on the logsumexp."""
+    """A loss as used in training: PPO's clip on the log-probs, a z-loss on the logsumexp."""
     p = problem(40, 130, active=0.8)
     advantage, (logprob, logsumexp, _) = p.cotangents[0], p.float64()[0]
     old = logprob + np.random.default_rng(1).normal(0, 0.3, 40)
@@ -173,15 +173,15 @@ def test_clipped_ratio_and_squared_logsumexp_cotangents(implementation):
     assert 0 < stopped.sum() < 40
     cotangents = np.stack([np.where(stopped, 0.0, -ratio * advantage), 2e-2 * logsumexp, np.zeros(40)])
     expected = dataclasses.replace(p, cotangents=cotangents).float64()[1]
-    for own, value in zip(jax.jit(jax.grad(loss, (0, 1)))(p.hidden, p.head), expected, strict=True):
-        assert np.linalg.norm(own - value) <= GRADIENT["float32"] * np.linalg.norm(value)
+    for found, value in zip(jax.jit(jax.grad(loss, (0, 1)))(p.hidden, p.head), expected, strict=True):
+        assert np.linalg.norm(found - value) <= GRADIENT["float32"] * np.linalg.norm(value)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 2, 2), (8, 1, 1)])
 @pytest.mark.parametrize("gather_once", [False, True])
-def test_eight_devices_equal_float64_with_uneven_work_a_shard(shape, gather_once):
-    """Of the shards one has no active token, one a few, the others all."""
-    p = problem(64, 1192)  # 149 entries a shard of eight: no block divides it
+def test_eight_devices_equal_float64_with_uneven_work_per_shard(shape, gather_once):
+    """One shard has no active token, one has a few, the others have all."""
+    p = problem(64, 1192)  # 149 entries per shard of eight: the block size does not divide it
     p.active[:8] = False
     p.active[8:14] = False
     check(p, mesh=make_mesh(*shape), gather_once=gather_once, token_block=4, vocab_block=100)
@@ -209,13 +209,13 @@ def test_tied_gradients_add_up(implementation):
 
     d_hidden, expected = p.float64()[1]
     np.add.at(expected, sources, d_hidden)
-    own = np.asarray(jax.jit(jax.grad(loss))(p.head), np.float64)
-    assert np.linalg.norm(own - expected) <= GRADIENT["float32"] * np.linalg.norm(expected)
+    found = np.asarray(jax.jit(jax.grad(loss))(p.head), np.float64)
+    assert np.linalg.norm(found - expected) <= GRADIENT["float32"] * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_inactive_rows_hold_does_not_matter(implementation):
-    """Not a number, logits whose exponential overflows, a target that does not exist, a temperature of zero."""
+def test_contents_of_inactive_rows_do_not_matter(implementation):
+    """They hold nan, logits whose exponential overflows, a target out of range, a temperature of zero."""
     p = problem(21, 130, active=0.5)
     assert p.active.sum() % 16 > 0  # the last block is not full
     idle = np.flatnonzero(~p.active)
@@ -244,8 +244,8 @@ def test_what_inactive_rows_hold_does_not_matter(implementation):
     grads, values = jax.jit(jax.grad(scalar, (0, 1), has_aux=True))(p.hidden, p.head)
     expected, expected_grads, _ = clean.float64()
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=LOGPROB)
-    for own, value in zip(grads, expected_grads, strict=True):
-        assert np.linalg.norm(own - value) <= GRADIENT["float32"] * np.linalg.norm(value)
+    for found, value in zip(grads, expected_grads, strict=True):
+        assert np.linalg.norm(found - value) <= GRADIENT["float32"] * np.linalg.norm(value)
 
 
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
@@ -255,19 +255,19 @@ def test_logits_far_from_zero(shift):
         p, hidden=np.c_[p.hidden, np.ones(20)], head=np.c_[p.head, np.full(130, shift)], temperature=np.ones(20)
     )
     scores = fused_logprobs(p.hidden, p.head, p.targets, token_block=8, vocab_block=48)
-    np.testing.assert_allclose(scores.logprob, p.float64()[0][0], atol=1e-3)  # an f32 near 300 has 3e-5
+    np.testing.assert_allclose(scores.logprob, p.float64()[0][0], atol=1e-3)  # an f32 near 300 resolves 3e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_is_left_out_has_its_plain_meaning(implementation):
+def test_omitted_arguments_have_plain_defaults(implementation):
     p = problem(21, 130)
     score = functools.partial(fused_logprobs, p.hidden, p.head, p.targets, implementation=implementation)
     plain = score()
     assert not plain.entropy.any()
     every = score(active=np.ones(21, bool), temperature=np.ones(21, np.float32), entropy=True)
     assert every.entropy.all()
-    for own, other in zip(plain._replace(entropy=every.entropy), every, strict=True):
-        np.testing.assert_array_equal(own, other)
+    for default, explicit in zip(plain._replace(entropy=every.entropy), every, strict=True):
+        np.testing.assert_array_equal(default, explicit)
     np.testing.assert_array_equal(score(temperature=0.7)[0], score(temperature=np.full(21, 0.7, np.float32))[0])
 
 
@@ -288,7 +288,7 @@ def test_blocks_without_an_active_row_are_not_computed(share, monkeypatch):
     assert len(computed) == 2 * -(-p.active.sum() // 8) * -(-200 // 64)  # forward and backward
 
 
-def test_one_program_whatever_is_active():
+def test_one_program_for_any_active_rows():
     function = jax.jit(lambda active: fused_logprobs(p.hidden, p.head, p.targets, active=active, token_block=8).logprob)
     p = problem(53, 200)
     for share in (0.0, 0.3, 1.0):
@@ -306,7 +306,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def test_in_bfloat16_matmuls_accumulate_in_float32_and_the_head_travels_as_bfloat16():
+def test_bfloat16_matmuls_accumulate_in_float32_and_the_head_is_gathered_as_bfloat16():
     mesh = make_mesh(1, 2, 4)
     for gather_once in (False, True):
         axes = Axes(("data", "fsdp"), "tensor", "fsdp", gather_once)
@@ -327,7 +327,7 @@ def test_in_bfloat16_matmuls_accumulate_in_float32_and_the_head_travels_as_bfloa
         assert all(e.invars[0].aval.dtype == jnp.bfloat16 for e in gathers)
 
 
-def test_a_float32_head_under_bfloat16_states_gets_float32_gradients():
+def test_float32_head_with_bfloat16_hidden_gets_float32_gradients():
     p = problem(40, 130)
     loss = lambda head: jnp.sum(fused_logprobs(p.hidden.astype(jnp.bfloat16), head, p.targets).logprob)  # noqa: E731
     grad = jax.grad(loss)(jnp.asarray(p.head))
@@ -335,7 +335,7 @@ def test_a_float32_head_under_bfloat16_states_gets_float32_gradients():
     assert (np.asarray(grad.astype(jnp.bfloat16).astype(jnp.float32)) != np.asarray(grad)).any()
 
 
-def test_what_does_not_fit_is_named():
+def test_arguments_that_do_not_fit_are_named():
     p = problem(6, 130)
     with pytest.raises(ValueError, match=r"hidden \[N, D\] \(6, 24\), head \[D, V\] \(130, 24\)"):
         fused_logprobs(p.hidden, p.head, p.targets, vocab_axis=1)
@@ -357,9 +357,9 @@ def test_what_does_not_fit_is_named():
         fused_logprobs(p.hidden, p.head, p.targets, axes=axes)
     for wrong, named in (
         (Axes(("data", "expert"), "tensor"), "expert"),
-        (Axes("data", "tensor"), "tokens is a tuple"),
+        (Axes("data", "tensor"), "tokens must be a tuple"),
         (Axes(("data",), "tensor", "fsdp"), "`embed` must be"),
-        (Axes(("data", "tensor"), "tensor"), "`vocab` may not be"),
+        (Axes(("data", "tensor"), "tensor"), "`vocab` must not be"),
     ):
         with pytest.raises(ValueError, match=named):
             fused_logprobs(p.hidden, p.head, p.targets, mesh=make_mesh(2, 2, 2), axes=wrong)
@@ -373,11 +373,11 @@ def test_what_does_not_fit_is_named():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("wrong", [-1, 130])
-def test_a_target_outside_the_vocabulary_is_named_or_under_a_trace_not_a_number(implementation, wrong):
+def test_target_outside_the_vocabulary_is_named_or_nan_under_a_trace(implementation, wrong):
     p = problem(6, 130)
     p.targets[3] = wrong
     score = functools.partial(fused_logprobs, implementation=implementation)
-    with pytest.raises(ValueError, match=f"a target is {wrong}, outside the vocabulary of 130"):
+    with pytest.raises(ValueError, match=f"target {wrong} is outside the vocabulary of 130"):
         score(p.hidden, p.head, p.targets)
     traced = np.asarray(jax.jit(score)(p.hidden, p.head, p.targets).logprob)
     assert np.isnan(traced).tolist() == [False, False, False, True, False, False]
@@ -385,7 +385,7 @@ def test_a_target_outside_the_vocabulary_is_named_or_under_a_trace_not_a_number(
     assert np.isfinite(score(p.hidden, p.head, p.targets, active=idle).logprob).all()
 
 
-def test_the_pallas_kernel_refuses_another_platform():
+def test_pallas_kernel_refuses_other_platforms():
     p = problem(6, 130)
     with pytest.raises(ValueError, match="interpret mode"):
         fused_logprobs(p.hidden, p.head, p.targets, implementation="pallas_tpu")
@@ -394,7 +394,7 @@ def test_the_pallas_kernel_refuses_another_platform():
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 130), (37, 130), (50, 1187)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_the_pallas_kernel_equals_float64_in_interpretation(tokens, vocab, dtype, softcap):
+def test_pallas_kernel_equals_float64_in_interpret_mode(tokens, vocab, dtype, softcap):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         check(
             problem(tokens, vocab, dtype=dtype, active=0.7),

@@ -1,4 +1,4 @@
-"""What the compiled sharded program does: where its collectives stand, and how large its arrays get."""
+"""The compiled sharded program: where its collectives are, and how large its arrays get."""
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +38,16 @@ def compiled_text(mesh, gather_once=False) -> str:
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 2), (1, 8, 1)])
-def test_no_collective_in_the_token_loop_and_none_of_the_heads_size_in_any_loop(shape):
-    # Broken on purpose: with the vocabulary's psum moved into `over_tokens`, a collective shows at depth 2.
+def test_no_collective_in_the_token_loop_and_no_head_sized_one_in_any_loop(shape):
+    # When broken on purpose, by moving the vocabulary's psum into `over_tokens`, a collective shows at depth 2.
     found = collectives(compiled_text(make_mesh(*shape)))
     inside = [c for c in found if c.depth]
-    assert inside  # the head is streamed: a gather a block
+    assert inside  # the head is streamed: one gather per block
     assert all(c.depth == 1 for c in inside)
     assert max(c.elements for c in inside) <= VOCAB_BLOCK * DIM
 
 
-def test_gathered_once_only_the_gradient_of_a_block_moves_in_the_loop():
+def test_with_gather_once_the_loop_moves_only_the_gradient_of_a_block():
     found = collectives(compiled_text(make_mesh(1, 2, 4), gather_once=True))
     assert not [c for c in found if c.depth and c.kind == "all-gather"]
     assert [c for c in found if not c.depth and c.kind == "all-gather"]
@@ -73,8 +73,8 @@ GIB = 2**30
         ("v5e:16x16", 256, 1, True, 0.45),
     ],
 )
-def test_memory_that_the_tpu_compiler_plans(topology, fsdp, tensor, entropy, limit):
-    """GiB of temporary memory a chip for 8,192 tokens a data shard, D = 4096, V = 151,936, bf16, active mask on."""
+def test_memory_planned_by_the_tpu_compiler(topology, fsdp, tensor, entropy, limit):
+    """GiB of temporary memory per chip: 8,192 tokens per data shard, D = 4096, V = 151,936, bf16, active mask on."""
     tokens, dim, vocab = 8192, 4096, 151_936
     devices = topologies.get_topology_desc(topology, platform="tpu").devices[: fsdp * tensor]
     mesh = make_mesh(1, fsdp, tensor, devices)

@@ -1,4 +1,4 @@
-"""Adapters: what is declared is trained and nothing else, and all parts of the system see the same model."""
+"""Adapters: training changes the declared parameters and no others, and all parts of the system see the same model."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ POSITIONS = np.broadcast_to(np.arange(10), (2, 10))
 
 @functools.cache
 def random_params(config, shape=(1, 1, 1)):
-    """Parameters whose adapters act."""
+    """Parameters whose adapters are not zero."""
     rng = np.random.default_rng(1)
     draw = lambda x: jax.device_put((0.2 * rng.normal(size=x.shape)).astype(x.dtype), x.sharding)  # noqa: E731
     return jax.tree.map(draw, abstract_params(config, make_mesh(*shape))[1])
@@ -47,7 +47,7 @@ def packed(mesh=MESH):
     return to_mesh(batch, mesh)
 
 
-def test_a_fresh_adapter_changes_nothing():
+def test_initial_adapter_changes_nothing():
     params = initial(ADAPTED, MESH)[1]
     trained, frozen = lora.split(params)
     assert jax.tree.structure(frozen) == jax.tree.structure(initial(TINY, MESH)[1])
@@ -106,7 +106,7 @@ def test_training_moves_every_declared_parameter_and_no_other(config, dtype):
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
     step = make_train_step(graphdef, abstract_state(lora.split(params)[0], optimizer, MESH), optimizer, MESH, OPTIONS)
-    for _ in range(2):  # in the first a B of zeros keeps its A from moving, but for the decay
+    for _ in range(2):  # in the first step only weight decay moves A, because B is zero
         state, _ = step(state, frozen, packed())
     assert step._cache_size() == 1
     after = jax.device_get(lora.join(state.params, frozen))
@@ -115,7 +115,7 @@ def test_training_moves_every_declared_parameter_and_no_other(config, dtype):
         assert moved.all() if lora.is_adapter(path[-1].key) else not moved.any(), path
 
 
-def test_gradients_of_adapters_on_eight_devices_are_those_on_one():
+def test_adapter_gradients_on_eight_devices_equal_those_on_one():
     found = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         mesh = make_mesh(*shape)
@@ -131,22 +131,22 @@ def test_gradients_of_adapters_on_eight_devices_are_those_on_one():
     assert relative_difference(found[1], found[0]) < 1e-5
 
 
-def test_gradients_are_those_of_the_whole_model_by_the_chain_rule():
+def test_adapter_gradients_follow_from_the_full_gradient_by_the_chain_rule():
     """dA and dB from dW, written out: dA = scale · dW Bᵀ, dB = scale · Aᵀ dW."""
     graphdef, _ = abstract_params(PARTLY, MESH)
     plain, _ = abstract_params(TINY, MESH)
     params = random_params(PARTLY)
     trained, frozen = lora.split(params)
     merged = lora.without(params) | {"layers": merged_layers(params, PARTLY.lora)}
-    own = jax.jit(lambda t, f, b: loss_and_grads(graphdef, t, f, b, MESH, OPTIONS)[1])(trained, frozen, packed())
+    grads = jax.jit(lambda t, f, b: loss_and_grads(graphdef, t, f, b, MESH, OPTIONS)[1])(trained, frozen, packed())
     whole = jax.jit(lambda p, b: loss_and_grads(plain, p, {}, b, MESH, OPTIONS)[1])(merged, packed())
     a, b = params["layers"]["down_lora_a"], params["layers"]["down_lora_b"]
     gradient = PARTLY.lora.scale * whole["layers"]["down"]
     expected = jnp.einsum("lfd,lrd->lfr", gradient, b), jnp.einsum("lfr,lfd->lrd", a, gradient)
-    assert relative_difference([own["layers"]["down_lora_a"], own["layers"]["down_lora_b"]], list(expected)) < 1e-4
+    assert relative_difference([grads["layers"]["down_lora_a"], grads["layers"]["down_lora_b"]], list(expected)) < 1e-4
 
 
-def test_the_sampler_uses_the_adapter_and_brings_what_is_frozen_once():
+def test_sampler_uses_the_adapter_and_places_frozen_weights_once():
     graphdef, _ = abstract_params(PARTLY, MESH)
     engine = DenseEngine(graphdef, PARTLY, lanes=2, max_tokens=24, temperature=1.0, stop_ids=(0,), seed=0, mesh=MESH)
     trained, frozen = lora.split(random_params(PARTLY))
@@ -188,13 +188,13 @@ def test_bfloat16_parameters_have_float32_gradients_and_moments():
 
 
 def test_flops_of_experts_by_hand():
-    """Of six experts a token goes to two; and to the router of all."""
+    """A token goes to two of six experts, and through the router over all six."""
     plain, sparse = (train_flops(config, 100, 0) for config in (TINY, SPARSE))
     assert sparse - plain == 6 * 100 * 2 * (16 * 6 + (2 - 1) * 3 * 16 * 32)
 
 
 def test_flops_by_hand():
-    """A frozen matrix has no gradient of its own: four FLOPs a weight and token, and six an adapter's."""
+    """A frozen matrix needs no weight gradient: four FLOPs per weight and token, but six for an adapter's weight."""
     adapted = dataclasses.replace(TINY, lora=Lora(rank=2, alpha=1.0, targets=("down",)))
     matrices = train_flops(TINY, 1, 0) // 6
     assert train_flops(adapted, 100, 0) == 100 * (4 * matrices + 6 * 2 * 2 * (32 + 16))

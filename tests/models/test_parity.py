@@ -1,4 +1,4 @@
-"""Logits equal those of transformers, from its files and back in them; PEFT reads our adapters."""
+"""Logits equal those of transformers, on weights that it wrote and that it reads; PEFT reads our adapters."""
 
 import dataclasses
 import functools
@@ -71,13 +71,13 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def published(request, tmp_path_factory):
-    """(transformers' model, the folder that it wrote): random weights, in which no norm is 1 and no bias 0."""
+    """Returns (transformers' model, the folder that it wrote): random weights, with no norm 1 and no bias 0."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    said = SMALL | FAMILIES[request.param]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**said)).eval()
+    settings = SMALL | FAMILIES[request.param]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -89,7 +89,7 @@ def published(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """(transformers' SmolLM2-135M-Instruct, the GGUF file that it was read from)"""
+    """Returns (transformers' SmolLM2-135M-Instruct, the GGUF file that it was read from)."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -102,8 +102,8 @@ def smollm2():
 def our(path: Path, **fields) -> tuple[ModelConfig, dict]:
     found = fields_of(path)
     scaling = RopeScaling(**found.pop("rope_scaling"))
-    rest = {"compute_dtype": "float32", "remat": "full", "attention": "xla"} | fields
-    config = ModelConfig(**found, rope_scaling=scaling, **rest)
+    numerics = {"compute_dtype": "float32", "remat": "full", "attention": "xla"} | fields
+    config = ModelConfig(**found, rope_scaling=scaling, **numerics)
     source = open_source(path)
     check_tensors(source, path, config)
     return config, load_params(source, config, MESH)
@@ -129,7 +129,7 @@ def _jitted(config: ModelConfig):
 
 
 def forward(config, params, *sequences):
-    """Logits of sequences that stand in one row."""
+    """Logits of sequences packed into one row."""
     ids = np.concatenate(sequences)[None]
     positions = np.concatenate([np.arange(len(s)) for s in sequences])[None]
     segments = np.concatenate([np.full(len(s), i) for i, s in enumerate(sequences, start=1)])[None]
@@ -137,7 +137,7 @@ def forward(config, params, *sequences):
 
 
 def decoded(config, params, ids):
-    """Logits of a sequence that is fed token by token."""
+    """Logits of a sequence fed token by token."""
     cache, found = init_cache(config, 1, len(ids)), []
     for position, token in enumerate(ids):
         logits, cache = _jitted(config)[1](params, np.array([token]), np.array([position]), cache)
@@ -178,16 +178,16 @@ def assert_logits_are_theirs(config, params, model, tolerance):
     }.items():
         np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0, err_msg=name)
         chosen = np.take_along_axis(expected, found.argmax(-1)[:, None], -1)[:, 0]
-        assert (expected.max(-1) - chosen <= tolerance).all(), name  # the same token, or one as likely
+        assert (expected.max(-1) - chosen <= tolerance).all(), name  # the same token, or an equally likely one
 
 
-def test_logits_of_every_family_are_transformers(published):
+def test_logits_of_every_family_equal_transformers(published):
     model, folder = published
     config, params = our(folder)
     assert_logits_are_theirs(config, params, model, 2e-4)
 
 
-def test_what_we_write_transformers_loads_with_the_same_logits(published, tmp_path):
+def test_transformers_loads_our_weights_with_the_same_logits(published, tmp_path):
     model, folder = published
     config, params = our(folder)
     write(config, params, tmp_path, file_bytes=30_000)
@@ -195,7 +195,7 @@ def test_what_we_write_transformers_loads_with_the_same_logits(published, tmp_pa
     np.testing.assert_array_equal(theirs(reload(tmp_path), ids), theirs(model, ids))
 
 
-def test_peft_reads_our_adapter_and_merged_weights_act_like_it(published, tmp_path):
+def test_peft_reads_our_adapter_and_merged_weights_match_it(published, tmp_path):
     from peft import PeftModel
 
     _, folder = published
@@ -222,7 +222,7 @@ def test_peft_reads_our_adapter_and_merged_weights_act_like_it(published, tmp_pa
     np.testing.assert_allclose(ours, theirs(reload(tmp_path / "merged"), ids), atol=2e-4, rtol=0)
 
 
-def test_smollm2s_logits_are_transformers(smollm2):
+def test_smollm2_logits_equal_transformers(smollm2):
     model, path = smollm2
     config, params = our(path)
     assert_logits_are_theirs(config, params, model, 1e-3)
@@ -230,7 +230,7 @@ def test_smollm2s_logits_are_transformers(smollm2):
     assert (forward(config, params, ids).argmax(-1) == theirs(model, ids).argmax(-1)).all()
 
 
-def test_smollm2_goes_from_gguf_to_a_folder_that_transformers_loads(smollm2, tmp_path):
+def test_smollm2_exported_from_gguf_loads_in_transformers(smollm2, tmp_path):
     model, path = smollm2
     config, params = our(path)
     write(config, params, tmp_path, file_bytes=200 << 20)

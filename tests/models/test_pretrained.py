@@ -1,4 +1,4 @@
-"""Published weights: what is written is read back bit for bit, on any mesh; what does not fit is named before work."""
+"""Published weights round-trip bit for bit on any mesh; an error names whatever does not fit, before work starts."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ MESHES = {"one device": (1, 1, 1), "fsdp and tensor": (1, 2, 2), "data": (2, 2, 
 
 
 def write(config: ModelConfig, folder: Path, *, mesh=(1, 1, 1), **options) -> dict:
-    """Writes random weights of a model as they are published; returns them."""
+    """Writes random weights of a model in the published layout; returns them."""
     params = random_params(config, make_mesh(*mesh))
     folder.mkdir(exist_ok=True)
     write_weights(params, config, folder, **{"dtype": "float32"} | options)
@@ -45,7 +45,7 @@ def write(config: ModelConfig, folder: Path, *, mesh=(1, 1, 1), **options) -> di
 
 
 def random_params(config: ModelConfig, mesh) -> dict:
-    """Like `init_params`, but no two numbers are alike: norms and biases too."""
+    """Like `init_params`, but no two numbers are equal, in norms and biases too."""
     params = initial(config, mesh)[1]
     rng = np.random.default_rng(0)
     noise = jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), params)
@@ -64,7 +64,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_what_is_written_is_read_back_bit_for_bit(tmp_path, config, mesh):
+def test_written_weights_are_read_back_bit_for_bit(tmp_path, config, mesh):
     params = write(config, tmp_path, mesh=mesh, file_bytes=5000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     found = read(config, tmp_path, mesh)
@@ -73,7 +73,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path, config, mesh):
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_a_matrix_is_published_transposed_with_its_heads_side_by_side(tmp_path, config):
+def test_published_matrix_is_transposed_with_adjacent_heads(tmp_path, config):
     params = jax.device_get(write(config, tmp_path))
     tensors = load_file(tmp_path / SINGLE)
     heads, size = config.num_heads, config.head_dim
@@ -91,14 +91,14 @@ def test_a_matrix_is_published_transposed_with_its_heads_side_by_side(tmp_path, 
     assert ("lm_head.weight" in tensors) is not config.tie_embeddings
 
 
-def test_parameters_may_be_bfloat16_here_and_in_the_file(tmp_path):
+def test_parameters_may_be_bfloat16_in_memory_and_in_the_file(tmp_path):
     params = write(TINY, tmp_path, dtype="bfloat16")
     rounded = jax.tree.map(lambda x: x.astype("bfloat16"), params)
     assert_same(read(dataclasses.replace(TINY, param_dtype="bfloat16"), tmp_path), rounded)
     assert_same(read(TINY, tmp_path), jax.tree.map(lambda x: x.astype("float32"), rounded))
 
 
-def test_adapters_are_no_part_of_published_weights(tmp_path):
+def test_adapters_are_not_part_of_published_weights(tmp_path):
     params = write(TINY, tmp_path)
     adapted = dataclasses.replace(TINY, lora=lora.Lora(rank=2, alpha=4.0, targets=("query", "down")))
     assert_same(read(adapted, tmp_path), params)
@@ -106,7 +106,7 @@ def test_adapters_are_no_part_of_published_weights(tmp_path):
     assert set(adapters["layers"]) == {"query_lora_a", "query_lora_b", "down_lora_a", "down_lora_b"}
 
 
-def test_a_process_reads_only_what_its_devices_hold_and_never_more_than_one_tensor(tmp_path):
+def test_process_reads_only_the_slices_of_its_devices_one_tensor_at_a_time(tmp_path):
     write(TINY, tmp_path)
     source = open_source(tmp_path)
     sizes, plain = [], source.open
@@ -132,13 +132,13 @@ def test_a_process_reads_only_what_its_devices_hold_and_never_more_than_one_tens
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_a_config_json_says_what_a_model_is(config):
+def test_config_json_round_trips(config):
     fields = model_fields(json.loads(json.dumps(published_config(config, max_length=128))))
     scaling = RopeScaling(**fields.pop("rope_scaling"))
     assert dataclasses.replace(config, **fields, rope_scaling=scaling) == config
 
 
-def test_old_and_new_ways_to_say_rope_are_read_alike():
+def test_old_and_new_rope_keys_are_equivalent():
     old = published_config(dataclasses.replace(TINY, rope_scaling=LLAMA3), max_length=128)
     new = {k: v for k, v in old.items() if not k.startswith("rope_")}
     new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
@@ -150,39 +150,39 @@ def test_old_and_new_ways_to_say_rope_are_read_alike():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type = 'mamba'; there are llama, qwen2, qwen3, qwen3_moe"),
+        ({"model_type": "mamba"}, "model_type = 'mamba' is not supported, only llama, qwen2, qwen3, qwen3_moe"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": None}, "does not say hidden_size"),
-        ({"hidden_size": "64"}, "hidden_size = '64' is no whole number above 0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers = True is no whole number"),
-        ({"num_attention_heads": 0}, "num_attention_heads = 0 is no whole number above 0"),
-        ({"rms_norm_eps": "x"}, "rms_norm_eps = 'x' is no number above 0"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size = '64' must be an integer above 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True must be an integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 must be an integer above 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps = 'x' must be a finite number above 0"),
         ({"model_type": ["llama"]}, r"model_type = \['llama'\]"),
         ({"mlp_bias": True}, "mlp_bias = True"),
-        ({"model_type": "qwen3_moe"}, "does not say moe_intermediate_size, num_experts, num_experts_per_tok"),
+        ({"model_type": "qwen3_moe"}, "lacks moe_intermediate_size, num_experts, num_experts_per_tok"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is no object"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "factor = 'x' is no number above 0"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e400}}, "beta_fast = inf is no number"),
-        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta = \[1\] is no number above 0"),
-        ({"rope_theta": -1.0}, "rope_theta = -1.0 is no number above 0"),
-        ({"rms_norm_eps": 1e400}, "rms_norm_eps = inf is no number above 0"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is not an object"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "factor = 'x' must be a finite number above 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e400}}, "beta_fast = inf must be a finite"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta = \[1\] must be a finite number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0 must be a finite number above 0"),
+        ({"rms_norm_eps": 1e400}, "rms_norm_eps = inf must be a finite number above 0"),
         ({"layer_types": 5}, "layer_types = 5 is not supported"),
         ({"layer_types": [["x"]]}, "layer_types = .* is not supported"),
         ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported, only none, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
-        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8}}, "does not say factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8}}, "lacks factor"),
     ],
 )
-def test_what_is_not_computed_here_is_refused(tmp_path, changes, message):
+def test_unsupported_config_json_is_refused(tmp_path, changes, message):
     write(TINY, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -191,12 +191,12 @@ def test_what_is_not_computed_here_is_refused(tmp_path, changes, message):
     assert str(tmp_path) in str(raised.value)
 
 
-def test_a_model_of_no_family_cannot_be_published():
+def test_model_that_matches_no_family_cannot_be_published():
     with pytest.raises(FamilyError, match="qkv_bias = True with qk_norm = True"):
         family_of(dataclasses.replace(TINY, qkv_bias=True, qk_norm=True))
 
 
-def test_a_config_that_differs_from_the_weights_is_told_every_field(tmp_path):
+def test_every_field_that_contradicts_the_weights_is_listed(tmp_path):
     write(TINY, tmp_path)
     model = tiny.get_config().model
     model.update({name: value for name, value in fields_of(tmp_path).items() if name != "rope_scaling"})
@@ -206,8 +206,8 @@ def test_a_config_that_differs_from_the_weights_is_told_every_field(tmp_path):
     model.num_layers, model.rope_theta = 3, 5.0
     with pytest.raises(WeightsError) as raised:
         check_fields(open_source(tmp_path), tmp_path, model)
-    assert "config.model.num_layers = 3, there 2" in str(raised.value)
-    assert "config.model.rope_theta = 5.0, there 10000.0" in str(raised.value)
+    assert "config.model.num_layers = 3, but the weights have 2" in str(raised.value)
+    assert "config.model.rope_theta = 5.0, but the weights have 10000.0" in str(raised.value)
 
 
 def edit(folder: Path, change) -> None:
@@ -216,7 +216,7 @@ def edit(folder: Path, change) -> None:
     save_file(tensors, folder / SINGLE)
 
 
-def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+def test_all_tensors_that_do_not_fit_are_listed(tmp_path):
     write(TINY, tmp_path)
 
     def change(tensors):
@@ -227,45 +227,45 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path):
     edit(tmp_path, change)
     with pytest.raises(WeightsError) as raised:
         read(TINY, tmp_path)
-    said = str(raised.value)
-    assert "model.layers.1.mlp.up_proj.weight is missing; it should have the shape [32, 16]" in said
-    assert f"{SINGLE}: model.layers.0.mlp.gate_proj.weight has the shape [32, 15], not [32, 16]" in said
-    assert f"{SINGLE}: model.layers.0.self_attn.q_proj.bias is no tensor of this model" in said
+    message = str(raised.value)
+    assert "model.layers.1.mlp.up_proj.weight is missing; it should have the shape [32, 16]" in message
+    assert f"{SINGLE}: model.layers.0.mlp.gate_proj.weight has the shape [32, 15], not [32, 16]" in message
+    assert f"{SINGLE}: model.layers.0.self_attn.q_proj.bias is not a tensor of this model" in message
 
 
-def test_an_embedding_that_is_written_twice_is_read_once(tmp_path):
+def test_tied_head_stored_as_a_copy_is_ignored(tmp_path):
     params = write(TINY, tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     assert_same(read(TINY, tmp_path), params)
 
 
-def test_a_head_that_is_no_embedding_is_not_left_out(tmp_path):
+def test_head_that_differs_from_a_tied_embedding_is_refused(tmp_path):
     write(TINY, tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
-    with pytest.raises(WeightsError, match=r"lm_head\.weight is another than model\.embed_tokens\.weight, while"):
+    with pytest.raises(WeightsError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but"):
         read(TINY, tmp_path)
 
 
-def test_frequencies_that_old_files_hold_are_computed_here(tmp_path):
+def test_rope_frequencies_in_old_files_are_ignored(tmp_path):
     params = write(TINY, tmp_path)
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     edit(tmp_path, lambda tensors: tensors.update(frequencies))
     assert_same(read(TINY, tmp_path), params)
 
 
-def test_an_index_says_how_many_bytes_there_are(tmp_path):
+def test_index_states_the_total_number_of_bytes(tmp_path):
     write(TINY, tmp_path, file_bytes=5000, dtype="bfloat16")
-    said = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
-    assert said == sum(2 * int(np.prod(tensor.shape)) for tensor in open_source(tmp_path).tensors.values())
+    total = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
+    assert total == sum(2 * int(np.prod(tensor.shape)) for tensor in open_source(tmp_path).tensors.values())
 
 
-def test_a_file_that_is_cut_short_is_named_with_its_first_lost_tensor(tmp_path):
+def test_truncated_file_is_named_with_its_first_lost_tensor(tmp_path):
     write(TINY, tmp_path, file_bytes=5000)
     path = sorted(tmp_path.glob("*.safetensors"))[1]
     whole = path.read_bytes()
     for kept in (len(whole) - 1, len(whole) // 2):
         path.write_bytes(whole[:kept])
-        with pytest.raises(WeightsError, match=rf"{path} is cut short: model\..* ends at byte \d+, the file at {kept}"):
+        with pytest.raises(WeightsError, match=rf"{path} is truncated: model\..* ends at byte \d+, the file at {kept}"):
             open_source(tmp_path)
     for kept in (0, 5, 20):
         path.write_bytes(whole[:kept])
@@ -276,31 +276,31 @@ def test_a_file_that_is_cut_short_is_named_with_its_first_lost_tensor(tmp_path):
         open_source(tmp_path)
 
 
-def test_an_index_that_is_wrong_is_named(tmp_path):
+def test_wrong_index_is_named(tmp_path):
     write(TINY, tmp_path, file_bytes=5000)
     index = tmp_path / INDEX
-    said = json.loads(index.read_text())
-    name, *_ = said["weight_map"]
-    said["weight_map"][name] = sorted(set(said["weight_map"].values()))[-1]
-    index.write_text(json.dumps(said))
-    with pytest.raises(WeightsError, match=f"{INDEX} says that {name} is in .*, which has no such tensor"):
+    index_content = json.loads(index.read_text())
+    name, *_ = index_content["weight_map"]
+    index_content["weight_map"][name] = sorted(set(index_content["weight_map"].values()))[-1]
+    index.write_text(json.dumps(index_content))
+    with pytest.raises(WeightsError, match=f"{INDEX} places {name} in .*, which has no such tensor"):
         open_source(tmp_path)
 
 
-def test_integers_are_no_weights(tmp_path):
+def test_integer_weights_are_refused(tmp_path):
     write(TINY, tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"model.norm.weight": np.zeros(16, np.int8)}))
-    with pytest.raises(WeightsError, match=r"model\.norm\.weight has dtype I8; there can be F32, BF16, F16"):
+    with pytest.raises(WeightsError, match=r"norm\.weight has dtype I8, which is not supported, only F32, BF16, F16"):
         open_source(tmp_path)
 
 
-def test_what_is_no_folder_of_weights_is_said_to_be_none(tmp_path):
-    with pytest.raises(WeightsError, match="there are no weights at .*none"):
+def test_path_without_weights_is_named(tmp_path):
+    with pytest.raises(WeightsError, match="no weights at .*none"):
         open_source(tmp_path / "none")
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
         open_source(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config\.json is no JSON"):
+    with pytest.raises(WeightsError, match=r"config\.json is not JSON"):
         open_source(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match=f"has neither {SINGLE} nor {INDEX}"):
@@ -322,7 +322,7 @@ GGUF = {
 
 
 @pytest.mark.parametrize("config", GGUF.values(), ids=GGUF)
-def test_a_gguf_file_has_the_same_weights(tmp_path, config):
+def test_gguf_file_yields_the_same_weights(tmp_path, config):
     params = write(config, tmp_path)
     path = gguf_files.write_model(tmp_path / "x.gguf", tmp_path, config)
     assert fields_of(path) == fields_of(tmp_path)
@@ -337,12 +337,12 @@ def test_a_gguf_file_has_the_same_weights(tmp_path, config):
         ({"attention.sliding_window": 64}, "sliding_window = 64"),
         ({"attention.value_length": 16}, "value_length = 16 is not supported, only 8"),
         ({"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast = 16.0"),
-        ({"attention.layer_norm_rms_epsilon": "x"}, "of other types"),
-        ({"block_count": "x"}, "num_hidden_layers = 'x' is no whole number"),
+        ({"attention.layer_norm_rms_epsilon": "x"}, "has the wrong type"),
+        ({"block_count": "x"}, "num_hidden_layers = 'x' must be an integer"),
         ({"rope.scaling.type": "longrope"}, "'longrope' is not supported"),
     ],
 )
-def test_a_gguf_file_that_says_what_is_not_computed_here_is_refused(tmp_path, keys, message):
+def test_unsupported_gguf_file_is_refused(tmp_path, keys, message):
     write(TINY, tmp_path)
     with pytest.raises(WeightsError, match=message):
         fields_of(gguf_files.write_model(tmp_path / "x.gguf", tmp_path, TINY, keys=keys))
@@ -363,41 +363,41 @@ def test_a_gguf_file_whose_rope_scaling_is_a_table_is_refused(tmp_path):
         fields_of(path)
 
 
-def test_experts_are_said_in_old_and_new_ways():
-    said = published_config(SPARSE, max_length=128)
-    new = {key: value for key, value in said.items() if key != "num_experts"} | {"num_local_experts": 6}
-    assert model_fields(new) == model_fields(said)
-    assert model_fields(said)["normalize_experts"] is True
-    unsaid = {key: value for key, value in said.items() if key != "norm_topk_prob"}
-    assert model_fields(unsaid)["normalize_experts"] is False
+def test_old_and_new_expert_keys_are_equivalent():
+    published = published_config(SPARSE, max_length=128)
+    new = {key: value for key, value in published.items() if key != "num_experts"} | {"num_local_experts": 6}
+    assert model_fields(new) == model_fields(published)
+    assert model_fields(published)["normalize_experts"] is True
+    without = {key: value for key, value in published.items() if key != "norm_topk_prob"}
+    assert model_fields(without)["normalize_experts"] is False
 
 
-def test_a_rope_scaling_under_the_old_name_counts_beside_the_new_one():
-    said = published_config(dataclasses.replace(TINY, rope_scaling=YARN, rope_theta=7.0), max_length=128)
-    both = said | {"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
-    assert model_fields(both) == model_fields(said)
+def test_old_rope_scaling_key_takes_precedence_over_the_new_one():
+    published = published_config(dataclasses.replace(TINY, rope_scaling=YARN, rope_theta=7.0), max_length=128)
+    both = published | {"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert model_fields(both) == model_fields(published)
 
 
-def test_a_yarn_without_an_attention_factor_says_none(tmp_path):
+def test_yarn_without_an_attention_factor_writes_none(tmp_path):
     scaling = dataclasses.replace(YARN, attention_factor=0.0)
-    said = published_config(dataclasses.replace(TINY, rope_scaling=scaling), max_length=128)["rope_scaling"]
-    assert "attention_factor" not in said
+    published = published_config(dataclasses.replace(TINY, rope_scaling=scaling), max_length=128)["rope_scaling"]
+    assert "attention_factor" not in published
 
 
-def test_what_a_config_json_leaves_out_has_the_published_default(tmp_path):
-    said = published_config(dataclasses.replace(TINY, num_kv_heads=TINY.num_heads), max_length=128)
+def test_missing_config_json_keys_have_the_published_defaults(tmp_path):
+    published = published_config(dataclasses.replace(TINY, num_kv_heads=TINY.num_heads), max_length=128)
     for gone in ("head_dim", "rope_theta", "num_key_value_heads"):
-        fields = model_fields({key: value for key, value in said.items() if key != gone})
-        assert fields == model_fields(said | {gone: None})
+        fields = model_fields({key: value for key, value in published.items() if key != gone})
+        assert fields == model_fields(published | {gone: None})
         if gone == "head_dim":
             assert fields["head_dim"] == TINY.embed_dim // TINY.num_heads
         else:
-            assert fields == model_fields(said)
-    assert model_fields(said | {"rope_theta": None})["rope_theta"] == 10_000.0
-    assert model_fields(said | {"rope_scaling": {"rope_type": "none"}}) == model_fields(said)
+            assert fields == model_fields(published)
+    assert model_fields(published | {"rope_theta": None})["rope_theta"] == 10_000.0
+    assert model_fields(published | {"rope_scaling": {"rope_type": "none"}}) == model_fields(published)
 
 
-def test_a_model_without_a_rope_scaling_may_be_given_one(tmp_path):
+def test_config_may_add_a_rope_scaling_to_a_model_without_one(tmp_path):
     write(TINY, tmp_path)
     model = tiny.get_config().model
     model.update({name: value for name, value in fields_of(tmp_path).items() if name != "rope_scaling"})
@@ -413,30 +413,30 @@ def test_a_model_without_a_rope_scaling_may_be_given_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", "[]", "config.json holds no JSON object"),
-        ("config.json", "null", "config.json holds no JSON object"),
-        (INDEX, "[]", f"{INDEX} holds no JSON object"),
-        (INDEX, "{}", f"{INDEX} is no index"),
-        (INDEX, '{"weight_map": {"model.norm.weight": 3}}', f"{INDEX} is no index"),
-        (SINGLE, '{"a": 1}', "its header says of a 1"),
-        (SINGLE, '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}', "its header says of a"),
-        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "its header says of a"),
+        ("config.json", "[]", "config.json does not hold a JSON object"),
+        ("config.json", "null", "config.json does not hold a JSON object"),
+        (INDEX, "[]", f"{INDEX} does not hold a JSON object"),
+        (INDEX, "{}", f"{INDEX} is not an index"),
+        (INDEX, '{"weight_map": {"model.norm.weight": 3}}', f"{INDEX} is not an index"),
+        (SINGLE, '{"a": 1}', "its header describes a as 1"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}', "its header describes a as"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "its header describes a as"),
         (
             SINGLE,
             '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-            r"a \[2\] is said to be in bytes 0 to 4",
+            r"its header places a \[2\] in bytes 0 to 4",
         ),
-        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "is said to be in bytes -4 to 0"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', r"places a \[1\] in bytes -4 to 0"),
         (SINGLE, '{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', r"a has dtype \['F32'\]"),
-        (SINGLE, '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "its header says of a"),
-        (SINGLE, '{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}', "its header says of a"),
-        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "is damaged"),  # bytes behind it
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "its header describes a as"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}', "its header describes a as"),
+        (SINGLE, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "is damaged"),  # trailing bytes
         (SINGLE, "[]", "has no safetensors header"),
         (SINGLE, "[" * 100_000, "has no safetensors header"),
-        ("config.json", "[" * 100_000, "is no JSON"),
+        ("config.json", "[" * 100_000, "is not JSON"),
     ],
 )
-def test_files_of_another_form_are_named(tmp_path, name, text, message):
+def test_malformed_files_are_named(tmp_path, name, text, message):
     write(TINY, tmp_path)
     text = len(text).to_bytes(8, "little") + text.encode() + bytes(8) if name == SINGLE else text.encode()
     (tmp_path / name).write_bytes(text)
@@ -445,7 +445,7 @@ def test_files_of_another_form_are_named(tmp_path, name, text, message):
     assert str(tmp_path / name) in str(raised.value)
 
 
-def test_the_names_are_those_of_all_tensors():
+def test_tensor_names_cover_all_tensors():
     assert len(tensor_names(TINY)) == 2 + 2 * 9
     assert len(tensor_names(FAMILIES["qwen2"])) == 2 + 2 * 12
     assert len(tensor_names(FAMILIES["qwen3"])) == 3 + 2 * 11

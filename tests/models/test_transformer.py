@@ -1,4 +1,4 @@
-"""The transformer: packed rows equal sequences alone, decoding equals the forward pass."""
+"""The transformer: packed sequences equal separate ones, decoding equals the forward pass."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def test_an_idle_lane_writes_nothing():
 
 
 @pytest.mark.parametrize("config", [TINY, SPARSE], ids=["plain", "experts"])
-def test_two_sequences_in_a_row_equal_each_alone(config):
+def test_two_sequences_packed_in_a_row_equal_each_alone(config):
     _, params = init_params(config, 3, MESH)
     a, b = random_tokens(1, 5), random_tokens(2, 7)
     packed = forward(
@@ -56,9 +56,9 @@ def test_two_sequences_in_a_row_equal_each_alone(config):
         np.concatenate([np.arange(5), np.arange(7)])[None],
         np.concatenate([np.full(5, 1), np.full(7, 2)])[None],
     )[0]
-    for own, alone in ((packed[:5], a), (packed[5:], b)):
+    for found, alone in ((packed[:5], a), (packed[5:], b)):
         expected = forward(config, params, alone[None], np.arange(len(alone))[None], np.ones((1, len(alone)), np.int32))
-        np.testing.assert_allclose(own, expected[0], atol=2e-5)
+        np.testing.assert_allclose(found, expected[0], atol=2e-5)
 
 
 def test_rematerialisation_changes_no_gradient():
@@ -89,8 +89,8 @@ def test_bfloat16_compute_keeps_float32_parameters():
     )
 
 
-def test_matrices_begin_with_the_variance_of_what_goes_in():
-    """Those that end a branch have less, the more layers there are; experts' like those of a plain FFN."""
+def test_initial_variance_follows_fan_in():
+    """Matrices that end a residual branch start smaller the more layers there are; experts match a plain FFN."""
     config = dataclasses.replace(SPARSE, embed_dim=64, ffn_dim=96)
     _, params = init_params(config, 3, MESH)
     for name, fan_in, ends in (
@@ -101,15 +101,15 @@ def test_matrices_begin_with_the_variance_of_what_goes_in():
         assert float(params["layers"][name].std()) == pytest.approx(expected, rel=0.1), name
 
 
-def test_the_axis_tables_fit_together():
+def test_axis_tables_are_consistent():
     logical = {axis for axes in PARAM_AXES.values() for axis in axes}
     assert logical <= MESH_AXIS_OF.keys()
     used = {axis for axes in MESH_AXIS_OF.values() for axis in ((axes,) if isinstance(axes, str) else axes or ())}
     assert used <= set(MESH_AXES)
 
 
-def test_a_mesh_that_does_not_fit_names_the_numbers():
-    with pytest.raises(ValueError, match=r"needs 27 devices, there are 8"):
+def test_mesh_that_does_not_fit_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"needs 27 devices, but only 8 are available"):
         make_mesh(3, 3, 3)
     with pytest.raises(ValueError, match=r"64 is not divisible by mesh\.tensor = 3"):
         abstract_params(TINY, make_mesh(1, 1, 3))

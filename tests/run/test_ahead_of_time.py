@@ -105,7 +105,7 @@ def test_the_mesh_takes_the_devices_that_are_left():
     ("fields", "named"),
     [
         ({"mesh.fsdp": 5}, "pack.rows = 2 is not divisible by mesh.data * mesh.fsdp = 5"),
-        ({"mesh.fsdp": 64}, "needs 64 devices, there are 8"),
+        ({"mesh.fsdp": 64}, "needs 64 devices, but only 8 are available"),
         ({"mesh.tensor": 2}, "num_kv_heads = 1 is not divisible by mesh.tensor = 2"),
         ({"mesh.tensor": 2, "model.num_kv_heads": 2, "model.vocab_size": 1281}, "vocabulary = 1281"),
         ({"model.vocab_size": 12}, "vocab_size = 12 is less than the tokenizer's 1280"),

@@ -46,7 +46,7 @@ def test_interrupted_and_resumed_file_equals_the_uninterrupted_one(tmp_path: Pat
     assert [record["step"] for record in read_metrics(resumed)] == list(range(10))
 
 
-def test_tensorboard_is_told_where_the_run_resumed(tmp_path: Path):
+def test_tensorboard_records_where_the_run_resumed(tmp_path: Path):
     write(tmp_path, range(3), resume_step=0)
     write(tmp_path, range(1, 3), resume_step=1)
     events = read_events(tmp_path)
@@ -80,7 +80,7 @@ def test_keys_are_sorted_integers_stay_integers_and_floats_keep_every_bit(tmp_pa
     assert [type(record[name]) for name in "abtz"] == [int, int, int, float]
 
 
-def test_values_that_are_not_finite_are_null_so_that_every_line_is_json(tmp_path: Path):
+def test_non_finite_values_are_null_so_every_line_is_json(tmp_path: Path):
     with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.write(0, {"nan": float("nan"), "inf": jnp.float32(-jnp.inf), "one": 1.0})
 
@@ -100,7 +100,7 @@ def test_arrays_and_a_metric_named_step_are_refused(tmp_path: Path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_only_a_last_line_may_be_torn(tmp_path: Path):
+def test_only_the_last_line_may_be_incomplete(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
     path.write_text('{"step": 0}\n{"st')

@@ -1,4 +1,4 @@
-"""Several processes train one run: what they compute is what one computes, and none waits for one that is gone."""
+"""Several processes train one run: they compute what one process computes, and none waits for a dead one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from echo_jax.tools import sandbox
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 1e-5
-# Enough steps to be interrupted in, little to compile.
+# Enough steps to interrupt, little to compile.
 SMALL = (
     "--config=configs/tiny.py", "--config.mesh.fsdp=0", "--config.warm_start.num_steps=24", "--config.num_steps=3",
     "--config.rollout.save_every=1", "--config.checkpoint.every=8", "--config.rollout.groups=3",
@@ -42,15 +42,15 @@ def free_port() -> int:
 
 
 def start(arguments: list[str], *, count: int, devices: int = 1, last: Sequence[str] = ()) -> list[subprocess.Popen]:
-    """Starts `count` processes of one run, each with so many devices, the last one with more arguments."""
+    """Starts `count` processes of one run with `devices` each; the last one gets the extra arguments `last`."""
     clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     shared = clean | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     address = f"localhost:{free_port()}"
     processes = []
     for index in range(count):
-        own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        peer = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
         command = [sys.executable, *arguments, *(last if index == count - 1 else ())]
-        environment = shared | (own if count > 1 else {})
+        environment = shared | (peer if count > 1 else {})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
     return processes
@@ -61,7 +61,7 @@ def train(workdir: Path, *more: str, count: int = 2) -> list[subprocess.Popen]:
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 600.0) -> tuple[list[int], list[str]]:
-    """Returns the exit statuses and what each printed; kills them all if they take longer."""
+    """Returns each process's exit status and output; kills them all if they take longer."""
     deadline = time.monotonic() + seconds
     try:
         outputs = [p.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for p in processes]
@@ -79,21 +79,21 @@ def uninterrupted(tmp_path_factory) -> Path:
     return workdir
 
 
-# What they compute.
+# Results.
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> dict[str, np.ndarray]:
-    """Of `recorded_batches`, by two processes of four devices, which launch.sh starts."""
+    """The updates of `recorded_batches`, by two processes of four devices, started by launch.sh."""
     folder = tmp_path_factory.mktemp("recorded")
     script = f"""
 with start(silence_seconds=60.0, barrier_seconds=300.0) as peers:
     sys.path.append("tests")
-    import recorded_batches  # which looks at the devices
+    import recorded_batches  # it looks up the devices when imported
     recorded_batches.write({str(folder / "found.npz")!r}, peers)
 """
     (folder / "script.py").write_text(PROLOGUE + script)
-    python = folder / "python"  # what launch.sh takes for the interpreter; it would run echo_jax.train
+    python = folder / "python"  # launch.sh takes this for the interpreter, with which it would run echo_jax.train
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/script.py"\n')
     python.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -123,18 +123,18 @@ def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_eight_devices_make_the_updates_of_one(shape, one_device):
+def test_eight_devices_compute_the_updates_of_one(shape, one_device):
     close(three_updates(make_mesh(*shape), Peers()), one_device)
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_two_processes_with_uneven_rollouts_make_the_updates_of_one_device(shape, recorded, one_device):
-    own = {name.removeprefix(f"{shape}/"): x for name, x in recorded.items() if name.startswith(f"{shape}/")}
-    close(own, one_device)
+def test_two_processes_with_uneven_rollouts_compute_the_updates_of_one_device(shape, recorded, one_device):
+    found = {name.removeprefix(f"{shape}/"): x for name, x in recorded.items() if name.startswith(f"{shape}/")}
+    close(found, one_device)
 
 
-def test_a_run_of_two_processes_is_that_of_one(uninterrupted, tmp_path):
-    """Rollouts too: sampled by an engine of each process, on three groups that two do not share evenly."""
+def test_two_processes_train_as_one(uninterrupted, tmp_path):
+    """Rollouts are equal too: each process has an engine, and the two share three groups unevenly."""
     statuses, outputs = finish(train(tmp_path / "w", count=1))
     assert statuses == [0], outputs
     packed_otherwise = ("pack/efficiency", "pack/slots", "policy/sampler_gap", "policy/reference")
@@ -147,10 +147,10 @@ def test_a_run_of_two_processes_is_that_of_one(uninterrupted, tmp_path):
     assert files == sorted(path.name for path in (uninterrupted / "rollouts").iterdir())
 
 
-# What they survive.
+# Interruptions.
 
 
-def resumed_as_if_nothing_had_happened(workdir: Path, uninterrupted: Path) -> None:
+def assert_resumed_run_equals_uninterrupted(workdir: Path, uninterrupted: Path) -> None:
     statuses, outputs = finish(train(workdir))
     assert statuses == [0, 0], outputs
     assert "resuming" in outputs[0]
@@ -165,11 +165,11 @@ def test_sigterm_to_one_of_two_saves_and_stops_both(uninterrupted, tmp_path):
     assert statuses == [AGAIN, AGAIN], outputs
     with Checkpointer(tmp_path / "w" / "checkpoints") as checkpointer:
         assert checkpointer.latest_step() == read_metrics(tmp_path / "w" / "metrics.jsonl")[-1]["step"]
-    resumed_as_if_nothing_had_happened(tmp_path / "w", uninterrupted)
+    assert_resumed_run_equals_uninterrupted(tmp_path / "w", uninterrupted)
 
 
-def test_a_stop_in_the_rollouts_of_one_keeps_what_both_have(uninterrupted, tmp_path):
-    """Of the second RL step; the other process is between two of its rollouts and hears of it."""
+def test_stop_during_the_rollouts_of_one_keeps_those_of_both(uninterrupted, tmp_path):
+    """It happens in the second RL step; the other process, between two of its rollouts, is told."""
     script = f"""
 import os, signal, sys, time
 from echo_jax.rollout import collector as rollout
@@ -188,7 +188,7 @@ runpy.run_module("echo_jax.train", run_name="__main__", alter_sys=True)
     statuses, outputs = finish(start(["-c", script], count=2))
     assert statuses == [AGAIN, AGAIN], outputs
     assert (tmp_path / "w" / "rollouts" / "interrupted_000025.jsonl.gz").exists()
-    resumed_as_if_nothing_had_happened(tmp_path / "w", uninterrupted)
+    assert_resumed_run_equals_uninterrupted(tmp_path / "w", uninterrupted)
     assert not (tmp_path / "w" / "rollouts" / "interrupted_000025.jsonl.gz").exists()
 
 
@@ -217,21 +217,21 @@ def test_two_processes_export_as_one(uninterrupted, tmp_path):
         statuses, outputs = finish(start(arguments, count=count))
         assert statuses == [0] * count, outputs
         assert f"is in {output}" in outputs[0]
-        assert all(str(output) not in said for said in outputs[1:])
+        assert all(str(output) not in text for text in outputs[1:])
         files.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert files[0] == files[1]
     assert SINGLE in files[0]
 
 
-def test_a_killed_process_is_named_by_the_other_which_stops(uninterrupted, tmp_path):
+def test_survivor_names_a_killed_process_and_stops(uninterrupted, tmp_path):
     processes = train(tmp_path / "w")
     wait_for_step(tmp_path / "w", 11, processes[0])
     processes[1].kill()
     statuses, outputs = finish(processes, 60)
     assert statuses == [AGAIN, -signal.SIGKILL], outputs
-    assert f"process 1 of 2 on {socket.gethostname()} gave no sign of life for 6 s" in outputs[0]
-    assert "the same command again resumes" in outputs[0]
-    resumed_as_if_nothing_had_happened(tmp_path / "w", uninterrupted)
+    assert f"process 1 of 2 on {socket.gethostname()} sent no heartbeat for 6 s" in outputs[0]
+    assert "run the same command again to resume" in outputs[0]
+    assert_resumed_run_equals_uninterrupted(tmp_path / "w", uninterrupted)
 
 
 def test_without_process_0_the_other_ends_too(tmp_path):
@@ -244,7 +244,7 @@ def test_without_process_0_the_other_ends_too(tmp_path):
 
 
 def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_path):
-    """Something else fills the disk once the checkpoint of step 8 is there, but for what metrics take."""
+    """Once the checkpoint of step 8 exists, something else fills the disk, except for the room that metrics need."""
     port, workdir = free_port(), tmp_path / "w"
     train_one = " ".join([sys.executable, "-m", "echo_jax.train", f"--workdir={workdir}", *SMALL])
     script = f"""
@@ -267,11 +267,11 @@ def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_pat
     assert "resumes from step 8" in run.stderr
     assert "8" in run.stdout.splitlines()
     saved = tmp_path.parent / "saved"
-    resumed_as_if_nothing_had_happened(saved, uninterrupted)
+    assert_resumed_run_equals_uninterrupted(saved, uninterrupted)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(uninterrupted, tmp_path):
-    """On recorded rollouts, so that only rounding can differ; without a KL, which is all rounding at its start."""
+def test_run_resumes_with_a_different_number_of_processes(uninterrupted, tmp_path):
+    """It uses recorded rollouts, so that only rounding can differ, and no KL, which is pure rounding at first."""
     recorded = uninterrupted / "rollouts" / "step_000025.jsonl.gz"
     replay = (
         f"--config.rollout.replay={recorded}", "--config.warm_start.num_steps=0", "--config.num_steps=9",
@@ -293,14 +293,14 @@ def test_a_run_goes_on_with_another_number_of_processes(uninterrupted, tmp_path)
                 np.testing.assert_allclose(ours[name], theirs[name], rtol=CLOSE, err_msg=f"{ours['step']} {name}")
 
 
-# What they are told.
+# Messages.
 
 
 def two_that_run(script: str) -> tuple[list[int], list[str]]:
     return finish(start(["-c", PROLOGUE + script], count=2), 60)
 
 
-def test_a_process_that_is_late_is_named():
+def test_late_process_is_named():
     statuses, outputs = two_that_run("""
 with start(silence_seconds=30.0, barrier_seconds=2.0) as peers:
     if not peers.is_first:
@@ -308,13 +308,13 @@ with start(silence_seconds=30.0, barrier_seconds=2.0) as peers:
     peers.gather(1, "lunch")
 """)
     assert statuses == [1, 1], outputs
-    late = f"process 1 of 2 on {socket.gethostname()} did not come to 'lunch' within system.barrier_seconds = 2"
+    late = f"process 1 of 2 on {socket.gethostname()} did not reach 'lunch' within system.barrier_seconds = 2"
     assert f"error: {late}" in outputs[0]
-    assert late in outputs[1]  # which is told why
+    assert late in outputs[1]  # process 1 is told why
 
 
-def test_a_process_that_failed_ends_with_its_own_status_though_others_have_left():
-    """Process 0 waits for both to leave, of which one hangs: it sees the other leave and is still what failed."""
+def test_failed_process_keeps_its_exit_status_when_others_leave():
+    """Process 0 fails and waits for two others to leave. One hangs; the other leaves, which changes nothing."""
     script = """
 import os, signal
 with start(silence_seconds=5.0, barrier_seconds=60.0) as peers:
@@ -335,8 +335,8 @@ with start(silence_seconds=5.0, barrier_seconds=60.0) as peers:
     assert "lunch is cancelled" in outputs[1]
 
 
-def test_a_process_0_that_hangs_is_named_and_not_waited_for():
-    """Its connection stays, and no question is answered: as that of a machine which lost its network."""
+def test_hanging_process_0_is_named_and_not_waited_for():
+    """Its connection stays open but unanswered, like that of a machine that lost its network."""
     script = """
 import os, signal
 with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
@@ -351,10 +351,10 @@ with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
         hung.kill()
         hung.communicate()
     assert other.returncode == AGAIN, output
-    assert f"process 0 of 2 on {socket.gethostname()} does not answer for 3 s" in output
+    assert f"process 0 of 2 on {socket.gethostname()} has not answered for 3 s" in output
 
 
-def test_a_lost_message_is_no_lost_process():
+def test_lost_message_is_not_a_lost_process():
     statuses, outputs = two_that_run("""
 with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
     say, failures = peers._say, []
@@ -371,8 +371,8 @@ with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
     assert statuses == [0, 0], outputs
 
 
-def test_what_goes_on_after_the_watch_of_a_process_ended_is_no_loss():
-    """The watch of one is in the middle of a round when all are done."""
+def test_process_whose_watch_ended_is_not_taken_for_dead():
+    """One process's watch is in the middle of a round when all are done."""
     statuses, outputs = two_that_run("""
 with start(silence_seconds=30.0, barrier_seconds=60.0) as peers:
     say = peers._say
@@ -385,7 +385,7 @@ with start(silence_seconds=30.0, barrier_seconds=60.0) as peers:
     assert statuses == [0, 0], outputs
 
 
-def test_a_process_whose_others_never_start_gives_up(monkeypatch):
+def test_process_gives_up_if_the_others_never_start(monkeypatch):
     for name, value in (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}).items():
         monkeypatch.setenv(name, value)
     script = PROLOGUE + "start(silence_seconds=30.0, barrier_seconds=2.0)"
@@ -405,11 +405,11 @@ with start(silence_seconds=30.0, barrier_seconds=30.0) as peers:
     assert statuses == [1, 1], outputs
     assert "error: the disk is wet\n" in outputs[1]
     assert f"process 1 of 2 on {socket.gethostname()} failed: the disk is wet" in outputs[0]
-    assert "resumes" not in outputs[0]  # as it would not
+    assert "to resume" not in outputs[0]  # the same command would fail again
     assert "Traceback" not in "".join(outputs)
 
 
-def test_all_get_the_values_of_all_in_order():
+def test_gather_returns_all_values_in_order():
     statuses, outputs = two_that_run("""
 with start(silence_seconds=30.0, barrier_seconds=30.0) as peers:
     for round in range(5):
@@ -421,7 +421,7 @@ with start(silence_seconds=30.0, barrier_seconds=30.0) as peers:
     assert statuses == [0, 0], outputs
 
 
-def test_processes_of_different_configs_do_not_start(tmp_path):
+def test_processes_with_different_configs_do_not_start(tmp_path):
     shared = ["-m", "echo_jax.train", f"--workdir={tmp_path / 'w'}", *SMALL]
     statuses, outputs = finish(start(shared, count=2, last=["--config.seed=7"]), 90)
     assert statuses == [1, 1], outputs
@@ -430,7 +430,7 @@ def test_processes_of_different_configs_do_not_start(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_lone_process_is_not_touched():
+def test_single_process_is_unaffected():
     with Peers() as alone:
         assert (alone.gather({1: 2}), alone.first(lambda: "x"), alone.join([1])) == ([{1: 2}], "x", [1])
     with pytest.raises(KeyError), Peers():
@@ -452,11 +452,11 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PRO
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),  # a batch script
     ],
 )
-def test_the_environment_says_who_the_others_are(environment, arguments):
+def test_environment_determines_the_peers(environment, arguments):
     assert _arguments(environment) == arguments
 
 
-def test_an_explicit_environment_is_taken_as_it_is():
+def test_explicit_environment_takes_precedence():
     known = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
     assert _arguments(EXPLICIT | STEP) == known | {"cluster_detection_method": "deactivate"}
 

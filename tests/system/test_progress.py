@@ -25,7 +25,7 @@ def lines(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_without_a_terminal_first_last_and_one_line_every_ten_seconds_are_printed():
+def test_without_a_terminal_it_prints_the_first_the_last_and_a_line_every_ten_seconds():
     clock, console = Clock(), plain_console()
     with Progress("warm start", total=200, console=console, clock=clock) as progress:
         for step in range(1, 36):
@@ -40,7 +40,7 @@ def test_without_a_terminal_first_last_and_one_line_every_ten_seconds_are_printe
     ]
 
 
-def test_last_line_is_not_printed_twice_and_no_step_prints_nothing():
+def test_last_line_is_printed_once_and_no_steps_print_nothing():
     clock, console = Clock(), plain_console()
     with Progress("eval", total=1, console=console, clock=clock) as progress:
         progress.update(1)
@@ -82,7 +82,7 @@ def test_metrics_are_compact(value: float, text: str):
     assert lines(console) == [f"p  1/2  x {text}"]
 
 
-def test_on_a_terminal_a_bar_shows_the_same_and_a_logged_line_stays_whole():
+def test_terminal_bar_shows_the_same_and_logged_lines_stay_whole():
     clock = Clock()
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     with Progress("warm [start]", total=200, start=50, console=console, clock=clock) as progress:
@@ -98,7 +98,7 @@ def test_on_a_terminal_a_bar_shows_the_same_and_a_logged_line_stays_whole():
     assert all(len(line) <= 100 for line in shown if line.startswith("warm"))
 
 
-def test_a_long_text_is_cut_at_the_width_of_the_terminal():
+def test_long_text_is_cut_at_the_terminals_width():
     console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
     with Progress("rl", total=2, console=console, clock=Clock()) as progress:
         progress.update(1, {f"metric_{i}": i for i in range(20)})

@@ -1,4 +1,4 @@
-"""What a run was made with can be read off its workdir."""
+"""The workdir records the software that a run used."""
 
 import importlib.metadata
 import json
@@ -33,8 +33,8 @@ def test_commit_diff_and_versions_are_recorded_at_each_start(tmp_path):
     assert first["command"] == sys.orig_argv
 
 
-def test_outside_a_checkout_there_is_no_commit(tmp_path):
-    """Also inside somebody else's: an installed package may lie below another repository."""
+def test_no_commit_is_recorded_outside_a_checkout(tmp_path):
+    """Nor inside another repository: an installed package may be below one."""
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "site-packages").mkdir()
     provenance.record(tmp_path, tmp_path / "site-packages")
@@ -42,7 +42,7 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path):
     assert lines(tmp_path)[0]["git_diff"] is None
 
 
-def test_a_shipped_tree_knows_the_commit_that_it_is(tmp_path):
+def test_shipped_tree_knows_its_commit(tmp_path):
     (tmp_path / ".shipped").mkdir()
     (tmp_path / ".shipped" / "commit").write_text("abc\n")
     (tmp_path / ".shipped" / "diff").write_text("+not shipped\n")

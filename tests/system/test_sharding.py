@@ -1,4 +1,4 @@
-"""Which process brings which rows of a batch."""
+"""Which process supplies which rows of a batch."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from echo_jax.system.sharding import MESH_AXES, make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Stands for one of another process, of which a process alone has none."""
+    """A stand-in for a device of another process, which a single process lacks."""
 
     id: int
     process_index: int
@@ -23,7 +23,7 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Stands for a mesh of such devices."""
+    """A stand-in for a mesh of such devices."""
 
     devices: np.ndarray
 
@@ -38,7 +38,7 @@ class Grid:
 
 @pytest.fixture
 def grid(monkeypatch):
-    """Returns a function of sizes and the process of each device, in the order in which JAX lists them."""
+    """Returns a function of mesh sizes and each device's process, in the order in which JAX lists the devices."""
     monkeypatch.setattr(sharding, "Mesh", lambda devices, axes, axis_types: Grid(devices))
 
     def make(data, fsdp, tensor, processes):
@@ -47,24 +47,24 @@ def grid(monkeypatch):
     return make
 
 
-def test_the_devices_of_a_process_lie_side_by_side(grid):
-    """As on a v5p, where ids go along rows of chips that hosts share."""
+def test_devices_of_a_process_are_adjacent(grid):
+    """As on a v5p, where ids run along rows of chips that several hosts share."""
     mesh = grid(1, 4, 2, [0, 0, 1, 1, 0, 0, 1, 1])
     assert [d.id for d in mesh.devices.flat] == [0, 1, 4, 5, 2, 3, 6, 7]
     assert sharding.processes_of(mesh) == 2
 
 
-def test_tensor_beyond_a_process_is_refused_with_the_numbers(grid):
+def test_tensor_axis_across_processes_is_refused_with_both_numbers(grid):
     with pytest.raises(ValueError, match="mesh.tensor = 8 would span processes of 4 devices each"):
         sharding.processes_of(grid(1, 1, 8, [0] * 4 + [1] * 4))
 
 
 def test_processes_with_unequal_shares_are_refused(grid):
-    with pytest.raises(ValueError, match=r"takes \[4, 2\] data shards"):
+    with pytest.raises(ValueError, match=r"uses \[4, 2\] data shards"):
         sharding.processes_of(grid(1, 6, 1, [0] * 4 + [1] * 4))
 
 
-def test_each_process_must_have_a_part():
+def test_every_process_must_be_in_the_mesh():
     built = learner_lib.build_learner(tiny.get_config(), 1280, jax.devices())
     others = [Device(i, i // 4) for i in range(8)]
     with pytest.raises(ConfigError, match="those of 1 of 2 processes"):

@@ -1,5 +1,4 @@
-"""Laws of the lookup tasks: the right script earns 1 in a real sandbox, nothing else does, and nothing gives it
-away."""
+"""The lookup tasks: the right script earns 1 in a real sandbox, nothing else does, and nothing reveals the answer."""
 
 import collections
 import functools
@@ -45,17 +44,17 @@ def observed(trajectory):
     return RENDERER.tokenizer.decode(trajectory.ids[trajectory.role == Role.OBSERVATION])
 
 
-def test_the_solving_script_solves_every_kind_of_task_within_the_default_budgets():
+def test_solving_script_solves_every_template_within_the_default_budgets():
     tasks = some_of_every_template(13)
     assert len(tasks) == 13 * len(TEMPLATES) >= 60
     for task, trajectory in zip(tasks, run_scripts(tasks, solve=True), strict=True):
         assert (trajectory.reward, trajectory.outcome) == (1.0, "submitted"), (task.prompt, observed(trajectory))
-        # What the command prints holds the answer and nothing that could be taken for it.
+        # The command prints the answer and nothing that could be mistaken for it.
         assert observed(trajectory).count("\n") == 1
         assert observed(trajectory).split()[-1] == task.answer
 
 
-def test_flawed_scripts_fail_mostly_and_not_all_alike():
+def test_flawed_scripts_mostly_fail_in_different_ways():
     trajectories = run_scripts([FAMILY.make("train", i) for i in range(100)], solve=False)
     assert np.mean([t.reward for t in trajectories]) < 0.2
     assert all(t.outcome == "submitted" for t in trajectories)
@@ -78,7 +77,7 @@ def test_a_path_may_be_submitted_with_or_without_its_dot():
     assert score(task, task.answer.removeprefix("./"), None) == 1.0
 
 
-def test_the_answer_does_not_stand_in_the_prompt():
+def test_prompt_does_not_contain_the_answer():
     for task in (FAMILY.make(split, i) for i in range(400) for split in ("train", "heldout")):
         assert not {task.answer, *task.answer.split("/")} & {*task.prompt.replace("/", " ").split()}, task.prompt
 
@@ -95,14 +94,14 @@ def test_no_answer_is_worth_guessing():
 
 @pytest.mark.parametrize("words", [96, len(WORDS)])
 def test_a_search_for_a_key_finds_one_line(words):
-    """Some words are part of others: "crow" is found in "crown" too."""
+    """Some words are part of others: a search for "crow" also finds "crown"."""
     family = LookupFamily(folders=3, files=6, words=words)
     for i in range(300):
         task = family.make("train", i)
         lines = [line for content in task.files.values() for line in content.decode().splitlines()]
         keys = [line.split()[0] for line in lines if line != "-"]
         assert len(keys) == len({*keys}) == 18
-        assert len({line.split()[1] for line in lines if line != "-"}) > 6  # a line is no hint at another
+        assert len({line.split()[1] for line in lines if line != "-"}) > 6  # a line does not hint at another
         for key in keys:
             assert sum(key in line for line in lines) == 1, key
 
@@ -125,7 +124,7 @@ def test_train_and_heldout_share_no_tree_and_no_question_on_one():
 
 
 @pytest.mark.parametrize("index", [0, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 10**15])
-def test_large_indices_are_tasks_of_their_own(index):
+def test_large_indices_are_distinct_tasks(index):
     task = FAMILY.make("train", index)
     assert task == FAMILY.make("train", index)
     assert task.files != FAMILY.make("train", index + 2**32).files
@@ -138,13 +137,13 @@ def test_large_indices_are_tasks_of_their_own(index):
     96, "0 files"),
      (-1, 6, 96, "-1 folders"), (3, 6, -1, "77")],
 )  # fmt: skip
-def test_parameters_that_cannot_work_are_refused_with_the_numbers(folders, files, words, numbers):
+def test_impossible_parameters_are_refused_with_the_numbers(folders, files, words, numbers):
     with pytest.raises(ValueError, match=f"task.lookup.*{numbers}"):
         LookupFamily(folders=folders, files=files, words=words)
 
 
 @pytest.mark.parametrize(("folders", "files"), [(1, 1), (1, 6), (9, 3), (4, 30)])
-def test_every_tree_that_is_accepted_can_be_made(folders, files):
+def test_every_accepted_tree_can_be_made(folders, files):
     family = LookupFamily(folders=folders, files=files, words=len(WORDS))
     task = family.make("train", 0)
     assert len(task.files) == files

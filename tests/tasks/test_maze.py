@@ -1,4 +1,4 @@
-"""Laws of the maze: every goal can be reached, walls hold, and only standing on the goal earns anything."""
+"""The maze: every goal can be reached, walls block, and only standing on the goal earns the reward."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def follow(task, *, solve, seed=0):
 
 
 @pytest.mark.parametrize(("width", "height"), [(2, 2), (6, 6), (8, 8), (2, 9), (20, 3)])
-def test_the_script_walks_a_shortest_way_in_every_maze(width, height):
+def test_script_walks_a_shortest_path_in_every_maze(width, height):
     family = MazeFamily(width=width, height=height)
     for task in (family.make(split, i) for split in ("train", "heldout") for i in range(40)):
         way = task.ways()[task.goal]
@@ -49,12 +49,12 @@ def test_every_cell_can_be_reached_and_every_door_leads_back(width, height):
         assert 2 * len(ways[task.goal]) >= max(map(len, ways.values()))
 
 
-def test_there_is_sometimes_more_than_one_way():
+def test_some_mazes_have_more_than_one_path():
     doors = [len(MazeFamily(width=6, height=6).make("train", i).doors) // 2 for i in range(20)]
     assert np.mean(doors) > 36
 
 
-def test_a_step_shows_the_cell_and_a_wall_is_an_error_that_moves_nobody():
+def test_step_shows_the_cell_and_a_wall_is_an_error_without_a_move():
     task = MazeFamily(width=6, height=6).make("train", 0)
     world = task.world()
     for direction in STEPS:
@@ -74,7 +74,7 @@ def test_a_step_shows_the_cell_and_a_wall_is_an_error_that_moves_nobody():
 
 
 @pytest.mark.parametrize("direction", ["", "up", "north east", "North", "n"])
-def test_what_is_no_direction_is_an_error_that_names_them(direction):
+def test_unknown_direction_is_an_error_that_names_the_directions(direction):
     world = MazeFamily(width=6, height=6).make("train", 0).world()
     start = world.cell
     result = world.go(direction)
@@ -82,7 +82,7 @@ def test_what_is_no_direction_is_an_error_that_names_them(direction):
     assert all(name in result.head.decode() for name in STEPS)
 
 
-def test_only_standing_on_the_goal_earns_anything():
+def test_only_standing_on_the_goal_earns_the_reward():
     for i in range(20):
         task = MazeFamily(width=6, height=6).make("train", i)
         *way, last = task.ways()[task.goal]
@@ -98,19 +98,19 @@ def test_only_standing_on_the_goal_earns_anything():
         assert score(task, "", world) == 0.0
 
 
-def test_episodes_share_no_world():
+def test_episodes_have_separate_worlds():
     task = MazeFamily(width=6, height=6).make("train", 0)
     one, other = task.world(), task.world()
     one.go(task.ways()[task.goal][0])
     assert one.cell != other.cell == task.start
 
 
-def test_wanderers_fail_mostly():
+def test_flawed_scripts_mostly_fail():
     family = MazeFamily(width=6, height=6)
     assert np.mean([follow(family.make("train", i), solve=False, seed=i)[0] for i in range(100)]) < 0.2
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 6), (6, 1), (0, 0), (-3, 5), (21, 6), (6, 99)])
-def test_a_size_that_cannot_be_is_refused_with_its_numbers(width, height):
+def test_impossible_size_is_refused_with_its_numbers(width, height):
     with pytest.raises(ValueError, match=f"task.maze: {width} × {height} cells; choose 2 to 20"):
         MazeFamily(width=width, height=height)

@@ -1,4 +1,4 @@
-"""Laws of the procedural families: the script earns 1, less than its work earns nothing, and no trick earns more."""
+"""The procedural families: the script earns 1, anything less earns nothing, and no trick earns the reward."""
 
 import collections
 import contextlib
@@ -44,7 +44,7 @@ def some_tasks(name, parameters, count):
 
 
 def of_every_template(name, level):
-    """Returns two tasks of each template, of the one split and the other."""
+    """Returns two tasks of each template, one from each split."""
     return [
         next(task for task in (make(name, level, split, i) for i in range(500)) if task.template == template)
         for template in FAMILIES[name].templates
@@ -67,14 +67,14 @@ def world_of(task):
 
 
 def call(world, task, turn):
-    """Runs a turn; returns what the agent sees of it."""
+    """Runs a turn; returns the agent's observation."""
     [attempt] = GRAMMARS["plain"].parse(turn, {name: TOOLS[name] for name in (*task.tools, "submit")})
     result = TOOLS[attempt.tool].run(world, attempt.arguments)
     return (result.head + result.tail).decode()
 
 
 def follow(task, *, solve, seed=0):
-    """Runs a task's script; returns its reward and what it saw last."""
+    """Runs a task's script; returns its reward and its last observation."""
     script = task.demonstrate(np.random.default_rng(seed), solve=solve)
     observation, seen = None, ""
     with world_of(task) as world:
@@ -85,7 +85,7 @@ def follow(task, *, solve, seed=0):
 
 
 def reward_after(task, *deeds, solved=False, answer=""):
-    """Returns the reward after an agent has done `deeds`, commands or functions of the sandbox; within bounded time."""
+    """Returns the reward after `deeds`, commands or functions of the sandbox; checks that it takes bounded time."""
     started = time.monotonic()
     with world_of(task) as box:
         for turn in task.problem.solution if solved else ():
@@ -103,7 +103,7 @@ def reward_after(task, *deeds, solved=False, answer=""):
 
 
 class Left:
-    """In place of a sandbox: what the agent left is one file, and every command ends well. Keeps the commands."""
+    """Replaces a sandbox: the agent left one file, and every command succeeds. Records the commands."""
 
     def __init__(self, content=None):
         self.commands = []
@@ -119,7 +119,7 @@ class Left:
         return self._content
 
 
-# -- what is made ------------------------------------------------------------------------------------------------------
+# -- tasks -------------------------------------------------------------------------------------------------------------
 
 
 @ANY_KIND
@@ -141,7 +141,7 @@ def test_train_and_heldout_share_no_content(name, parameters):
 
 @ANY_KIND
 @pytest.mark.parametrize("index", [0, 2**32 - 1, 2**32, 10**15])
-def test_large_indices_are_tasks_of_their_own(name, parameters, index):
+def test_large_indices_are_distinct_tasks(name, parameters, index):
     family = FAMILIES[name](**parameters)
     task = family.make("train", index)
     assert task == family.make("train", index)
@@ -149,7 +149,7 @@ def test_large_indices_are_tasks_of_their_own(name, parameters, index):
 
 
 @LEVELLED
-def test_every_template_comes_about_as_often(name, parameters):
+def test_templates_are_about_equally_frequent(name, parameters):
     counts = collections.Counter(task.template for task in some_tasks(name, parameters, 400))
     assert counts.keys() == FAMILIES[name].templates.keys()
     assert len(counts) >= {"shell": 10, "python": 8, "sqlite": 8}[name]
@@ -157,7 +157,7 @@ def test_every_template_comes_about_as_often(name, parameters):
 
 
 @pytest.mark.parametrize("name", ["shell", "python", "sqlite"])
-def test_a_higher_level_is_more_data_or_a_longer_solution(name):
+def test_higher_level_means_more_data_and_longer_solutions(name):
     def mean(level, measure):
         return np.mean([measure(make(name, level, "train", i)) for i in range(150)])
 
@@ -171,16 +171,16 @@ def test_a_higher_level_is_more_data_or_a_longer_solution(name):
 
 @pytest.mark.parametrize("name", ["shell", "python", "sqlite"])
 @pytest.mark.parametrize("level", [0, 4, -1])
-def test_a_level_that_there_is_not_is_refused(name, level):
+def test_unknown_level_is_refused(name, level):
     with pytest.raises(ValueError, match=f"task.{name}.level = {level}: choose 1 to 3"):
         FAMILIES[name](level=level)
 
 
-# -- what it earns -----------------------------------------------------------------------------------------------------
+# -- rewards -----------------------------------------------------------------------------------------------------------
 
 
 @LEVELLED
-def test_the_script_solves_every_template_and_submits_what_it_saw(name, parameters):
+def test_script_solves_every_template_and_submits_what_it_saw(name, parameters):
     for task in of_every_template(name, **parameters):
         reward, seen = follow(task, solve=True)
         assert reward == 1.0, (task.template, task.prompt, seen)
@@ -196,14 +196,14 @@ def test_doing_nothing_earns_nothing(name, parameters):
 
 
 @ANY_KIND
-def test_flawed_scripts_fail_mostly_and_not_all_alike(name, parameters):
+def test_flawed_scripts_mostly_fail_in_different_ways(name, parameters):
     results = [follow(task, solve=False, seed=i) for i, task in enumerate(some_tasks(name, parameters, 30))]
     assert np.mean([reward for reward, _ in results]) < 0.2
     assert len({seen for _, seen in results}) > 1
 
 
 @LEVELLED
-def test_a_slip_is_something_else_than_the_solution(name, parameters):
+def test_slip_differs_from_the_solution(name, parameters):
     for task in some_tasks(name, parameters, 200):
         assert task.problem.slip != task.problem.solution[-1], task.template
 
@@ -215,19 +215,19 @@ def test_no_answer_is_worth_guessing(name, parameters):
         if isinstance(task.problem.goal, Answer):
             assert task.problem.goal.answer
             answers[task.template].append(task.problem.goal.answer)
-    repeated = sum(one == other for own in answers.values() for one, other in itertools.pairwise(own))
+    repeated = sum(one == other for found in answers.values() for one, other in itertools.pairwise(found))
     assert repeated <= 0.02 * sum(map(len, answers.values()))
 
 
 @LEVELLED
-def test_the_answer_does_not_stand_in_the_prompt(name, parameters):
+def test_prompt_does_not_contain_the_answer(name, parameters):
     tasks = [task for task in some_tasks(name, parameters, 300) if task.problem.goal.answer]
     given_away = [task for task in tasks if {*task.problem.goal.answer.split()} <= {*task.prompt.split()}]
     assert len(given_away) <= 0.01 * len(tasks)
 
 
 def by_reading(task):
-    """Returns the answer of a task of level 3, found from prompt and files in another way than its own program's."""
+    """Returns the answer of a task of level 3, found from prompt and files independently of the task's program."""
     numbers = [int(number) for number in re.findall(r"\d+", task.prompt)]
     text = next(iter(task.files.values())).decode(errors="ignore")
     lines = [line.split() for line in text.splitlines()]
@@ -260,8 +260,8 @@ def by_reading(task):
         city = re.search(r"from (\w+),", task.prompt)[1]
         return str(sum(e[4] for e in events if city_of[e[1]] == city and size_of[e[2]] > numbers[-1]))
     if task.template == "above_average":
-        own = {person: np.mean([e[4] for e in events if e[1] == person] or [0]) for person in city_of}
-        return str(sum(e[4] for e in events if e[4] > own[e[1]]))
+        average = {person: np.mean([e[4] for e in events if e[1] == person] or [0]) for person in city_of}
+        return str(sum(e[4] for e in events if e[4] > average[e[1]]))
     assert task.template == "never"
     city = re.search(r"from (\w+)\?", task.prompt)[1]
     met = {e[2] for e in events if city_of[e[1]] == city}
@@ -269,7 +269,7 @@ def by_reading(task):
 
 
 @pytest.mark.parametrize("template", ["shortest", "stretches", "walk", "total", "above_average", "never"])
-def test_the_prompt_tells_enough_to_find_the_answer_in_another_way(template):
+def test_prompt_suffices_to_find_the_answer_independently(template):
     name = "sqlite" if template in FAMILIES["sqlite"].templates else "python"
     tasks = [task for task in (make(name, 3, "train", i) for i in range(200)) if task.template == template]
     assert len(tasks) > 5
@@ -277,7 +277,7 @@ def test_the_prompt_tells_enough_to_find_the_answer_in_another_way(template):
         assert by_reading(task) == task.problem.goal.answer, task.prompt
 
 
-def test_an_answer_may_be_spaced_otherwise_and_nothing_more():
+def test_answer_may_differ_only_in_spacing():
     goal = Answer("a/b.txt 7")
     assert all(goal.reached(answer, None) for answer in ("a/b.txt 7", "  ./a/b.txt\n7\n"))
     assert not any(goal.reached(answer, None) for answer in ("", "a/b.txt", "7 a/b.txt", "a/b.txt 7 8", "b.txt 7"))
@@ -310,7 +310,7 @@ def test_only_a_regular_file_with_the_content_counts(trick):
 
 
 @pytest.mark.parametrize("template", ["permissions", "archive", "links", "remove"])
-def test_a_poisoned_environment_decides_nothing(template):
+def test_poisoned_environment_does_not_change_the_score(template):
     lies = "find stat sha256sum tar mktemp sort xargs cd test ["
     deeds = [
         f"mkdir .bin; for f in {lies}; do printf '#!/bin/sh\\nexit 0\\n' > .bin/$f; chmod +x .bin/$f; done",
@@ -321,13 +321,13 @@ def test_a_poisoned_environment_decides_nothing(template):
     assert reward_after(task_of(template), *deeds) == 0.0
 
 
-def test_what_is_still_under_way_is_not_done():
+def test_work_still_in_progress_does_not_count():
     task = task_of("remove")
     command = task.problem.solution[-1].removeprefix("bash ")
     assert reward_after(task, f"(sleep 0.5; {command}) > /dev/null 2>&1 &") == 0.0
 
 
-def test_an_archive_of_links_to_the_files_is_none():
+def test_archive_of_links_to_the_files_does_not_count():
     task = task_of("archive")
     folder = next(iter(task.files)).split("/")[0]
     target = next(word for word in task.prompt.replace(",", "").split() if word.endswith(".tar.gz"))
@@ -337,7 +337,7 @@ def test_an_archive_of_links_to_the_files_is_none():
     assert reward_after(task, f"head -c 50M /dev/zero | gzip > {target}") == 0.0
 
 
-def test_an_archive_is_what_its_plain_files_say():
+def test_only_plain_files_in_an_archive_count():
     task = task_of("archive")
     goal = task.problem.goal
 
@@ -359,21 +359,21 @@ def test_an_archive_is_what_its_plain_files_say():
         assert reward_after(task, pack(lambda member, name=name, value=value: setattr(member, name, value))) == 0.0
 
 
-def test_a_database_with_a_write_ahead_log_is_as_good():
+def test_database_with_a_write_ahead_log_counts():
     task = task_of("update")
     wal = lambda box: TOOLS["sqlite"].run(box, {"sql": "PRAGMA journal_mode=WAL"})  # noqa: E731
     assert reward_after(task, wal) == 0.0
     assert reward_after(task, wal, solved=True) == 1.0
 
 
-def test_a_hard_link_is_no_symbolic_one():
+def test_hard_link_is_not_a_symbolic_link():
     task = next(t for t in (make("shell", 1, "train", i) for i in range(500)) if t.template == "links")
     assert reward_after(task, solved=True) == 1.0
     assert reward_after(task, task.problem.solution[-1].removeprefix("bash ").replace("ln -s", "ln")) == 0.0
 
 
 @pytest.mark.parametrize("template", ["sort", "permissions", "encode", "update"])
-def test_a_sandbox_that_died_is_not_the_agents_failure(template):
+def test_dead_sandbox_is_an_error_not_the_agents_failure(template):
     with pytest.raises(SandboxError, match="died|closed"):
         reward_after(task_of(template), lambda box: setattr(box, "kill_processes", box.close))
 
@@ -430,7 +430,7 @@ def with_solution(text):
         "open('/work/.values.json', 'w').write('null'); exit(0)",
     ],
 )
-def test_only_the_right_values_earn_anything(text):
+def test_only_the_right_values_earn_the_reward(text):
     assert reward_after(function_task(), with_solution(text)) == 0.0
 
 
@@ -447,14 +447,14 @@ def test_only_the_right_values_earn_anything(text):
         "truncate -s 10M solution.py",
     ],
 )
-def test_a_file_that_is_in_the_way_earns_nothing_and_hangs_nothing(trick):
+def test_file_in_the_way_earns_nothing_and_does_not_hang(trick):
     assert reward_after(function_task(), trick, solved=True) == 0.0
 
 
 @pytest.mark.parametrize(
     "name", ["sitecustomize", "usercustomize", "json/__init__", "sys", "encodings/__init__", "string"]
 )
-def test_modules_of_the_agent_replace_none(name):
+def test_agents_modules_do_not_replace_others(name):
     forge = {f"{name}.py": b"open('/work/.values.json', 'w').write('true')\nraise SystemExit(0)\n"}
     settings = "export PYTHONPATH=/work PYTHONSTARTUP=/work/json/__init__.py PYTHONHOME=/work PYTHONINSPECT=1"
     poison = (
@@ -473,7 +473,7 @@ def test_a_background_process_does_not_write_the_values():
     assert reward_after(task, start, solved=True) == 1.0
 
 
-def test_a_right_function_may_print_and_import():
+def test_correct_function_may_print_and_import():
     task = function_task()
     solution = task.problem.solution[-1].removeprefix(f"write {SOLUTION}\n")
     helper = {"helper.py": solution.encode()}
@@ -491,7 +491,7 @@ def test_the_right_values_stay_on_the_host(level):
             [command] = box.commands
             assert json.dumps(goal.inputs)[1:-1] in command.replace("'\"'\"'", "'")
             assert not any(json.dumps([value])[1:-1] in command for value in goal.values if len(str(value)) > 4)
-            assert len({json.dumps(value) for value in goal.values}) > 4  # a constant is no solution
+            assert len({json.dumps(value) for value in goal.values}) > 4  # a constant does not solve it
             assert json.dumps(goal.inputs[0])[1:-1] not in task.prompt.replace("'", '"')
 
 
@@ -503,7 +503,7 @@ def change_task():
 
 
 def changed(task):
-    """Returns the database as the solution leaves it, open."""
+    """Returns an open connection to the database as the solution leaves it."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.deserialize(task.files[DATABASE])
     connection.execute(task.problem.solution[-1].removeprefix("sqlite "))
@@ -520,7 +520,7 @@ def reward_of(task, connection):
 
 
 def rebuild(connection, table, definition):
-    """Puts something else in the place of a table whose rows are then in `hidden`."""
+    """Replaces a table by something else; its rows move to `hidden`."""
     connection.executescript(f"ALTER TABLE {table} RENAME TO hidden; {definition}")
 
 
@@ -539,7 +539,7 @@ def rebuild(connection, table, definition):
         "chmod 000 data.db",
     ],
 )
-def test_only_a_database_in_its_place_counts(trick):
+def test_only_a_database_at_its_path_counts(trick):
     task = change_task()
     assert reward_after(task, solved=True) == 1.0
     assert reward_after(task, trick, solved=True) == 0.0
@@ -571,7 +571,7 @@ def test_a_trigger_does_not_fire_and_an_extra_table_does_not_matter():
         "CREATE TABLE {table} (id, name, size); INSERT INTO {table} VALUES (1, zeroblob(500000), CAST(x'ff' AS TEXT))",
     ],
 )
-def test_nothing_but_the_table_with_its_rows_counts(definition):
+def test_only_the_table_with_its_rows_counts(definition):
     task = change_task()
     for table in list(task.problem.goal.tables)[:2]:
         connection = changed(task)
@@ -613,7 +613,7 @@ def test_a_forged_schema_earns_nothing(statement):
 
 
 @pytest.mark.parametrize("kind", ["VIEW {} AS SELECT * FROM hidden", "VIRTUAL TABLE {} USING fts5(id, name, size)"])
-def test_a_decoy_in_the_schema_does_not_pass_for_the_table(kind):
+def test_decoy_in_the_schema_does_not_count_as_the_table(kind):
     task = change_task()
     name = next(iter(task.problem.goal.tables))
     connection = changed(task)
@@ -625,7 +625,7 @@ def test_a_decoy_in_the_schema_does_not_pass_for_the_table(kind):
     assert reward_of(task, connection) == 0.0
 
 
-def test_a_damaged_database_is_no_error_of_the_host():
+def test_damaged_database_does_not_raise_on_the_host():
     rng = np.random.default_rng(0)
     task = change_task()
     data = np.frombuffer(changed(task).serialize(), np.uint8)
@@ -636,7 +636,7 @@ def test_a_damaged_database_is_no_error_of_the_host():
         assert score(task, "", Left(damaged.tobytes())) in (0.0, 1.0)
 
 
-def test_an_index_is_known_by_its_columns():
+def test_index_is_checked_by_its_columns():
     task = task_of("index", level=2)
     assert isinstance(task.problem.goal, Contents)
     sql = task.problem.solution[-1].removeprefix("sqlite ")

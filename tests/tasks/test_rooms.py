@@ -1,4 +1,4 @@
-"""Laws of the rooms tasks: every pair can be walked in a real sandbox, and only standing in the goal earns anything."""
+"""The rooms tasks: every pair can be walked in a real sandbox, and only standing in the goal earns the reward."""
 
 import functools
 
@@ -40,7 +40,7 @@ def run_scripts(tasks, *, solve):
 
 
 def walk(task, exits):
-    """Returns the directory at the end of a way, by the map's links alone."""
+    """Returns the directory at the end of a path, found from the map's links alone."""
     room = task.setup.removeprefix("cd ")
     for name in exits:
         room = task.symlinks[f"{room}/{name}"].removeprefix("../")
@@ -61,7 +61,7 @@ def distances(task, start):
 
 @pytest.fixture
 def visit():
-    """Returns a function that opens a task's sandbox, runs commands in it, and gives the score of an answer."""
+    """Returns a function that opens a task's sandbox, runs commands in it, and scores an answer."""
 
     def score(task, commands, answer):
         with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
@@ -73,7 +73,7 @@ def visit():
     return score
 
 
-def test_the_solving_script_walks_every_pair_of_the_map():
+def test_solving_script_walks_every_pair_of_the_map():
     tasks = all_pairs("train") + all_pairs("heldout")
     assert len(tasks) == 72
     for task, trajectory in zip(tasks, run_scripts(tasks, solve=True), strict=True):
@@ -83,16 +83,16 @@ def test_the_solving_script_walks_every_pair_of_the_map():
         assert observed.split()[-1] == task.goal_sign
 
 
-def test_wanderers_fail_mostly():
+def test_flawed_scripts_mostly_fail():
     trajectories = run_scripts(all_pairs("train"), solve=False)
     assert 0 < np.mean([t.reward for t in trajectories]) < 0.5
 
 
-def test_only_standing_in_the_goal_earns_anything(visit):
+def test_only_standing_in_the_goal_earns_the_reward(visit):
     task = max(all_pairs("train"), key=lambda task: len(task.path))
     way = [move(name).removeprefix("bash ") for name in task.path]
     assert visit(task, way, task.goal_sign) == 1.0
-    assert visit(task, way, "anything") == 1.0  # where the shell stands counts, not what is said
+    assert visit(task, way, "anything") == 1.0  # the shell's directory counts, not the answer
     assert visit(task, way, None) == 0.0
     assert visit(task, [], task.goal_sign) == 0.0
     assert visit(task, way[:-1], task.goal_sign) == 0.0
@@ -100,21 +100,21 @@ def test_only_standing_in_the_goal_earns_anything(visit):
     assert visit(task, [f"mkdir -p /tmp/{task.goal}; cd /tmp/{task.goal}"], task.goal_sign) == 0.0
 
 
-def test_it_does_not_matter_by_which_name_the_room_was_entered(visit):
+def test_goal_counts_whichever_exit_led_to_it(visit):
     task = max(all_pairs("train"), key=lambda task: len(task.path))
     assert visit(task, [f"cd {name}" for name in task.path], task.goal_sign) == 1.0
     assert visit(task, ["cd -P " + "/".join(task.path)], task.goal_sign) == 1.0
     assert visit(task, ["mkdir -p '/tmp/it'\"'\"'s'; cd '/tmp/it'\"'\"'s'"], task.goal_sign) == 0.0
 
 
-def test_what_the_agent_left_behind_does_not_decide(visit):
+def test_forged_shell_state_does_not_change_the_score(visit):
     task = all_pairs("train")[0]
     lie = f"pwd() {{ echo /work/{task.goal}; }}"
     assert visit(task, [f"{lie}; export -f pwd; export PWD=/work/{task.goal}"], task.goal_sign) == 0.0
     assert visit(task, [f"trap - EXIT; echo '{lie}' > /run/shell/env"], task.goal_sign) == 0.0  # read by the next shell
 
 
-def test_a_sandbox_that_died_before_the_score_is_no_zero():
+def test_sandbox_that_died_before_scoring_is_an_error_not_zero():
     task = all_pairs("train")[0]
     with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
         box.close()
@@ -122,14 +122,14 @@ def test_a_sandbox_that_died_before_the_score_is_no_zero():
             score(task, "x", box)
 
 
-def test_neither_the_path_nor_the_directories_stand_in_the_prompt():
+def test_prompt_reveals_neither_the_path_nor_the_directories():
     for task in all_pairs("train") + all_pairs("heldout"):
         assert not {task.goal, task.setup.split()[1], *EXITS} & {*task.prompt.split()}
         assert not any(task.goal in content.decode() for content in task.files.values())
 
 
 @pytest.mark.parametrize(("width", "height"), [(3, 3), (4, 1), (1, 4), (2, 2), (7, 5), (14, 15)])
-def test_every_map_is_connected_and_its_ways_are_shortest(width, height):
+def test_every_map_is_connected_and_paths_are_shortest(width, height):
     for seed in range(3 if width > 9 else 25):
         task = family(seed, width, height).make("train", seed)
         start = task.setup.removeprefix("cd ")
@@ -155,7 +155,7 @@ def test_another_seed_is_another_map():
 
 
 @pytest.mark.parametrize(("width", "height"), [(2, 2), (3, 3), (6, 2)])
-def test_train_and_heldout_share_no_pair_and_leave_none_out(width, height):
+def test_train_and_heldout_partition_the_pairs(width, height):
     rooms = family(0, width, height)
     train, heldout = ({rooms.make(split, i).prompt for i in range(2500)} for split in ("train", "heldout"))
     count = width * height
@@ -167,6 +167,6 @@ def test_train_and_heldout_share_no_pair_and_leave_none_out(width, height):
 @pytest.mark.parametrize(
     ("width", "height"), [(1, 3), (0, 9), (9, 0), (-2, -2), (-3, 3), (1, len(WORDS) + 1), (20, 20)]
 )
-def test_a_map_that_cannot_be_is_refused_with_its_size(width, height):
+def test_impossible_map_is_refused_with_its_size(width, height):
     with pytest.raises(ValueError, match=f"{width} × {height} rooms.*4 to {len(WORDS)}"):
         family(0, width, height)

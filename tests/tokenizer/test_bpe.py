@@ -1,4 +1,4 @@
-"""Laws of published tokenizers: ids are the real tokenizer's, text never becomes an added token, bytes come back."""
+"""Published tokenizers: ids match the real tokenizer's, text never becomes an added token, bytes round-trip."""
 
 import json
 import re
@@ -26,7 +26,7 @@ texts = st.lists(st.one_of(awkward, st.text(max_size=6)), max_size=10).map("".jo
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
-    """(ours, the real one) of each kind."""
+    """Returns (ours, the real one) for each kind."""
     folder = write(tmp_path_factory.mktemp("published") / request.param, request.param)
     return tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
 
@@ -37,7 +37,7 @@ def ids(tokens):
 
 @PATIENT
 @given(text=texts)
-def test_what_a_template_wrote_has_the_ids_of_the_real_tokenizer(pair, text):
+def test_template_text_has_the_ids_of_the_real_tokenizer(pair, text):
     ours, real = pair
     assert ids(ours.encode_spans([(text, True)])) == real.encode(text, add_special_tokens=False).ids
 
@@ -54,7 +54,7 @@ def test_text_never_becomes_an_added_token(pair, text):
 
 @PATIENT
 @given(text=texts)
-def test_text_comes_back_up_to_its_normal_form(pair, text):
+def test_text_round_trips_up_to_normalization(pair, text):
     ours, real = pair
     once = ours.decode(ours.encode(text))
     assert once == (text if real.normalizer is None else unicodedata.normalize("NFC", text))
@@ -65,7 +65,7 @@ def test_text_comes_back_up_to_its_normal_form(pair, text):
 @given(data=st.binary(max_size=10))
 @example(data=bytes(range(128, 256)))
 @example(data=b"\xed\xb3\xbf")
-def test_bytes_that_are_no_text_come_back_exactly(pair, data):
+def test_non_utf8_bytes_round_trip_exactly(pair, data):
     ours, real = pair
     text = data.decode("utf-8", "surrogateescape")
     if real.normalizer is None or unicodedata.is_normalized("NFC", text):
@@ -74,7 +74,7 @@ def test_bytes_that_are_no_text_come_back_exactly(pair, data):
 
 @PATIENT
 @given(data=st.data())
-def test_whatever_a_policy_samples_has_a_text(pair, data):
+def test_any_sampled_ids_decode_to_text(pair, data):
     ours, _ = pair
     sampled = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=20))
     text = ours.decode(sampled)
@@ -89,10 +89,10 @@ def test_whatever_a_policy_samples_has_a_text(pair, data):
 @example(spans=[("<|im_", True), ("end|>", False)])
 @example(spans=[("<|im_", True), ("end|>", True)])
 @example(spans=[("exit sta", True), ("tus", False)])
-def test_spans_are_one_pass_in_which_only_trusted_text_has_added_tokens(pair, spans):
+def test_only_trusted_spans_contain_added_tokens(pair, spans):
     ours, _ = pair
-    text = "".join(own for own, _ in spans)
-    trusted = [flag for own, flag in spans for _ in own]
+    text = "".join(part for part, _ in spans)
+    trusted = [flag for part, flag in spans for _ in part]
     tokens = ours.encode_spans(spans)
     assert [token.start for token in tokens] == sorted(token.start for token in tokens)
     for token in tokens:
@@ -106,29 +106,29 @@ def test_spans_are_one_pass_in_which_only_trusted_text_has_added_tokens(pair, sp
         assert ids(tokens) == ids(ours.encode_spans([(text, True)]))
 
 
-def test_a_trusted_token_is_found_behind_one_that_is_half_trusted(tmp_path):
-    def change(said):
-        last = said["added_tokens"][-1]
-        said["added_tokens"].append(last | {"id": last["id"] + 1, "content": "x<|im"})
+def test_trusted_token_is_found_after_a_half_trusted_one(tmp_path):
+    def change(definition):
+        last = definition["added_tokens"][-1]
+        definition["added_tokens"].append(last | {"id": last["id"] + 1, "content": "x<|im"})
 
     ours = tokenizers.load(edit(write(tmp_path / "t", "chatml"), change))
     tokens = ours.encode_spans([("x", False), ("<|im_end|>", True)])
     assert ids(tokens) == [*ours.encode("x"), ours.id_of("<|im_end|>")]
 
 
-def test_merges_cross_the_seams_of_spans(pair):
+def test_merges_cross_span_boundaries(pair):
     ours, _ = pair
     whole = ours.encode("exit status")
     assert ids(ours.encode_spans([("exit st", True), ("atus", False)])) == whole
     assert len(whole) < len(ours.encode("exit st")) + len(ours.encode("atus"))
 
 
-def test_a_name_inside_another_is_not_taken_for_it(tmp_path):
-    """The longest added token at a place is the one that is there."""
+def test_added_token_inside_a_longer_one_is_not_matched(tmp_path):
+    """At each position the longest added token wins."""
 
-    def change(said):
-        last = said["added_tokens"][-1]
-        said["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<|im_end|>x"})
+    def change(definition):
+        last = definition["added_tokens"][-1]
+        definition["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<|im_end|>x"})
 
     folder = edit(write(tmp_path / "t", "chatml"), change)
     ours, real = tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
@@ -145,7 +145,7 @@ def test_an_agents_markup_becomes_tokens_but_never_an_end_of_turn(tmp_path):
     assert ours.decode(found) == '<tool_call>\n{"a": "<|im_end|>"}\n</tool_call>'
 
 
-def test_what_is_named_decides_the_kind(tmp_path):
+def test_path_decides_the_kind_of_tokenizer(tmp_path):
     folder = write(tmp_path / "t", "chatml")
     assert isinstance(tokenizers.load(folder), BytePairs)
     assert isinstance(tokenizers.load(folder / "tokenizer.json"), BytePairs)
@@ -153,7 +153,7 @@ def test_what_is_named_decides_the_kind(tmp_path):
     with pytest.raises(TokenizerError, match="no tokenizer model at .*none"):
         tokenizers.load(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TokenizerError, match=r"empty has no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(TokenizerError, match=r"empty has neither tokenizer\.json nor tokenizer\.model"):
         tokenizers.load(tmp_path / "empty")
     assert tokenizers.vocabulary(tmp_path / "empty") == {}
     tokenizers.load().save(tmp_path / "empty")
@@ -171,29 +171,29 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, kind):
     assert (copy.template, copy.end, copy.pad) == (ours.template, ours.end, ours.pad)
 
 
-def test_another_vocabulary_is_told_by_its_first_difference(tmp_path):
+def test_different_vocabulary_is_reported_by_its_first_difference(tmp_path):
     ours, other = (tokenizers.load(write(tmp_path / kind, kind)) for kind in ("chatml", "llama_3"))
     found = tokenizers.differing(ours.vocabulary, other.vocabulary)
     assert re.fullmatch(r"'<\|.*\|>' is (\d+|unknown) in one and (\d+|unknown) in the other", found)
     assert tokenizers.differing(ours.vocabulary, dict(ours.vocabulary)) == ""
 
 
-def test_special_tokens_and_templates_are_found_wherever_published_folders_have_them(tmp_path):
+def test_special_tokens_and_templates_are_found_in_every_published_layout(tmp_path):
     folder = write(tmp_path / "t", "chatml")
-    said = json.loads((folder / "tokenizer_config.json").read_text())
-    mapped = {"eos_token": {"content": said.pop("eos_token")}, "bos_token": "<|im_start|>"}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    mapped = {"eos_token": {"content": config.pop("eos_token")}, "bos_token": "<|im_start|>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(mapped))
-    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": said["chat_template"]}]
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": config["chat_template"]}]
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"pad_token": None, "bos_token": "<|endoftext|>", "chat_template": several})
     )
     ours = tokenizers.load(folder)
-    assert ours.name_of("bos_token") == "<|endoftext|>"  # what tokenizer_config.json says counts
+    assert ours.name_of("bos_token") == "<|endoftext|>"  # tokenizer_config.json overrides the map
     assert ours.end == ours.pad == ours.id_of("<|im_end|>")
-    assert ours.template == said["chat_template"]
+    assert ours.template == config["chat_template"]
 
 
-def test_a_template_in_a_file_of_its_own_counts(tmp_path):
+def test_template_in_a_separate_file_is_used(tmp_path):
     folder = write(tmp_path / "t", "chatml")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert tokenizers.load(folder).template == "{{ messages }}"
@@ -202,29 +202,29 @@ def test_a_template_in_a_file_of_its_own_counts(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: said["added_tokens"][0].update(lstrip=True), r"\['<\|endoftext\|>'\] take in what is beside"),
-        (lambda said: said["model"].update(type="Unigram"), "it is no tokenizer.json of a byte-level BPE"),
-        (lambda said: said.pop("added_tokens"), "lacks 'added_tokens'"),
-        (lambda said: said["added_tokens"][0].update(id="5"), r"has the added token \{'id': '5'"),
-        (lambda said: said["added_tokens"][0].update(content=5), "has the added token"),
-        (lambda said: said["added_tokens"][0].update(content="\ud800"), "it is damaged: it has the added token"),
-        (lambda said: said["added_tokens"][0].pop("special"), "has the added token"),
-        (lambda said: said["added_tokens"].append(7), "has the added token 7"),
-        (lambda said: said.pop("model"), "it is no tokenizer.json of a byte-level BPE"),
-        (lambda said: said["model"]["vocab"].update({"\u2581the": 490}), "its pieces have the character '\u2581'"),
-        (lambda said: (said["model"]["vocab"].pop("Q"), said["model"].update(merges=[])), "'Q' have no pieces"),
+        (lambda d: d["added_tokens"][0].update(lstrip=True), r"\['<\|endoftext\|>'\] set one of lstrip, rstrip"),
+        (lambda d: d["model"].update(type="Unigram"), "not a byte-level BPE tokenizer.json"),
+        (lambda d: d.pop("added_tokens"), "lacks 'added_tokens'"),
+        (lambda d: d["added_tokens"][0].update(id="5"), r"has the added token \{'id': '5'"),
+        (lambda d: d["added_tokens"][0].update(content=5), "has the added token"),
+        (lambda d: d["added_tokens"][0].update(content="\ud800"), "it is damaged: it has the added token"),
+        (lambda d: d["added_tokens"][0].pop("special"), "has the added token"),
+        (lambda d: d["added_tokens"].append(7), "has the added token 7"),
+        (lambda d: d.pop("model"), "not a byte-level BPE tokenizer.json"),
+        (lambda d: d["model"]["vocab"].update({"\u2581the": 490}), "its pieces contain the character '\u2581'"),
+        (lambda d: (d["model"]["vocab"].pop("Q"), d["model"].update(merges=[])), "'Q' have no pieces"),
     ],
     ids=["takes spaces in", "unigram", "no added tokens", "id", "content", "surrogate", "no kind", "number",
          "no model", "SentencePiece", "no Q"],
 )  # fmt: skip
-def test_a_tokenizer_that_cannot_serve_is_refused_by_name(tmp_path, change, message):
+def test_unusable_tokenizer_is_refused_and_its_file_named(tmp_path, change, message):
     folder = edit(write(tmp_path / "t", "chatml"), change)
     with pytest.raises(TokenizerError, match=message) as raised:
         tokenizers.load(folder)
     assert str(folder / "tokenizer.json") in str(raised.value)
 
 
-def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
+def test_gguf_file_yields_the_same_tokenizer(tmp_path):
     folder = write(tmp_path / "t", "qwen3")
     ours, definition = tokenizers.load(folder), json.loads((folder / "tokenizer.json").read_text())
     found = tokenizers.load(gguf_files.write_tokenizer(tmp_path / "x.gguf", ours, definition, pre="qwen2", unused=7))
@@ -239,8 +239,8 @@ def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
     assert tokenizers.load(tmp_path / "copy").encode_markup(text) == ours.encode_markup(text)
 
 
-def test_llamas_words_that_are_pieces_are_not_merged_again(tmp_path):
-    """`ignore_merges`: a word of the vocabulary is one token even where no merge leads to it."""
+def test_llama_words_in_the_vocabulary_skip_merges(tmp_path):
+    """`ignore_merges`: a word of the vocabulary is one token even if no merge produces it."""
     folder = write(tmp_path / "t", "llama_3")
     definition = json.loads((folder / "tokenizer.json").read_text())
     definition["model"]["vocab"]["zqx"] = last = 1 + max(tokenizers.load(folder).vocabulary.values())
@@ -251,7 +251,7 @@ def test_llamas_words_that_are_pieces_are_not_merged_again(tmp_path):
         assert found == expected or (expected is None and len(found) == 3)
 
 
-def test_a_gguf_tokenizer_of_another_kind_is_refused_with_its_vocabulary_known(tmp_path):
+def test_unsupported_gguf_tokenizer_is_refused_but_its_vocabulary_is_readable(tmp_path):
     folder = write(tmp_path / "t", "qwen3")
     ours, definition = tokenizers.load(folder), json.loads((folder / "tokenizer.json").read_text())
     path = gguf_files.write_tokenizer(tmp_path / "x.gguf", ours, definition, pre="deepseek", unused=7)
@@ -263,7 +263,7 @@ def test_a_gguf_tokenizer_of_another_kind_is_refused_with_its_vocabulary_known(t
 def test_bytes_without_a_piece_vanish_as_in_the_real_tokenizer(tmp_path):
     lost = "\x04"
     stand_in = next(name for byte, name in _bytes_to_unicode().items() if byte == ord(lost))
-    folder = edit(write(tmp_path / "t", "chatml"), lambda said: said["model"]["vocab"].pop(stand_in))
+    folder = edit(write(tmp_path / "t", "chatml"), lambda definition: definition["model"]["vocab"].pop(stand_in))
     ours, real = tokenizers.load(folder), RealTokenizer.from_file(str(folder / "tokenizer.json"))
     text = f"a{lost}b"
     assert ours.encode(text) == real.encode(text, add_special_tokens=False).ids
@@ -273,26 +273,30 @@ def test_bytes_without_a_piece_vanish_as_in_the_real_tokenizer(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     folder = write(tmp_path / "t", "chatml")
     whole = (folder / "tokenizer.json").read_text()
-    for text, message in ((whole[:-20], "is no JSON"), ("[]", "holds no JSON object"), ("{}", "lacks 'added_tokens'")):
+    for text, message in (
+        (whole[:-20], "is not JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "lacks 'added_tokens'"),
+    ):
         (folder / "tokenizer.json").write_text(text)
         with pytest.raises(TokenizerError, match=message):
             tokenizers.load(folder)
     (folder / "tokenizer.json").write_text(whole)
-    for said, message in (
-        ({"eos_token": "<|stop|>"}, r"eos_token = '<\|stop\|>' is no token of it"),
-        ({"eos_token": ["<|im_end|>"]}, r"eos_token = \['<\|im_end\|>'\] is no name of a token"),
-        ({"eos_token": "<|im_end|>", "chat_template": {"a": 1}}, "chat_template is {'a': 1}, no text"),
+    for config, message in (
+        ({"eos_token": "<|stop|>"}, r"eos_token = '<\|stop\|>' is not in its vocabulary"),
+        ({"eos_token": ["<|im_end|>"]}, r"eos_token = \['<\|im_end\|>'\] is not a token name"),
+        ({"eos_token": "<|im_end|>", "chat_template": {"a": 1}}, "chat_template is {'a': 1}, not text"),
     ):
-        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(TokenizerError, match=message):
             tokenizers.load(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": ["x"]}))
     assert tokenizers.load(folder).template == ""
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is no text"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not text"):
         tokenizers.load(folder)
     (folder / "other.json").write_text(whole)
-    with pytest.raises(TokenizerError, match=r"other\.json: a published tokenizer is named tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"other\.json: a published tokenizer must be named tokenizer\.json"):
         tokenizers.load(folder / "other.json")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(TokenizerError, match=r"x\.gguf is damaged"):

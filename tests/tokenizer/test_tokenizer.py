@@ -1,4 +1,4 @@
-"""Laws of the tokenizer: bytes come back exactly, text never speaks for the harness, a wrong model file is refused."""
+"""The tokenizer: bytes round-trip exactly, text never becomes a control symbol, a wrong model file is refused."""
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -8,12 +8,12 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from echo_jax.tasks.words import WORDS
 from echo_jax.tokenizer import CONTROL_SYMBOLS, DEFAULT_MODEL, SentencePieces, TokenizerError
 
-PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine must not fail a test
 TOKENIZER = SentencePieces()
 CONTROL_IDS = {TOKENIZER.task, TOKENIZER.assistant, TOKENIZER.tool, TOKENIZER.note, TOKENIZER.end, TOKENIZER.pad}
 Piece = model_pb2.ModelProto.SentencePiece
 
-# What tokenizers lose or misread, between arbitrary text.
+# Text that tokenizers often lose or misread, mixed with arbitrary text.
 awkward = st.sampled_from(
     [*CONTROL_SYMBOLS, "<pad>", "<unk>", "<0x41>", "<|", "|>", "\u2581", "\0", "\n", "\r\n", "\t", " ", "  ", "    ",
      "\ufeff", "\u200b", "e\u0301", "\u00e9", "\ufb01", "\u212b", "\u3000", "\U0001f9ff", "bash", " oak"]
@@ -23,7 +23,7 @@ byte_strings = st.lists(st.one_of(st.binary(max_size=8), awkward.map(str.encode)
 
 
 def edited_model(path, edit):
-    """Writes the built-in model with a change made to it."""
+    """Writes a changed copy of the built-in model."""
     model = model_pb2.ModelProto()
     model.ParseFromString(DEFAULT_MODEL.read_bytes())
     edit(model)
@@ -58,7 +58,7 @@ def normalize(**fields):
 
 @PATIENT
 @given(texts)
-def test_text_comes_back_exactly(text):
+def test_text_round_trips_exactly(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
@@ -68,7 +68,7 @@ def test_text_comes_back_exactly(text):
 @example(b"\xe2\x96")  # U+2581, cut
 @example(b"\xe2\x96\x81\xff\xe2\x96\x81")
 @example(b"\xed\xb3\xbf")  # a surrogate, encoded as UTF-8 forbids
-def test_bytes_that_are_no_text_come_back_exactly(data):
+def test_non_utf8_bytes_round_trip_exactly(data):
     decoded = TOKENIZER.decode(TOKENIZER.encode(data.decode("utf-8", "surrogateescape")))
     assert decoded.encode("utf-8", "surrogateescape") == data
 
@@ -84,12 +84,12 @@ def test_text_never_becomes_a_control_symbol(text):
 
 @PATIENT
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
-def test_whatever_a_policy_samples_has_a_text(ids):
+def test_any_sampled_ids_decode_to_text(ids):
     text = TOKENIZER.decode(ids)
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-def test_control_symbols_are_five_ids_that_read_as_their_names():
+def test_control_symbols_are_five_ids_that_decode_to_their_names():
     ids = [TOKENIZER.task, TOKENIZER.assistant, TOKENIZER.tool, TOKENIZER.note, TOKENIZER.end]
     assert TOKENIZER.decode(ids) == "".join(CONTROL_SYMBOLS)
     assert len(CONTROL_IDS) == 6
@@ -100,9 +100,9 @@ def test_every_word_of_the_tasks_is_one_piece(before):
     assert [word for word in WORDS if len(TOKENIZER.encode(before + word)) != 1] == []
 
 
-def test_a_missing_model_is_named_with_the_way_out(tmp_path):
+def test_missing_model_is_named_with_the_fix(tmp_path):
     for path in (tmp_path / "none.model", tmp_path):
-        with pytest.raises(TokenizerError, match=rf"no tokenizer model at {path}.*leave tokenizer.path empty"):
+        with pytest.raises(TokenizerError, match=rf"no tokenizer model at {path}.*leave config.tokenizer.path empty"):
             SentencePieces(path)
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_model_is_refused_wherever_it_is_cut(tmp_path, kept):
 
 
 def test_a_model_that_ends_before_its_settings_is_refused(tmp_path):
-    """SentencePiece would read it, and fill in settings that add and remove spaces."""
+    """SentencePiece would read it and fill in settings that add and remove spaces."""
 
     def edit(model):
         model.ClearField("trainer_spec")
@@ -126,7 +126,7 @@ def test_a_model_that_ends_before_its_settings_is_refused(tmp_path):
         SentencePieces(edited_model(tmp_path / "m.model", edit))
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_file_that_is_not_a_model_is_refused(tmp_path):
     path = tmp_path / "text.model"
     path.write_bytes(b"an ordinary text\n" * 100)
     with pytest.raises(TokenizerError, match="is not a SentencePiece model|lacks the control"):

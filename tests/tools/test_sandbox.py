@@ -1,4 +1,4 @@
-"""Laws of the sandbox, each against a real one: every call is bounded in time and memory, and the next call works."""
+"""The sandbox's laws, tested on real sandboxes: every call is bounded in time and memory, and the next call works."""
 
 import concurrent.futures
 import dataclasses
@@ -23,7 +23,7 @@ SMALL = Limits(
 
 @pytest.fixture(scope="module")
 def shared():
-    """One sandbox for all tests that leave it usable, which is itself the law that the next call works."""
+    """One sandbox for all tests that leave it usable; sharing it tests that the next call always works."""
     with Sandbox(limits=SMALL) as box:
         yield box
 
@@ -80,24 +80,24 @@ def resident_bytes():
         ("sh -c 'kill -9 $$'", Status.NONZERO, 137),
     ],
 )
-def test_the_exit_code_is_the_shells_own(box, command, status, exit_code):
+def test_exit_code_is_the_shells(box, command, status, exit_code):
     result = box.run(command)
     assert (result.status, result.exit_code) == (status, exit_code)
 
 
-def test_a_nul_byte_is_an_answer_and_not_a_crash(box):
+def test_nul_byte_gets_an_answer_not_a_crash(box):
     result = box.run("echo a\0b")
     assert result.status is Status.NONZERO
     assert b"NUL" in result.head
 
 
-def test_a_command_too_long_for_the_kernel_is_an_answer(box):
+def test_command_too_long_for_the_kernel_gets_an_answer(box):
     result = box.run("echo " + "x" * (1 << 18))
     assert (result.status, result.exit_code) == (Status.NONZERO, 126)
     assert box.run("#" + "x" * (sandbox.MAX_COMMAND_BYTES - 1)).status is Status.OK
 
 
-def test_bytes_that_are_not_text_reach_the_shell(box):
+def test_non_utf8_bytes_reach_the_shell(box):
     assert box.run("printf %s 'a\udcffb'").head == b"a\xffb"
     assert box.run(b"printf %s 'a\xffb'").head == b"a\xffb"
     assert box.run("printf %s '\ud800'").head == b"\xed\xa0\x80"  # a lone surrogate, as JSON may hold one
@@ -133,7 +133,7 @@ def test_head_tail_and_dropped_count_make_up_the_whole_output(box, size):
     assert whole.endswith(result.tail)
 
 
-def test_an_endless_flood_takes_no_memory_and_is_ended_for_it(box):
+def test_endless_output_takes_no_memory_and_is_stopped(box):
     before = resident_bytes()
     result = box.run("yes", timeout=60)
     assert (result.status, result.exit_code) == (Status.OUTPUT_LIMIT, None)
@@ -182,7 +182,7 @@ def test_control_sequences_are_left_as_they_are(box):
         "python3 -c 'import os,time\nif not os.fork():\n os.setsid()\n if not os.fork(): time.sleep(30)'; echo hi",
     ],
 )
-def test_a_call_ends_with_its_shell_whatever_holds_the_pipe(box, command):
+def test_call_ends_with_its_shell_whatever_holds_the_pipe(box, command):
     result = box.run(command)
     assert (result.status, result.head) == (Status.OK, b"hi\n")
     assert result.seconds < 2
@@ -214,13 +214,13 @@ def test_output_before_the_time_out_is_kept(box):
     assert box.run("echo before; sleep 30", timeout=0.3).head == b"before\n"
 
 
-def test_a_flood_in_the_background_holds_up_no_later_call(box):
+def test_background_output_does_not_delay_later_calls(box):
     assert box.run("yes & echo hi").seconds < 1
     for _ in range(5):
         assert output(box, "echo next") == "next\n"
 
 
-def test_a_background_process_goes_on_between_calls(box):
+def test_background_process_keeps_running_between_calls(box):
     box.run("(while :; do date +%N > tick; head -c 100000 /dev/zero; sleep 0.01; done) &")
     ticks = set()
     for _ in range(5):
@@ -229,7 +229,7 @@ def test_a_background_process_goes_on_between_calls(box):
     assert len(ticks) > 2
 
 
-def test_killing_everything_ends_the_call_only(box):
+def test_killing_everything_ends_only_the_call(box):
     assert b"left\n" in box.run("sleep 30 & kill -9 -1; echo left").head
     assert box.run("kill -9 1; kill -INT 1; kill -TERM 1; kill -CHLD 1; kill -STOP 1; echo alive").status is Status.OK
 
@@ -242,7 +242,7 @@ def test_a_fork_bomb_is_bounded(fresh, bomb):
     fresh.kill_processes()
 
 
-def test_the_process_limit_is_held(fresh):
+def test_process_limit_is_enforced(fresh):
     count = """
         import os, signal, time
         children = []
@@ -271,7 +271,7 @@ def test_orphans_do_not_stay_as_zombies(box):
     assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
 
 
-def test_signals_have_their_ordinary_effect(box):
+def test_signals_have_their_usual_effect(box):
     assert output(box, "yes | head -1; echo ${PIPESTATUS[0]}") == "y\n141\n"
     assert output(box, "sh -c 'kill -INT $$; echo survived' 2>&1; echo $?") == "130\n"
 
@@ -279,7 +279,7 @@ def test_signals_have_their_ordinary_effect(box):
 # -- limits --------------------------------------------------------------------------------------------------------
 
 
-def test_a_memory_hog_is_ended_and_said_to_be_out_of_memory(fresh):
+def test_memory_hog_is_killed_and_reported_as_out_of_memory(fresh):
     result = fresh.run("python3 -c \"x = bytearray(1 << 30); print('got', 'it')\"")
     assert b"got it" not in result.head
     if fresh.limits_by.startswith("cgroup"):
@@ -291,13 +291,13 @@ def test_a_memory_hog_is_ended_and_said_to_be_out_of_memory(fresh):
 
 def test_many_hogs_together_stay_under_the_limit(fresh):
     if not fresh.limits_by.startswith("cgroup"):
-        return  # memory is limited per process: `limits_by` says so
+        return  # memory is limited per process, see `limits_by`
     hog = "python3 -c 'import time; x = bytearray(40 << 20); time.sleep(3)' &"
     result = fresh.run(f"{hog} {hog} {hog} {hog} {hog} wait -n; wait; jobs; exit 5", timeout=10)
     assert result.status is Status.OOM
 
 
-def test_lack_of_memory_is_said_of_the_call_that_lacked_it(fresh):
+def test_out_of_memory_is_reported_for_the_call_that_caused_it(fresh):
     if fresh.limits_by.startswith("cgroup"):
         hog = "python3 -c 'bytearray(1 << 30)'"
         assert fresh.run(f"{hog}; true").status is Status.OK
@@ -307,12 +307,12 @@ def test_lack_of_memory_is_said_of_the_call_that_lacked_it(fresh):
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
-def test_a_time_out_is_a_positive_number(box, timeout):
+def test_time_out_must_be_positive_and_finite(box, timeout):
     with pytest.raises(ValueError, match="positive"):
         box.run("true", timeout=timeout)
 
 
-def test_a_full_disk_is_an_error_of_the_command_and_not_lack_of_memory(box):
+def test_full_disk_is_a_command_error_not_out_of_memory(box):
     for folder in ("/work", "/tmp", "/dev/shm", "/var/tmp"):
         text = output(box, f"for i in 1 2 3; do head -c 6M /dev/zero > {folder}/f$i; done; rm {folder}/f?")
         assert "No space left" in text
@@ -322,7 +322,7 @@ def test_a_full_disk_is_an_error_of_the_command_and_not_lack_of_memory(box):
     assert output(box, "echo $KEPT; pwd") == "1\n/tmp/d\n"
 
 
-def test_a_file_has_a_largest_size(box):
+def test_file_size_is_limited(box):
     result = box.run("truncate -s 1G f")
     assert result.status is not Status.OK
     assert box.run("test $(stat -c %s f) -le 8388608").status is Status.OK
@@ -363,7 +363,7 @@ def test_each_limit_has_a_name(box, command, limit):
     assert box.run("true; rm -f f* /dev/shm/f*").status is Status.OK
 
 
-def test_a_limit_is_said_of_calls_only_that_did_not_end_well(box):
+def test_limit_is_reported_only_for_failed_calls(box):
     assert box.run("head -c 7M /dev/zero > f; head -c 7M /dev/zero > g; true").status is Status.OK
     result = box.run("false")  # the disk is still full
     assert (result.status, result.limit) == (Status.LIMIT, "disk")
@@ -372,7 +372,7 @@ def test_a_limit_is_said_of_calls_only_that_did_not_end_well(box):
 
 
 def test_a_million_files_are_bounded(fresh):
-    """Each takes kernel memory, which the control group counts."""
+    """Each file takes kernel memory, which the control group counts."""
     if fresh.limits_by.startswith("cgroup"):
         many = "for i in range(10**6): open('/tmp/' + 'x' * 200 + str(i), 'w')"
         result = fresh.run(f'python3 -c "{many}"', timeout=30)
@@ -383,7 +383,7 @@ def test_a_million_files_are_bounded(fresh):
     "bad",
     [{"disk_bytes": 1 << 30}, {"output_bytes": 0}, {"processes": 0}, {"timeout_seconds": 0.0}],
 )
-def test_limits_that_cannot_hold_are_refused(bad):
+def test_impossible_limits_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Limits(**bad)
 
@@ -404,7 +404,7 @@ def test_the_interpreter_remembers_and_prints_a_last_expression(fresh):
     assert fresh.run_python("import m; m.y").head == b"3\n"
 
 
-def test_an_exception_shows_the_agents_own_lines_and_leaves_the_names(fresh):
+def test_exception_shows_the_agents_lines_and_keeps_variables(fresh):
     fresh.run_python("x = 1\ndef f():\n    return 1 / 0")
     result = fresh.run_python("x = 2\nf()")
     assert (result.status, result.exit_code) == (Status.NONZERO, 1)
@@ -435,7 +435,7 @@ def test_an_exception_shows_the_agents_own_lines_and_leaves_the_names(fresh):
         ("import os, time; os.closerange(3, 99); time.sleep(60)", Status.SIGNAL, 137),
     ],
 )
-def test_an_interpreter_that_is_gone_is_replaced_and_said_to_be(fresh, code, status, exit_code):
+def test_ended_interpreter_is_replaced_and_the_output_says_so(fresh, code, status, exit_code):
     fresh.run_python("x = 1")
     result = fresh.run_python(code, timeout=20 if status is Status.OUTPUT_LIMIT else 1)
     assert (result.status, result.exit_code) == (status, exit_code), result
@@ -444,7 +444,7 @@ def test_an_interpreter_that_is_gone_is_replaced_and_said_to_be(fresh, code, sta
     assert fresh.run_python("1").head == b"1\n"
 
 
-def test_a_forged_end_harms_its_own_call_only(fresh):
+def test_forged_end_of_call_harms_only_that_call(fresh):
     forge = "import os\nfor fd in range(3, 20):\n    try: os.write(fd, bytes(9))\n    except OSError: pass"
     assert fresh.run_python(forge + "\nimport time; time.sleep(60)", timeout=5).seconds < 2
     assert fresh.run_python("1", timeout=1).status in (Status.OK, Status.TIMEOUT)
@@ -469,20 +469,20 @@ while time.monotonic() < end:
 
 
 @pytest.mark.parametrize("tool", ["run_python", "run"])
-def test_an_agent_that_takes_its_own_output_back_loses_it_and_nothing_more(fresh, tool):
+def test_agent_that_reads_back_its_output_loses_only_that_output(fresh, tool):
     fresh.write_files({"thief.py": THIEF.format(seconds=0.5).encode()})
     commands = {"run_python": THIEF.format(seconds=0.5), "run": "python3 thief.py"}
     result = getattr(fresh, tool)(commands[tool], timeout=3)
     assert result.status in (Status.OK, Status.TIMEOUT), result
-    time.sleep(0.3)  # the thief is still at work
+    time.sleep(0.3)  # the thief is still running
     assert fresh.run_python("1").status is Status.OK
     assert fresh.run("true").status is Status.OK
     fresh.kill_processes()
     assert fresh.run("echo next").head == b"next\n"
 
 
-def test_lack_of_memory_that_ends_the_sandbox_is_told_from_a_fault_of_the_machine():
-    """The agent holds memory that no process maps, and is no likelier a victim than the supervisor."""
+def test_out_of_memory_that_kills_the_sandbox_is_not_an_infrastructure_fault():
+    """The agent holds memory that no process maps, so the kernel is as likely to kill the supervisor."""
     hoard = """
         import os
         open("/proc/self/oom_score_adj", "w").write("0")
@@ -507,7 +507,7 @@ def test_lack_of_memory_that_ends_the_sandbox_is_told_from_a_fault_of_the_machin
                 break
 
 
-def test_a_supervisor_that_the_kernel_ends_for_memory_is_the_agents_doing(monkeypatch):
+def test_supervisor_killed_for_lack_of_memory_counts_as_the_agents_fault(monkeypatch):
     with Sandbox(limits=SMALL) as box:
         counts = box._jail._counts()
         monkeypatch.setattr(box._jail, "_counts", lambda: (counts[0] + 1, counts[1]))  # between two calls
@@ -519,13 +519,13 @@ def test_a_supervisor_that_the_kernel_ends_for_memory_is_the_agents_doing(monkey
             box.read_file("x", limit=1)
 
 
-def test_the_agents_modules_do_not_stand_in_for_the_interpreters_own(fresh):
+def test_agents_modules_do_not_shadow_the_interpreters_modules(fresh):
     fresh.write_files({"token.py": b"raise SystemExit", "ast.py": b"raise SystemExit", "mine.py": b"x = 5"})
     assert fresh.run_python("import mine; mine.x").head == b"5\n"
     assert b"ZeroDivisionError" in fresh.run_python("1 / 0").head
 
 
-def test_children_of_the_interpreter_hold_nothing_up(fresh):
+def test_children_of_the_interpreter_do_not_delay_calls(fresh):
     assert fresh.run_python("import os, time\nif not os.fork():\n    time.sleep(60)\n1").head == b"1\n"
     assert fresh.run_python("import subprocess; subprocess.Popen(['sleep', '60']); 2").head == b"2\n"
     assert fresh.run_python("print('x' * 70_000)").dropped_bytes == 70_001 - SMALL.output_bytes
@@ -561,7 +561,7 @@ def test_two_sandboxes_may_use_one_port(box):
         assert output(other, f'python3 -c "{code}"') == "bound\n"
 
 
-def test_only_listed_variables_are_seen(monkeypatch):
+def test_agent_sees_only_listed_variables(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     with Sandbox(limits=SMALL) as box:
         names = {line.partition("=")[0] for line in output(box, "env").splitlines()}
@@ -570,7 +570,7 @@ def test_only_listed_variables_are_seen(monkeypatch):
         assert "hunter2" not in output(box, "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n'")
 
 
-def test_processes_of_the_host_are_not_seen(box):
+def test_agent_does_not_see_host_processes(box):
     assert str(os.getpid()) not in output(box, "cat /proc/[0-9]*/status | grep NSpid").split()
     assert len(output(box, "echo /proc/[0-9]*").split()) == 2
     assert box.run(f"kill -0 {os.getpid()}").status is Status.NONZERO
@@ -596,21 +596,21 @@ def test_no_capability_and_no_new_privileges(box):
     assert box.run("mount -t tmpfs none /tmp").status is Status.NONZERO
 
 
-def test_files_of_the_host_are_not_there(box):
+def test_host_files_are_absent(box):
     for path in ("/etc/shadow", "/root", "/home", str(Path(__file__).parents[2]), str(Path.home()), "/sys", "/boot"):
         assert box.run(f"ls {path}").exit_code == 2, path
     assert "echo_jax" not in output(box, "ls -R / 2> /dev/null | grep -x echo_jax", timeout=5)
 
 
-def test_nothing_of_the_host_can_be_written(box):
+def test_no_host_file_can_be_written(box):
     for path in ("/", "/usr", "/etc", "/dev", "/run", "/opt/python", "/opt/python/lib", "/proc", "/proc/sys/kernel"):
         assert box.run(f"touch {path}/new").status is not Status.OK, path
-    # Opened and not written: a sandbox that fails here must not change the host.
+    # Opens without writing: a sandbox that fails here must not change the host.
     for path in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/usr/bin/bash", "/etc/passwd"):
         assert box.run(f"exec 3>> {path}").status is not Status.OK, path
     writable = "find / -xdev -writable ! -type l; find /proc -writable ! -type l ! -path '/proc/[0-9]*'"
-    own = {"/work", "/tmp", "/run/shell", *(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))}
-    assert set(output(box, f"({writable}) 2> /dev/null").split()) == own
+    devices = (f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+    assert set(output(box, f"({writable}) 2> /dev/null").split()) == {"/work", "/tmp", "/run/shell", *devices}
 
 
 def test_the_supervisor_is_out_of_reach(box):
@@ -627,7 +627,7 @@ def test_the_supervisor_is_out_of_reach(box):
         assert refused(lambda: os.setpriority(os.PRIO_PROCESS, 1, 19))
         assert refused(lambda: os.setpriority(os.PRIO_USER, 0, 19))
         assert refused(lambda: os.setpriority(os.PRIO_PGRP, 0, 19))
-        os.setpriority(os.PRIO_PROCESS, 0, 5)  # itself: as nice does
+        os.setpriority(os.PRIO_PROCESS, 0, 5)  # itself, as nice does
         for path in ("fd/0", "fd/1", "mem", "environ", "root", "oom_score_adj"):
             assert refused(lambda: open("/proc/1/" + path)), path
             assert refused(lambda: open("/proc/1/task/1/" + path)), path
@@ -638,7 +638,7 @@ def test_the_supervisor_is_out_of_reach(box):
     assert output(box, "python3 try.py") == "refused\n"
 
 
-def test_what_namespaces_leave_open_is_refused(box):
+def test_filter_refuses_what_namespaces_leave_open(box):
     inside = """
         import ctypes, errno, socket
         libc = ctypes.CDLL(None, use_errno=True)
@@ -679,7 +679,7 @@ def test_files_and_links_are_there_from_the_start():
 
 
 @pytest.mark.parametrize("path", ["../x", "/work/x", "a/../../x", "", ".", "a//b", "a/", "x\0y"])
-def test_a_path_out_of_the_work_directory_is_refused(box, path):
+def test_path_outside_the_work_directory_is_refused(box, path):
     with pytest.raises(ValueError, match="plain path"):
         box.write_files({path: b""})
     with pytest.raises(ValueError, match="plain path"):
@@ -709,7 +709,7 @@ def test_only_a_regular_file_of_bounded_size_is_read(box, setup, path):
         box.read_file(path, limit=1000)
 
 
-def test_a_link_that_is_swapped_in_meanwhile_is_not_followed(box):
+def test_link_swapped_in_during_a_read_is_not_followed(box):
     swap = """
         import os
         while True:
@@ -732,7 +732,7 @@ def test_a_file_at_the_limit_is_read_whole(box):
     assert box.read_file("x", limit=1000) == bytes(1000)
 
 
-def test_writing_does_not_follow_what_the_agent_planted(box):
+def test_writing_does_not_follow_links_planted_by_the_agent(box):
     box.run("echo old > /tmp/target; ln -s /tmp/target link; ln -s /tmp folder; mkfifo p")
     box.write_files({"link": b"new", "p": b"new"})
     assert output(box, "cat /tmp/target link p") == "old\nnewnew"
@@ -749,7 +749,7 @@ def test_writing_to_a_full_disk_is_an_error(box):
 # -- state ---------------------------------------------------------------------------------------------------------
 
 
-def test_directory_and_exported_variables_live_between_calls(fresh):
+def test_directory_and_exported_variables_persist_between_calls(fresh):
     fresh.run("mkdir 'a b'; cd 'a b'; export V=$'one\\ntwo \"3\" $x `y`' W=1; X=2")
     result = fresh.run('printf "%s|%s|%s|" "$V" "$W" "$X"; pwd')
     assert result.head == b'one\ntwo "3" $x `y`|1||/work/a b\n'
@@ -762,24 +762,24 @@ def test_directory_and_exported_variables_live_between_calls(fresh):
     assert fresh.run("pwd").head == b"/tmp\n"
 
 
-def test_a_directory_that_the_agent_makes_up_is_not_believed(fresh):
+def test_directory_forged_by_the_agent_is_ignored(fresh):
     for made_up in ("nonsense", "", "../x"):
         fresh.run(f"printf '%s\\n' '{made_up}' > /run/shell/cwd; kill -9 $$")
         assert fresh.run("pwd").head == b"/work\n"
 
 
-def test_a_full_disk_of_the_shells_own_state_is_named_too(fresh):
+def test_full_disk_of_shell_state_is_reported_too(fresh):
     result = fresh.run("head -c 2M /dev/zero > /run/shell/x")
     assert (result.status, result.limit) == (Status.LIMIT, "disk")
     assert fresh.run("rm /run/shell/x; cd /tmp").status is Status.OK
 
 
-def test_python_starts_where_the_shell_stands(fresh):
+def test_python_starts_in_the_shells_directory(fresh):
     fresh.run("mkdir d; cd d")
     assert fresh.run_python("import os; os.getcwd()").head == b"'/work/d'\n"
 
 
-def test_many_pipes_left_open_leave_the_interpreter_its_own():
+def test_many_open_pipes_do_not_close_the_interpreters_pipe():
     count = supervisor.MAX_BACKGROUND_PIPES + 8
     with Sandbox(limits=dataclasses.replace(SMALL, processes=2 * count)) as box:
         box.run_python("x = 7")
@@ -788,7 +788,7 @@ def test_many_pipes_left_open_leave_the_interpreter_its_own():
         assert box.run_python("x").head == b"7\n"
 
 
-def test_where_no_process_is_left_a_call_makes_room_and_says_so(fresh):
+def test_call_makes_room_when_processes_run_out_and_says_so(fresh):
     fill = """
         import os, time
         while True:
@@ -807,19 +807,19 @@ def test_where_no_process_is_left_a_call_makes_room_and_says_so(fresh):
     assert fresh.limits_by.endswith("polled") or b"no process was left for this command" in result.head
 
 
-def test_a_directory_that_is_gone_leads_back_to_work(fresh):
+def test_deleted_directory_leads_back_to_work(fresh):
     fresh.run("mkdir d; cd d")
     fresh.run("rmdir ../d")
     assert fresh.run("pwd").cwd == "/work"
 
 
-def test_a_fresh_call_sees_nothing_of_the_agents_environment(fresh):
+def test_fresh_call_ignores_the_agents_environment(fresh):
     fresh.run("mkdir d; cd d; export PATH=/work/evil X=1; export BASH_ENV=/work/evil")
     assert output(fresh, "echo [$X] $PWD; ls -d d; cd /tmp", fresh=True) == "[] /work\nd\n"
     assert output(fresh, "echo $X $PATH; pwd") == "1 /work/evil\n/work/d\n"
 
 
-def test_a_spoilt_state_harms_its_own_shell_only(fresh):
+def test_corrupt_state_harms_only_the_agents_shell(fresh):
     fresh.run("trap - EXIT; rm -f /run/shell/*; mkfifo /run/shell/cwd /run/shell/env; rm /run/shell/rc")
     assert output(fresh, "pwd") == "/work\n"
     fresh.run("trap - EXIT; rm -f /run/shell/cwd; ln -s /dev/zero /run/shell/cwd")
@@ -830,7 +830,7 @@ def test_a_spoilt_state_harms_its_own_shell_only(fresh):
 
 
 def _leftovers():
-    """Our child processes, open descriptors, and control groups."""
+    """Returns counts of our child processes, open descriptors, and control groups."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     groups = [folder for _, parents in cgroup.choices() for p in parents for folder in p.glob("*sandbox*")]
     mine = [folder for folder in groups if f"-{os.getpid()}-" in folder.name]
@@ -858,7 +858,7 @@ def test_a_sandbox_outlives_the_thread_that_opened_it():
         assert output(box, "echo here") == "here\n"
 
 
-def test_closing_twice_is_closing_once():
+def test_closing_twice_is_harmless():
     box = Sandbox(limits=SMALL)
     box.close()
     box.close()
@@ -886,7 +886,7 @@ def test_a_supervisor_that_does_not_answer_is_an_infrastructure_fault(monkeypatc
     assert _leftovers() == before
 
 
-def test_a_killed_parent_takes_its_sandboxes_along():
+def test_sandboxes_die_with_their_killed_parent():
     mark = f"9{os.getpid()}"
     code = f"""
         import time
@@ -931,11 +931,11 @@ def test_an_unknown_backend_names_the_choices():
         Sandbox(limits=SMALL, backend="docker")
 
 
-def test_auto_and_the_name_give_the_same_program():
+def test_auto_and_the_name_find_the_same_bwrap():
     assert sandbox.probe("auto") == sandbox.probe("bubblewrap")
 
 
-def test_where_nothing_works_nothing_runs_and_the_remedy_is_named(tmp_path):
+def test_without_a_working_backend_the_error_names_the_remedy(tmp_path):
     with pytest.raises(SandboxUnavailable, match="apt install bubblewrap"):
         sandbox.probe(candidates=[])
     broken = tmp_path / "bwrap"
@@ -953,7 +953,7 @@ def test_a_program_that_isolates_nothing_is_not_accepted(tmp_path):
         sandbox.probe(candidates=[pretender])
 
 
-def test_threads_count_where_processes_are_polled(monkeypatch):
+def test_threads_count_as_processes_when_polled(monkeypatch):
     found = sandbox._accepted("auto")
     monkeypatch.setattr(sandbox, "_accepted", lambda backend: bubblewrap.Plan(found.bwrap, None))
     many = """
@@ -983,7 +983,7 @@ def test_every_way_to_limit_ends_a_fork_bomb_and_a_hog(monkeypatch, plan):
         assert output(box, "echo next") == "next\n"
 
 
-def test_messages_come_back_as_they_were_and_malformed_ones_are_refused():
+def test_messages_round_trip_and_malformed_ones_are_refused():
     for fields in ([], [b""], [b"a", b"", bytes(1000)]):
         packed = supervisor.pack(fields)
         assert int.from_bytes(packed[:4], "little") == len(packed) - 4
@@ -995,8 +995,8 @@ def test_messages_come_back_as_they_were_and_malformed_ones_are_refused():
 @pytest.mark.parametrize(
     ("controllers_of", "expected"), [("scope", "scope"), ("slice", ""), ("", None)], ids=["own", "parent", "none"]
 )
-def test_version_2_groups_are_made_where_the_controllers_are(tmp_path, controllers_of, expected):
-    """The layout under `systemd-run --user --scope`, as the kernel's tables show it."""
+def test_version_2_groups_are_made_where_controllers_are_enabled(tmp_path, controllers_of, expected):
+    """Uses the layout under `systemd-run --user --scope`, as the kernel's tables show it."""
     (tmp_path / "mnt/slice/scope").mkdir(parents=True)
     for folder, name in ((tmp_path / "mnt/slice", "slice"), (tmp_path / "mnt/slice/scope", "scope")):
         content = "cpu memory pids\n" if name == controllers_of else "\n"

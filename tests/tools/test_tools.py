@@ -1,4 +1,4 @@
-"""Laws of the tools, in real sandboxes: each does what it says, and its errors are the agent's to read."""
+"""The tools' laws, tested in real sandboxes: each does what it says, and the agent sees its errors."""
 
 import subprocess
 import sys
@@ -33,17 +33,17 @@ def test_every_tool_is_described_and_has_a_number():
         assert function["parameters"]["required"]
 
 
-def test_bash_gives_back_what_the_command_printed(box):
+def test_bash_returns_what_the_command_printed(box):
     assert call(box, "bash", command="export N=$(wc -l < notes.txt)") == (Status.OK, "")
     assert call(box, "bash", command="echo $N; exit 4") == (Status.NONZERO, "2\n")
 
 
-def test_python_lives_on_between_calls(box):
+def test_python_persists_between_calls(box):
     assert call(box, "python", code="x = open('notes.txt').read().split()") == (Status.OK, "")
     assert call(box, "python", code="x") == (Status.OK, "['one', 'two']\n")
 
 
-def test_sqlite_runs_statements_and_keeps_what_they_did(box):
+def test_sqlite_runs_statements_and_keeps_their_changes(box):
     made = "create table t (a, b); insert into t values (1, 'x;y'), (2, null); select * from t"
     assert call(box, "sqlite", sql=made) == (Status.OK, "1|x;y\n2|\n")
     assert call(box, "sqlite", sql="select count(*) from t;") == (Status.OK, "2\n")
@@ -54,7 +54,7 @@ def test_sqlite_runs_statements_and_keeps_what_they_did(box):
     assert call(box, "sqlite", sql="")[0] is Status.OK
 
 
-def test_sqlite_says_what_is_wrong_after_what_went_right(box):
+def test_sqlite_prints_rows_before_the_error(box):
     status, text = call(box, "sqlite", sql="select 1; selekt 2")
     assert status is Status.NONZERO
     assert text.startswith('1\nError: near "selekt"')
@@ -88,7 +88,7 @@ def test_write_and_edit_change_one_file(box):
     assert "occurs 2 times" in call(box, "edit", path="twice", old="x", new="y")[1]
 
 
-def test_paths_are_seen_from_the_shells_directory(box):
+def test_paths_are_relative_to_the_shells_directory(box):
     call(box, "bash", command="cd d")
     assert call(box, "read", path="f") == (Status.OK, "x\n")
     assert call(box, "read", path="../notes.txt") == (Status.OK, "one\ntwo\n")
@@ -98,16 +98,16 @@ def test_paths_are_seen_from_the_shells_directory(box):
 @pytest.mark.parametrize(
     "path", ["../x", "/etc/passwd", "/work", "", ".", "/", "a\0b", "/workshop", "\ud800", "é" * 9000, "a" * 70_000]
 )
-def test_a_path_elsewhere_is_an_answer_and_not_a_crash(box, path):
-    for tool, rest in (("read", {}), ("write", {"content": ""}), ("edit", {"old": "a", "new": "b"})):
-        status, text = call(box, tool, path=path, **rest)
+def test_path_outside_work_gets_an_answer_not_a_crash(box, path):
+    for tool, arguments in (("read", {}), ("write", {"content": ""}), ("edit", {"old": "a", "new": "b"})):
+        status, text = call(box, tool, path=path, **arguments)
         assert (status, bool(text)) == (Status.NONZERO, True)
 
 
 @pytest.mark.parametrize(
     "trap", ["ln -s /etc/passwd x", "ln -s /etc d2; ln -s d2/passwd x", "mkfifo x", "mkdir x", "truncate -s 8M x"]
 )
-def test_what_the_agent_planted_is_not_followed(box, trap):
+def test_files_planted_by_the_agent_are_not_followed(box, trap):
     box.run(f"rm -rf x d2; {trap}")
     assert call(box, "read", path="x")[0] is Status.NONZERO
     assert call(box, "edit", path="x", old="root", new="toor")[0] is Status.NONZERO

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "tpu_scripts" / "launch.sh"
-# Records its arguments and its PYTHONPATH; `status` in its folder is the exit status of the program.
+# Records its arguments and PYTHONPATH; its exit status is in the file `status` next to it.
 PYTHON = """\
     #!/bin/sh
     folder=$(dirname "$0")
@@ -36,7 +36,7 @@ def fake(tmp_path: Path) -> Path:
 
 
 def launch(fake: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script in a folder that is not the repository."""
+    """Runs the script outside the repository."""
     path = f"{fake}:{os.environ['PATH']}"
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH")}
     settings = {"PATH": path, "POLL_SECONDS": "0.05"} | environment
@@ -71,7 +71,7 @@ def test_exit_status_is_that_of_the_program_and_logs_are_appended(fake: Path):
     assert (fake.parent / "w" / "launch" / "worker-0.log").read_text() == "on stdout\non stderr\n" * 2
 
 
-def test_dry_run_prints_a_command_that_does_the_same_and_writes_nothing(fake: Path):
+def test_dry_run_prints_an_equivalent_command_and_writes_nothing(fake: Path):
     arguments = ["--config=c.py", "--workdir=w", *AWKWARD]
     result = launch(fake, "--local", "1", "--dry-run", *arguments, PYTHONPATH="/else where")
     assert result.returncode == 0, result.stderr
@@ -94,11 +94,11 @@ def test_dry_run_of_a_sweep_asks_the_sweep(fake: Path):
     ("arguments", "message"),
     [
         (["--local", "0", "--config=c", "--workdir=w"], "--local 0 is not a number of processes"),
-        (["--config=c", "--workdir=w"], "say where: --local N, or --pod NAME --zone ZONE"),
+        (["--config=c", "--workdir=w"], "give --local N, or --pod NAME --zone ZONE"),
         (["--local", "1", "--pod", "p", "--config=c", "--workdir=w"], "--local and --pod exclude each other"),
         (["--local"], "--local needs a value"),
         (["--local", "1", "--restarts", "x", "--config=c", "--workdir=w"], "--restarts x is not a number"),
-        (["--local", "1", "--report", "--config=c", "--workdir=w"], "--logs and --report are for a --sweep"),
+        (["--local", "1", "--report", "--config=c", "--workdir=w"], "--logs and --report need --sweep"),
         (["--pod", "p", "--config=c", "--workdir=/w"], "--pod needs --zone ZONE"),
         (["--local", "1", "--workdir=w"], "--config=PATH is missing"),
         (["--local", "1", "--config=c"], "--workdir=DIR is missing"),
@@ -112,7 +112,7 @@ def test_wrong_use_is_explained_and_starts_nothing(fake: Path, arguments: list[s
     assert not (fake.parent / "w").exists()
 
 
-# Stands for one of several processes: says who it is, then does what `plan` in its folder says of it.
+# Replaces one of several processes: prints its index, then executes `plan` in its folder.
 PROCESS = """\
     #!/usr/bin/env bash
     folder=$(dirname "$0")
@@ -129,7 +129,7 @@ STUBBORN = 'touch "$folder/ready-$JAX_PROCESS_ID"; while :; do sleep 0.05; done'
 
 @pytest.fixture
 def several(fake: Path) -> Callable[[str], Path]:
-    """Writes the plan of the processes."""
+    """Returns a function that writes the plan of the processes."""
     (fake / "python").write_text(textwrap.dedent(PROCESS))
 
     def write(plan: str) -> Path:
@@ -166,7 +166,7 @@ def test_one_process_has_no_coordinator(several: Callable[[str], Path]):
 
 
 @pytest.mark.parametrize("others", [WAIT, STUBBORN, "sleep 0.3; exit 75", "kill -KILL $$"])
-def test_process_that_fails_ends_the_others_and_is_not_started_again(several: Callable[[str], Path], others: str):
+def test_failed_process_ends_the_others_without_a_restart(several: Callable[[str], Path], others: str):
     fake = several(f"((JAX_PROCESS_ID == 1)) && sleep 0.2 && exit 1\n{others}")
     result = launch(fake, "--local", "2", *RUN, GRACE_SECONDS="1" if others == STUBBORN else "30")
     assert result.returncode == 1, result.stderr
@@ -178,7 +178,7 @@ def test_process_that_fails_ends_the_others_and_is_not_started_again(several: Ca
     ("end", "reason"),
     [("exit 75", "status 75: it was stopped, or another process"), ("kill -KILL $$", "status 137: killed by signal 9")],
 )
-def test_run_that_was_lost_is_started_again(several: Callable[[str], Path], end: str, reason: str):
+def test_lost_run_is_restarted(several: Callable[[str], Path], end: str, reason: str):
     fake = several(f'[[ -e "$folder/again" ]] && exit 0; sleep 0.2; touch "$folder/again"; {end}')
     result = launch(fake, "--local", "1", *RUN)
     assert result.returncode == 0
@@ -187,7 +187,7 @@ def test_run_that_was_lost_is_started_again(several: Callable[[str], Path], end:
 
 
 @pytest.mark.parametrize(("flags", "starts"), [((), 3), (("--restarts", "0"), 1), (("--restarts=1",), 2)])
-def test_run_that_is_lost_again_and_again_is_given_up_with_its_status(several, flags: tuple[str, ...], starts: int):
+def test_run_that_keeps_getting_lost_is_given_up_with_its_status(several, flags: tuple[str, ...], starts: int):
     fake = several("exit 75")
     result = launch(fake, "--local", "1", *flags, *RUN)
     assert result.returncode == 75
@@ -212,9 +212,7 @@ def interrupt(fake: Path, processes: int, signals: list[int], *flags: str) -> in
     ("number", "name", "status"),
     [(signal.SIGINT, "INT", 130), (signal.SIGTERM, "TERM", 75), (signal.SIGHUP, "TERM", 75)],
 )
-def test_signal_reaches_every_process_once_and_is_no_reason_to_start_again(
-    several, number: int, name: str, status: int
-):
+def test_signal_reaches_every_process_once_without_a_restart(several, number: int, name: str, status: int):
     fake = several(WAIT)
     assert interrupt(fake, 2, [number]) == status
     assert [(fake / f"signals-{i}").read_text() for i in (0, 1)] == [f"{name}\n"] * 2
@@ -228,7 +226,7 @@ def test_second_signal_kills(several: Callable[[str], Path]):
     assert not left_behind(fake)
 
 
-def test_nothing_outlives_a_launch_that_is_killed(several: Callable[[str], Path]):
+def test_nothing_outlives_a_killed_launch(several: Callable[[str], Path]):
     fake = several(WAIT)
     assert interrupt(fake, 2, [signal.SIGKILL]) == -signal.SIGKILL
     deadline = time.monotonic() + 5
@@ -238,13 +236,13 @@ def test_nothing_outlives_a_launch_that_is_killed(several: Callable[[str], Path]
     assert [(fake / f"signals-{i}").read_text() for i in (0, 1)] == ["TERM\n"] * 2
 
 
-def test_what_a_process_leaves_behind_is_ended(several: Callable[[str], Path]):
+def test_processes_left_behind_are_killed(several: Callable[[str], Path]):
     fake = several('(exec -a "$folder/python-child" sleep 60) & exit 0')
     assert launch(fake, "--local", "1", *RUN).returncode == 0
     assert not left_behind(fake)
 
 
-def test_dry_run_of_several_processes_prints_commands_that_do_the_same(several: Callable[[str], Path]):
+def test_dry_run_of_several_processes_prints_equivalent_commands(several: Callable[[str], Path]):
     fake = several('printf "%s\\0" "$@" >"$folder/call-$JAX_PROCESS_ID"')
     arguments = ["--config=c.py", "--workdir=w", *AWKWARD]
     result = launch(fake, "--local", "2", "--dry-run", *arguments)
@@ -289,16 +287,16 @@ def test_every_script_is_short_and_has_help_that_names_every_option(script: Path
     assert sorted(option for option in options if option not in result.stdout) == []
 
 
-def test_every_file_that_is_linked_exists():
+def test_every_linked_file_exists():
     for text in LAUNCH.parent.glob("*.md"):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text.read_text()):
             assert (text.parent / target).exists(), target
 
 
 def test_scripts_are_clean():
-    # Beside the interpreter: a virtual environment need not be on PATH.
+    # Also look next to the interpreter: a virtual environment need not be on PATH.
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert shellcheck, "shellcheck comes with the extra `test`"
+    assert shellcheck, "shellcheck is missing: install the extra `test`"
     result = subprocess.run(
         [shellcheck, "-x", *LAUNCH.parent.glob("*.sh")], cwd=LAUNCH.parents[1], capture_output=True, text=True
     )

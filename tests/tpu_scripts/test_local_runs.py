@@ -1,4 +1,4 @@
-"""launch.sh --local 2 for real: two processes, a sweep of four runs, a kill in the middle."""
+"""launch.sh --local 2 on real training: two processes, a sweep of four runs, a kill in the middle."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def launch(config: Path, workdir: Path, output: Path, *more: str) -> subprocess.
 
 
 def processes_in(workdir: Path) -> list[int]:
-    """Returns the processes of runs below a folder, of which launch.sh started two at a time."""
+    """Returns the pids of runs below a folder; launch.sh starts two processes at a time."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -63,9 +63,9 @@ def wait_until(condition, seconds: float = 300.0) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_of_four_runs_of_two_processes_outlives_a_kill_and_a_stop(tmp_path):
-    """A process of the second run is killed, and started again by launch.sh; in the third all is stopped, and the same
-    command goes on. Each run ends as one that nothing happened to."""
+def test_sweep_survives_a_kill_and_a_stop(tmp_path):
+    """In the second run a process is killed, and launch.sh restarts the run. In the third everything is stopped, and
+    the same command resumes. Each run ends like an undisturbed one."""
     config, workdir, output = tmp_path / "c.py", tmp_path / "w", tmp_path / "output"
     config.write_text(SWEEP)
     names = [f"observation_weight={weight},seed={seed}" for weight in ("0.0", "0.05") for seed in (0, 1)]
@@ -82,9 +82,9 @@ def test_a_sweep_of_four_runs_of_two_processes_outlives_a_kill_and_a_stop(tmp_pa
 
     sweep = launch(config, workdir, output)
     assert sweep.wait(600) == 0, output.read_text()
-    said = output.read_text()
+    text = output.read_text()
     assert all((workdir / name / "DONE").exists() for name in names)
-    assert said.count("done before") == 2
+    assert text.count("done before") == 2
     log = (workdir / names[1] / "log.txt").read_text()
     assert "restart 1 of 2" in log
     assert "resuming" in (workdir / names[2] / "log.txt").read_text()

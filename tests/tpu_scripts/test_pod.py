@@ -1,4 +1,4 @@
-"""The scripts for TPU pods, against a gcloud that records what it is asked and runs the workers' commands here."""
+"""The scripts for TPU pods, with a fake gcloud that records its calls and runs the workers' commands locally."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ AWKWARD = [
     *("--config.a=two words", "--config.b=$(touch broken)'\"", "--config.c=", "--config.d=*", "--config.e=(1, 2)"),
     *("--config.f=Zürich → 東京", "--config.g=`id`;#!", "--config.h=back\\slash ~ $HOME"),
 ]
-# $CLOUD/POD is the state of the queued resource and that of the node; $CLOUD/POD.next has those that follow, a line a
-# look. A worker's home is $CLOUD/POD.W, and its processes die with the pod.
+# $CLOUD/POD holds the states of the queued resource and of the node; $CLOUD/POD.next holds later ones, one line per
+# query. A worker's home is $CLOUD/POD.W, and its processes die with the pod.
 GCLOUD = r"""
     import os, pathlib, shutil, signal, subprocess, sys, threading, time
 
@@ -70,7 +70,7 @@ GCLOUD = r"""
             except (OSError, ProcessLookupError):
                 pass
 
-    # As when gcloud gives the command again, as often as the connection is lost.
+    # Imitates a gcloud that repeats the command whenever the connection is lost.
     patient = (cloud / "patient").exists()
 
     def cut(i):
@@ -151,7 +151,7 @@ UV = """\
       chmod +x "${@: -1}/bin/python"
     fi
 """
-# Stands for echo_jax.train: keeps its arguments, honours --owner, then does what the plan says.
+# Replaces echo_jax.train: records its arguments, honours --owner, then executes the plan.
 TRAIN = r"""
     import os, pathlib, signal, sys, time
 
@@ -205,7 +205,7 @@ CONFIG = """
 
 
 class Cloud:
-    """A repository to launch from, a cloud with pods of two workers, and a file system that all share."""
+    """A repository to launch from, a cloud with pods of two workers, and a shared file system."""
 
     def __init__(self, folder: Path):
         self.folder, self.cloud, self.repository = folder, folder / "cloud", folder / "repository"
@@ -213,8 +213,10 @@ class Cloud:
         self.plan("")
         package = self.repository / "echo_jax"
         (package / "tools").mkdir(parents=True)
-        for name in ("__init__", "sweep", "cli", "config", "metrics"):
+        for name in ("__init__", "sweep", "config"):
             shutil.copy(ROOT / "echo_jax" / f"{name}.py", package)
+        for name in ("system", "run"):
+            shutil.copytree(ROOT / "echo_jax" / name, package / name)
         shutil.copytree(ROOT / "tpu_scripts", self.scripts)
         shutil.copy(ROOT / "setup.py", self.repository)
         (package / "tools" / "__init__.py").touch()
@@ -279,7 +281,7 @@ class Cloud:
         return ("--pod", pod, "--zone", "z", "--config=c.py", f"--workdir={self.workdir}", *arguments)
 
     def calls(self, *words: str) -> list[list[str]]:
-        """What gcloud was asked for, after `compute tpus`, where all these words are."""
+        """Returns the calls of gcloud that contain all these words, without `compute tpus`."""
         path = self.cloud / "calls"
         calls = [call.split("\0")[2:] for call in path.read_text().split("\n\n")[:-1]] if path.exists() else []
         return [call for call in calls if all(word in call for word in words)]
@@ -292,7 +294,7 @@ class Cloud:
         return (self.workdir / "launch" / f"worker-{worker}.log").read_text()
 
     def kill(self) -> None:
-        """Ends whatever a test that failed has left."""
+        """Kills processes that a failed test has left."""
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if f"CLOUD={self.cloud}".encode() in (process / "environ").read_bytes().split(b"\0"):
@@ -332,7 +334,7 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
         ),
     ],
 )
-def test_pod_is_created_with_the_software_of_its_type_and_waited_for(cloud: Cloud, flags, created: list[str]):
+def test_created_pod_has_the_software_of_its_type_and_is_waited_for(cloud: Cloud, flags, created: list[str]):
     (cloud.cloud / "p.next").write_text(
         "WAITING_FOR_RESOURCES -\nWAITING_FOR_RESOURCES -\nPROVISIONING -\nACTIVE READY"
     )
@@ -344,7 +346,7 @@ def test_pod_is_created_with_the_software_of_its_type_and_waited_for(cloud: Clou
     assert re.findall(r"p is (\S+)", output) == ["WAITING_FOR_RESOURCES", "PROVISIONING", "READY"]
 
 
-def test_pod_that_exists_is_waited_for_and_not_created_again(cloud: Cloud):
+def test_existing_pod_is_waited_for_and_not_created_again(cloud: Cloud):
     cloud.pod(state="ACCEPTED -", following=("PROVISIONING -", "ACTIVE CREATING", "ACTIVE READY"))
     status, output = cloud.run("pod.sh", "create", "p", "--zone", "z")
     assert (status, cloud.calls("create")) == (0, [])
@@ -378,19 +380,19 @@ def test_restored_pod_is_what_it_was(cloud: Cloud, state: str):
     assert len(cloud.calls("delete")) == 1
 
 
-def test_pod_that_was_made_elsewhere_is_restored_as_it_is_described(cloud: Cloud):
+def test_pod_created_elsewhere_is_restored_from_its_description(cloud: Cloud):
     cloud.pod(state="SUSPENDED -")
     assert cloud.run("pod.sh", "restore", "p", "--zone", "z")[0] == 0
     ((*call, _),) = cloud.calls("create")
     assert sorted(call[-3:]) == ["--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--spot"]
 
 
-def test_pod_of_which_nothing_is_known_is_not_restored_as_something_else(cloud: Cloud):
-    assert cloud.run("pod.sh", "restore", "p", "--zone", "z") == (2, "pod.sh: what was p? say --type\n")
+def test_unknown_pod_is_not_restored_with_defaults(cloud: Cloud):
+    assert cloud.run("pod.sh", "restore", "p", "--zone", "z") == (2, "pod.sh: p is unknown; set --type\n")
     assert not cloud.calls("create")
 
 
-def test_restore_leaves_a_pod_alone_that_works_or_of_which_gcloud_says_nothing(cloud: Cloud):
+def test_restore_leaves_working_and_unreachable_pods_alone(cloud: Cloud):
     cloud.pod(state="ACTIVE REPAIRING", following=("ACTIVE REPAIRING", "ACTIVE READY"))
     assert cloud.run("pod.sh", "restore", "p", "--zone", "z")[0] == 0
     (cloud.cloud / "down").touch()
@@ -401,7 +403,7 @@ def test_restore_leaves_a_pod_alone_that_works_or_of_which_gcloud_says_nothing(c
     assert not cloud.calls("create")
 
 
-def test_delete_twice_is_fine_and_list_lists(cloud: Cloud):
+def test_deleting_twice_is_harmless_and_list_works(cloud: Cloud):
     cloud.pod()
     for _ in range(2):
         assert cloud.run("pod.sh", "delete", "p", "--zone", "z") == (0, "")
@@ -410,7 +412,7 @@ def test_delete_twice_is_fine_and_list_lists(cloud: Cloud):
 
 
 @pytest.mark.parametrize("action", ["create", "status", "restore", "delete", "list"])
-def test_dry_run_of_a_pod_prints_and_asks_nothing(cloud: Cloud, action: str):
+def test_dry_run_of_pod_only_prints_commands(cloud: Cloud, action: str):
     name = [] if action == "list" else ["p"]
     status, output = cloud.run("pod.sh", action, *name, "--zone", "z", "--type", "v5p-8", "--dry-run")
     assert status == 0
@@ -423,13 +425,13 @@ def test_dry_run_of_a_pod_prints_and_asks_nothing(cloud: Cloud, action: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make", "p", "--zone", "z"], "say what to do: create, status, restore, delete or list"),
+        (["make", "p", "--zone", "z"], "the action must be create, status, restore, delete or list"),
         (["create", "--zone", "z"], "the NAME of the pod is missing"),
         (["create", "p"], "--zone ZONE is missing"),
         (["create", "p", "--zone"], "--zone needs a value"),
         (["create", "p", "q", "--zone", "z"], "unexpected q"),
         (["create", "p", "--zone", "z", "--cheap"], "unknown option --cheap"),
-        (["create", "p", "--zone", "z", "--type", "v9-8"], "which software for v9-8? say --version"),
+        (["create", "p", "--zone", "z", "--type", "v9-8"], "no default software version for v9-8; set --version"),
     ],
 )
 def test_wrong_use_of_a_pod_is_explained(cloud: Cloud, arguments: list[str], message: str):
@@ -456,7 +458,7 @@ def test_run_on_a_pod_has_the_committed_tree_the_arguments_and_a_log_per_worker(
         assert (tree / ".shipped" / "commit").read_text() == f"{sha}\n"
         assert "+changed" in (tree / ".shipped" / "diff").read_text()
         assert not (tree / "broken").exists()
-    assert f"changes that are not in {sha} do not run" in output
+    assert f"local changes that are not in {sha} will not run" in output
     kept = (cloud.workdir / "launch" / "command.txt").read_text()
     assert subprocess.run(["bash", "-c", f"printf '%s\\0' {kept}"], capture_output=True).stdout == b"".join(
         word.encode() + b"\0"
@@ -475,7 +477,7 @@ def test_second_start_installs_nothing(cloud: Cloud):
     assert lines[1].endswith(f"-e {cloud.cloud}/p.1/echo_jax/{cloud.git('rev-parse', 'HEAD')}[tpu]")
 
 
-def test_setup_goes_without_a_sandbox_and_says_so(cloud: Cloud):
+def test_setup_continues_without_a_sandbox_and_says_so(cloud: Cloud):
     (cloud.repository / "echo_jax" / "tools" / "sandbox.py").write_text(
         "def probe(backend): raise OSError('no bwrap')\n"
     )
@@ -491,7 +493,7 @@ def test_setup_goes_without_a_sandbox_and_says_so(cloud: Cloud):
     assert (cloud.cloud / "p.0" / "sudo").read_text() == setting
 
 
-def test_packages_are_not_changed_below_a_run(cloud: Cloud):
+def test_packages_are_not_changed_during_a_run(cloud: Cloud):
     cloud.pod()
     cloud.plan("wait()")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
@@ -500,7 +502,7 @@ def test_packages_are_not_changed_below_a_run(cloud: Cloud):
         cloud.commit()
         status, output = cloud.launch()
         assert status == 1
-        assert "setup.py has changed, and a run is at work here: " in output
+        assert "setup.py has changed, but a run is active here: " in output
         (cloud.workdir / "go").touch()
         assert process.wait(timeout=60) == 0
     assert cloud.launch()[0] == 0
@@ -524,7 +526,7 @@ def test_dry_run_on_a_pod_prints_commands_that_do_the_same(cloud: Cloud):
     assert [cloud.started(i) for i in (0, 1)] == [[["--config=c.py", f"--workdir={cloud.workdir}", *AWKWARD]]] * 2
 
 
-def test_worker_that_fails_stops_the_run_which_is_not_started_again(cloud: Cloud):
+def test_failed_worker_stops_the_run_without_a_restart(cloud: Cloud):
     cloud.pod()
     cloud.plan("if worker == 1: print('no such luck'); sys.exit(1)\ntime.sleep(0.3); sys.exit(75)")
     status, output = cloud.launch()
@@ -534,7 +536,7 @@ def test_worker_that_fails_stops_the_run_which_is_not_started_again(cloud: Cloud
     assert len(cloud.started(0)) == 1
 
 
-def test_run_that_stopped_on_a_pod_that_is_ready_is_started_again(cloud: Cloud):
+def test_run_that_stopped_on_a_ready_pod_is_restarted(cloud: Cloud):
     cloud.pod()
     cloud.plan("if starts == 1: sys.exit(75)")
     status, output = cloud.launch()
@@ -545,7 +547,7 @@ def test_run_that_stopped_on_a_pod_that_is_ready_is_started_again(cloud: Cloud):
     assert not cloud.calls("delete")
 
 
-def test_run_that_stops_again_and_again_is_given_up(cloud: Cloud):
+def test_run_that_keeps_stopping_is_given_up(cloud: Cloud):
     cloud.pod()
     cloud.plan("if worker == 0: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(75)")
     status, output = cloud.launch("--restarts", "1")
@@ -555,12 +557,12 @@ def test_run_that_stops_again_and_again_is_given_up(cloud: Cloud):
 
 
 @pytest.mark.parametrize("state", ["ACTIVE PREEMPTED", "SUSPENDED -", None])
-def test_pod_that_is_preempted_is_restored_and_the_run_goes_on(cloud: Cloud, state: str | None):
+def test_preempted_pod_is_restored_and_the_run_resumes(cloud: Cloud, state: str | None):
     cloud.run("pod.sh", "create", "p", "--zone", "z", "--type", "v5p-16", "--spot")
     cloud.plan("if starts == 1: wait()")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
         wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
-        # What is committed meanwhile is not what runs.
+        # A commit made meanwhile does not change what runs.
         sha = cloud.git("rev-parse", "HEAD")
         (cloud.repository / "echo_jax" / "train.py").write_text("sys.exit(1)")
         cloud.commit()
@@ -579,7 +581,7 @@ def test_pod_that_is_preempted_is_restored_and_the_run_goes_on(cloud: Cloud, sta
     )
 
 
-def test_lost_connection_does_not_end_the_run_which_is_found_again(cloud: Cloud):
+def test_run_survives_a_lost_connection_and_is_found_again(cloud: Cloud):
     cloud.pod()
     cloud.plan("wait(); print('the end')")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
@@ -594,13 +596,13 @@ def test_lost_connection_does_not_end_the_run_which_is_found_again(cloud: Cloud)
         (cloud.workdir / "go").touch()
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    assert "[0] this run is at work here already" in output
+    assert "[0] this run is already active here" in output
     assert "[1] the end" in output
     assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
 
 
 @pytest.mark.parametrize("signals", [[], [signal.SIGINT]])
-def test_command_that_gcloud_gives_again_starts_nothing_twice(cloud: Cloud, signals: list[int]):
+def test_command_repeated_by_gcloud_starts_nothing_twice(cloud: Cloud, signals: list[int]):
     cloud.pod()
     cloud.plan("wait()")
     (cloud.cloud / "patient").touch()
@@ -618,7 +620,7 @@ def test_command_that_gcloud_gives_again_starts_nothing_twice(cloud: Cloud, sign
     assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
 
 
-def test_worker_that_was_not_reached_before_the_stop_starts_nothing_after_it(cloud: Cloud):
+def test_worker_not_reached_before_a_stop_starts_nothing_after_it(cloud: Cloud):
     cloud.pod()
     cloud.plan("wait()")
     (cloud.cloud / "patient").touch()
@@ -633,16 +635,16 @@ def test_worker_that_was_not_reached_before_the_stop_starts_nothing_after_it(clo
     assert cloud.started(1) == []
 
 
-def test_second_launch_on_a_pod_that_is_at_work_is_refused(cloud: Cloud):
+def test_second_launch_on_a_busy_pod_is_refused(cloud: Cloud):
     cloud.pod()
     cloud.plan("wait()")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
         wait_for(lambda: len(list(cloud.workdir.glob("waiting-*"))) == 2)
         status, output = cloud.launch("--config.seed=1")
         assert status == 1
-        assert "worker 1 is at work on another run: " in output
+        assert "another run is active on worker 1: " in output
         assert f"--config=c.py {str(cloud.workdir).replace(' ', chr(92) + ' ').join(('--workdir=', ''))}" in output
-        assert "to stop it, on all workers: " in output
+        assert "to stop it, run on all workers: " in output
         (cloud.workdir / "go").touch()
         assert process.wait(timeout=60) == 0
     assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
@@ -651,7 +653,7 @@ def test_second_launch_on_a_pod_that_is_at_work_is_refused(cloud: Cloud):
 @pytest.mark.parametrize(
     ("number", "name", "status"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 75)]
 )
-def test_signal_reaches_all_workers_once_and_is_no_reason_to_start_again(cloud: Cloud, number, name: str, status: int):
+def test_signal_reaches_all_workers_once_without_a_restart(cloud: Cloud, number, name: str, status: int):
     cloud.pod()
     cloud.plan("wait()")
     with cloud.start("launch.sh", *cloud.arguments()) as process:
@@ -675,12 +677,12 @@ def test_second_signal_kills_the_run_on_the_pod(cloud: Cloud):
     assert not cloud.left_behind()
 
 
-def test_state_that_cannot_be_had_is_no_reason_to_make_the_pod_again(cloud: Cloud):
+def test_pod_with_unknown_state_is_not_recreated(cloud: Cloud):
     cloud.pod()
     (cloud.cloud / "down").touch()
     status, output = cloud.launch()
     assert status == 75
-    assert "the state of the pod cannot be had" in output
+    assert "the state of the pod is unknown; the same command resumes" in output
     (cloud.cloud / "down").unlink()
     assert not cloud.calls("create")
     assert not cloud.calls("delete")
@@ -693,7 +695,7 @@ def test_state_that_cannot_be_had_is_no_reason_to_make_the_pod_again(cloud: Clou
         (["--config=new.py", "--workdir=/w"], "new.py is not committed in"),
     ],
 )
-def test_what_the_pod_would_not_find_is_refused(cloud: Cloud, arguments: list[str], message: str):
+def test_paths_that_the_pod_would_not_find_are_refused(cloud: Cloud, arguments: list[str], message: str):
     (cloud.repository / "new.py").touch()
     status, output = cloud.run("launch.sh", "--pod", "p", "--zone", "z", *arguments)
     assert status == 2
@@ -704,10 +706,10 @@ def test_what_the_pod_would_not_find_is_refused(cloud: Cloud, arguments: list[st
 # A sweep on pods
 
 
-def test_two_pods_work_through_one_sweep_and_no_run_is_made_twice(cloud: Cloud):
+def test_two_pods_share_a_sweep_and_run_nothing_twice(cloud: Cloud):
     cloud.pod("a")
     cloud.pod("b")
-    # No run ends before both pods have one.
+    # No run ends before both pods own one.
     cloud.plan("""
         def owners():
             return {file.read_text() for file in workdir.parent.glob("*/owner")}
@@ -732,7 +734,7 @@ def test_two_pods_work_through_one_sweep_and_no_run_is_made_twice(cloud: Cloud):
         logs = cloud.repository / "runs" / "pods" / pod / cloud.workdir.name
         for seed in range(4):
             assert (logs / f"seed={seed}" / "log.txt").exists() or owners[seed] != pod
-    # The table is made where the workdirs are seen, and is whole for the one that was done last.
+    # The table is made on a machine that sees the workdirs; that of the pod that finishes last is complete.
     assert max(output.count("yes") for output in outputs) == 4
     assert (cloud.workdir / "results.csv").read_text().count("yes") >= 3
 
@@ -759,7 +761,7 @@ def test_dry_run_of_a_sweep_on_a_pod_prints_every_run_and_the_table(cloud: Cloud
     assert (cloud.workdir / "results.csv").read_text().count("yes") == 4
 
 
-def test_commit_is_a_choice(cloud: Cloud):
+def test_commit_can_be_chosen(cloud: Cloud):
     cloud.pod()
     sha = cloud.git("rev-parse", "HEAD")
     (cloud.repository / "c.py").unlink()

@@ -1,8 +1,8 @@
-"""Log-probabilities of targets under an LM head, without the [tokens, vocab] logits.
+"""Log-probabilities of targets under an LM head, without materialising the [tokens, vocab] logits.
 
 In: hidden states, an LM head, target ids. Out: log-probs, logsumexp and entropy of each token: vectors, never a reduced
-loss, so that any per-token cotangent is right. `reference.py` says what is computed, `xla.py` how, `sharded.py` where
-on a mesh.
+loss, so that the gradient is right for any per-token cotangent. `reference.py` defines the result, `xla.py` computes
+it, `sharded.py` maps it over a mesh.
 """
 
 import functools
@@ -20,11 +20,11 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 class LogProbs(NamedTuple):
-    """One number a token; 0 where it is not active."""
+    """One number per token; 0 where the token is not active."""
 
     logprob: jax.Array  # f32 [N] log p(target)
     logsumexp: jax.Array  # f32 [N] of the tempered logits
-    entropy: jax.Array  # f32 [N] of the tempered distribution, nats; 0 where it was not asked for
+    entropy: jax.Array  # f32 [N] of the tempered distribution, nats; 0 if not requested
     correct: jax.Array  # bool [N] whether no token is likelier than the target
 
 
@@ -47,19 +47,19 @@ def fused_logprobs(
     """Scores targets under softmax(softcap(hidden @ head.T) / temperature).
 
     Matmuls are in the dtype of `hidden` and accumulate in f32; logits, softmax and outputs are f32. A head of another
-    dtype is cast block by block, and its gradient comes in its own dtype: f32 masters get f32 gradients.
+    dtype is cast block by block; its gradient has the head's dtype, so f32 master weights get f32 gradients.
 
     Args:
       hidden: f32 or bf16 [N, D]; N is at least 1.
       head: f32 or bf16 [V, D], or [D, V] with `vocab_axis` = 1.
       targets: int32 [N], in [0, V) on active rows.
-      active: bool [N], the tokens that anything reads; the others are skipped, whatever they hold. None: all.
-      temperature: scalar or f32 [N], above 0 on active rows; a constant to the derivative.
-      logit_softcap: c of c tanh(z / c), before the temperature; None: none.
+      active: bool [N], the tokens whose results are used; the others are skipped, whatever they hold. None: all.
+      temperature: scalar or f32 [N], above 0 on active rows; not differentiated.
+      logit_softcap: c in c tanh(z / c), applied before the temperature; None: no softcap.
       entropy: whether to compute the entropy.
-      vocab_block, token_block: logits of so many entries for so many tokens exist at once (`xla`; of `pallas_tpu` the
-        token block alone, `reference` makes them all).
-      mesh, axes: where the arrays lie (`xla`, `reference`); on one device leave both out.
+      vocab_block, token_block: size of the block of logits that exists at once (`xla`; `pallas_tpu` uses token_block
+        alone, `reference` computes all logits at once).
+      mesh, axes: how the arrays are sharded (`xla`, `reference`); omit both on one device.
       implementation: one of `IMPLEMENTATIONS`; `pallas_tpu` compiles for TPU only.
 
     Returns:
@@ -72,7 +72,7 @@ def fused_logprobs(
     hidden, head, targets = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets)
     active = jnp.ones(targets.shape, bool) if active is None else jnp.asarray(active)
     if vocab_axis not in (0, 1):
-        raise ValueError(f"vocab_axis = {vocab_axis}: 0 for a head [V, D], 1 for [D, V]")
+        raise ValueError(f"vocab_axis = {vocab_axis} must be 0 for a head [V, D] or 1 for [D, V]")
     dimension = head.shape[1 - vocab_axis] if head.ndim == 2 else None
     fit = hidden.ndim == 2 and hidden.shape[1] == dimension and targets.shape == active.shape == hidden.shape[:1]
     if not fit or active.dtype != bool or not hidden.size:
@@ -82,15 +82,15 @@ def fused_logprobs(
             f"{active.dtype} {active.shape} do not fit"
         )
     if min(vocab_block, token_block) < 1:
-        raise ValueError(f"vocab_block = {vocab_block}, token_block = {token_block}: both are at least 1")
+        raise ValueError(f"vocab_block = {vocab_block} and token_block = {token_block} must both be at least 1")
     if mesh is None and axes != Axes():
-        raise ValueError(f"{axes} without a mesh")
+        raise ValueError(f"{axes} given without a mesh")
     outside = active & ((targets < 0) | (targets >= head.shape[vocab_axis]))
     if not isinstance(outside, jax.core.Tracer) and outside.any():
         wrong = int(targets[jnp.argmax(outside)])
-        raise ValueError(f"a target is {wrong}, outside the vocabulary of {head.shape[vocab_axis]}")
+        raise ValueError(f"target {wrong} is outside the vocabulary of {head.shape[vocab_axis]}")
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"unknown implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), targets.shape)
     inputs = Inputs(hidden, head, targets.astype(jnp.int32), active, temperature)
     if implementation == "reference":
@@ -122,7 +122,7 @@ def _forward(hidden, head, targets, active, temperature, options, mesh, pallas):
 
 
 def _backward(options, mesh, pallas, residuals, cotangents):
-    del pallas  # its backward pass is this one
+    del pallas  # both share this backward pass
     inputs, scores = residuals
     if mesh is None:
         d_hidden, d_head = xla.backward(inputs, scores, cotangents, options)

@@ -1,8 +1,8 @@
 """The forward pass as one Pallas kernel for TPU: an online logsumexp that never writes a logit to memory.
 
 The grid walks token blocks and, for each, all vocabulary blocks; running maximum, sum, target and mean stay in VMEM.
-Token blocks past the active rows do nothing. Opt-in: it compiles and equals the reference in interpretation, and no TPU
-has timed it yet. The backward pass is the one of xla.py.
+Token blocks past the active rows do nothing. Opt-in: it compiles, and matches the reference in interpret mode, but has
+not been timed on a TPU yet. The backward pass is that of xla.py.
 """
 
 import functools
@@ -19,7 +19,7 @@ VOCAB_BLOCK = 512
 
 
 def forward(inputs: Inputs, options: Options) -> Scores:
-    """As `xla.forward`, on one device and for a head [V, D]."""
+    """Like `xla.forward`, on one device and for a head [V, D]."""
     rows = Rows(inputs, options)
     vocab, dim = inputs.head.shape
     tokens, block = rows.length, min(VOCAB_BLOCK, -(-vocab // 128) * 128)
@@ -68,7 +68,7 @@ def _kernel(blocks, hidden, head, targets, temperature, *refs, vocab, softcap, e
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
         columns = v * head.shape[0] + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        # The last block may end behind the vocabulary: what stands there is anything, also nan.
+        # The last block may extend past the vocabulary; values there are arbitrary, even nan.
         logits = jnp.where(columns < vocab, logits / temperature[...], MASKED)
         new_top = jnp.maximum(top[...], logits.max(axis=1, keepdims=True))
         scale = jnp.exp(top[...] - new_top)
@@ -76,8 +76,8 @@ def _kernel(blocks, hidden, head, targets, temperature, *refs, vocab, softcap, e
         total[...] = total[...] * scale + p.sum(axis=1, keepdims=True)
         if entropy:
             mean[...] = mean[...] * scale + jnp.sum(p * logits, axis=1, keepdims=True)
-        own = jnp.where(columns == targets[...], logits, MASKED).max(axis=1, keepdims=True)
-        target[...] = jnp.maximum(target[...], own)
+        found = jnp.where(columns == targets[...], logits, MASKED).max(axis=1, keepdims=True)
+        target[...] = jnp.maximum(target[...], found)
         top[...] = new_top
 
     @pl.when(v == last)

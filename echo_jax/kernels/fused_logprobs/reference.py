@@ -1,4 +1,4 @@
-"""The obvious way: all logits at once, differentiated by JAX. For tests."""
+"""The plain computation: all logits at once, differentiated by JAX. For tests."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def reference(hidden, head, targets, active, temperature, *, vocab_axis, logit_softcap, entropy):
     """hidden [N, D], head [V, D] or [D, V], targets [N], active bool [N], temperature [N] -> logprob, logsumexp,
-    entropy (f32 [N]), correct (bool [N]); zeros where not active, whatever stands there."""
+    entropy (f32 [N]), correct (bool [N]); zeros on inactive rows, whatever they hold."""
     hidden = jnp.where(active[:, None], hidden, 0)
     temperature = jax.lax.stop_gradient(jnp.where(active, temperature, 1.0))
     targets = jnp.where(active, targets, 0)

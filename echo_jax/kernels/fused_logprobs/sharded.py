@@ -1,8 +1,8 @@
 """The XLA implementation on a mesh: which shard holds what, for `jax.shard_map`.
 
-Rows of hidden are spread over the data axes, the head's vocabulary over the tensor axis and its embedding over the fsdp
-axis, which is one of the data axes too. Each shard sorts and skips its own rows. Forward and backward are mapped one by
-one, with the derivative defined around both, so every collective of either is the one written in xla.py.
+Rows of hidden are sharded over the data axes, the head's vocabulary over the tensor axis and its embedding over the
+fsdp axis, which is also one of the data axes. Each shard sorts and skips its local rows. Forward and backward are
+mapped separately, and the derivative is defined around both, so xla.py writes out every collective of either pass.
 """
 
 import jax
@@ -36,14 +36,13 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
 
 
 def check(inputs: Inputs, options: Options, mesh: Mesh) -> None:
-    """Raises ValueError where the axes are not the mesh's, or an array cannot be spread evenly over them; it names both
-    numbers."""
+    """Raises ValueError, naming both numbers, if the axes are not the mesh's or do not divide an array evenly."""
     axes = options.axes
     named = [*axes.tokens, *(name for name in (axes.vocab, axes.embed) if name is not None)]
     if isinstance(axes.tokens, str) or not set(named) <= set(mesh.axis_names):
-        raise ValueError(f"{axes}: tokens is a tuple, and all axes are of the mesh's {mesh.axis_names}")
+        raise ValueError(f"{axes}: tokens must be a tuple, and all axes must be among the mesh's {mesh.axis_names}")
     if axes.vocab in axes.tokens or axes.embed not in (None, *axes.tokens):
-        raise ValueError(f"{axes}: the axis `vocab` may not be one of `tokens`, and `embed` must be")
+        raise ValueError(f"{axes}: the axis `vocab` must not be one of `tokens`, and `embed` must be")
     size = lambda names: _product(mesh.shape[name] for name in names if name is not None)  # noqa: E731
     wanted = [
         ("rows of hidden", inputs.hidden.shape[0], axes.tokens),

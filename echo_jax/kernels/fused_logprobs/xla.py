@@ -1,14 +1,13 @@
-"""Vocabulary blocks outside, token blocks inside, logits recomputed in the backward pass; in plain XLA.
+"""Plain XLA: an outer loop over vocabulary blocks, an inner loop over token blocks; backward recomputes the logits.
 
-Each block of the head is read once a pass, and its gradient is finished and written in place before the next one
-begins: nothing of size [tokens, vocab] exists, nor a second array of the head's size (but for one cast of it, which XLA
-moves out of the loop, where the head is not of the matmuls' dtype). Rows that nothing reads are
-skipped exactly: the others come first in the order of the inner loop, which runs only over the blocks that they need,
-with one compiled program whatever their number.
+Each pass reads each block of the head once, and finishes and writes its gradient in place before the next block. So
+nothing of size [tokens, vocab] exists, nor a second array of the head's size (except one cast of it, which XLA moves
+out of the loop, if the head's dtype is not that of the matmuls). Inactive rows are skipped exactly: active rows come
+first in the inner loop, which runs only over the blocks they fill. One compiled program serves any number of them.
 
-The same code serves a head that is spread over a mesh, inside `jax.shard_map` (sharded.py says how): then `Axes` names
-the axes, each shard walks its own part of the vocabulary, and collectives stand in the outer loop or outside both,
-never in the inner loop, whose length differs from shard to shard.
+The same code serves a head that is sharded over a mesh, inside `jax.shard_map` (see sharded.py). Then `Axes` names the
+axes, and each shard walks its part of the vocabulary. Collectives are in the outer loop or outside both, never in the
+inner loop, whose length differs from shard to shard.
 """
 
 import dataclasses
@@ -17,12 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # a logit that does not exist; not -inf, which would give 0 × inf = nan in the entropy's gradient
+MASKED = -1e30  # marks a missing logit; -inf would make 0 × inf = nan in the entropy's gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Mesh axes by what is spread over them; none where that is whole."""
+    """The mesh axes that shard each dimension; none where it is whole."""
 
     tokens: tuple[str, ...] = ()  # rows of hidden
     vocab: str | None = None  # vocabulary of the head
@@ -32,7 +31,7 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static in a call."""
+    """The static options of a call."""
 
     vocab_block: int
     token_block: int
@@ -53,11 +52,11 @@ class Inputs(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """One number a row, 0 where it is not active."""
+    """One number per row, 0 where the row is not active."""
 
     logprob: jax.Array  # f32 [N]
     logsumexp: jax.Array  # f32 [N]
-    entropy: jax.Array  # f32 [N], 0 where it was not asked for
+    entropy: jax.Array  # f32 [N], 0 if not requested
     correct: jax.Array  # bool [N]
     mean_logit: jax.Array  # f32 [N] under p, for the backward pass; 0 without entropy
 
@@ -80,7 +79,7 @@ def forward(inputs: Inputs, options: Options) -> Scores:
             target = jnp.maximum(target, jnp.max(jnp.where(is_target, logits, MASKED), axis=1))
             new = (new_top, total * scale + p.sum(axis=1), target)
             new += tuple(m * scale + jnp.sum(p * logits, axis=1) for m in mean)
-            return tuple(rows.put(x, own, t) for x, own in zip(carry, new, strict=True))
+            return tuple(rows.put(x, updated, t) for x, updated in zip(carry, new, strict=True))
 
         return jax.lax.fori_loop(0, rows.blocks, over_tokens, carry)
 
@@ -90,7 +89,7 @@ def forward(inputs: Inputs, options: Options) -> Scores:
         scale = jnp.exp(top - highest)
         total, mean = jax.lax.psum((total * scale, [m * scale for m in mean]), axis)
         top, target = highest, jax.lax.pmax(target, axis)
-    total = jnp.maximum(total, 1e-30)  # rows past the blocks in use were never summed
+    total = jnp.maximum(total, 1e-30)  # rows past the blocks in use have a sum of 0
     logsumexp = top + jnp.log(total)
     mean_logit = mean[0] / total if options.entropy else jnp.zeros_like(total)
     entropy = logsumexp - mean_logit if options.entropy else mean_logit
@@ -100,8 +99,8 @@ def forward(inputs: Inputs, options: Options) -> Scores:
 def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Options) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of hidden and head for cotangents of logprob, logsumexp and entropy.
 
-    By tempered logits z it is δ = p [(g_lse - g_logp) - g_ent (z - E_p z)] + onehot g_logp; then through temperature
-    and softcap. dX and each block's dW accumulate in f32.
+    With respect to tempered logits z, δ = p [(g_lse - g_logp) - g_ent (z - E_p z)] + onehot g_logp; then it goes
+    through temperature and softcap. dX and each block's dW accumulate in f32.
     """
     rows, head = Rows(inputs, options), _Head(inputs.head, inputs.hidden.dtype, options)
     given = cotangents.logprob, cotangents.logsumexp, cotangents.entropy
@@ -123,12 +122,12 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
             delta = p * slope + jnp.where(is_target, column(g_logprob), 0.0)
             if (cap := options.logit_softcap) is not None:
                 delta = delta * (1.0 - jnp.square(logits * column(rows.temperature) / cap))
-            # Also for the softcap's sake, whose slope at a masked logit is -inf.
+            # This mask also removes the softcap's slope, which is -inf at a masked logit.
             delta = jnp.where(block.fresh, delta / column(rows.temperature), 0.0).astype(block.weight.dtype)
-            own = jnp.einsum("nv,vd->nd", delta, block.weight, preferred_element_type=jnp.float32)
-            d_hidden = rows.put(d_hidden, rows.take(d_hidden, t) + own, t)
-            own = jnp.einsum("nv,nd->vd", delta, rows.hidden(t), preferred_element_type=jnp.float32)
-            return d_hidden, d_weight + own
+            d_rows = jnp.einsum("nv,vd->nd", delta, block.weight, preferred_element_type=jnp.float32)
+            d_hidden = rows.put(d_hidden, rows.take(d_hidden, t) + d_rows, t)
+            d_block = jnp.einsum("nv,nd->vd", delta, rows.hidden(t), preferred_element_type=jnp.float32)
+            return d_hidden, d_weight + d_block
 
         zeros = jnp.zeros(block.weight.shape, jnp.float32)
         d_hidden, d_weight = jax.lax.fori_loop(0, rows.blocks, over_tokens, (d_hidden, zeros))
@@ -139,15 +138,18 @@ def backward(inputs: Inputs, scores: Scores, cotangents: Scores, options: Option
     axes = options.axes
     if axes.vocab is not None:
         d_hidden = jax.lax.psum(d_hidden, axes.vocab)
-    if rest := tuple(axis for axis in axes.tokens if axis != axes.embed):
-        d_head = jax.lax.psum(d_head, rest)
+    if summed := tuple(axis for axis in axes.tokens if axis != axes.embed):
+        d_head = jax.lax.psum(d_head, summed)
     return rows.restore(d_hidden.astype(inputs.hidden.dtype)), d_head
 
 
 class Rows:
-    """The rows in the order of the inner loop: active ones first, in blocks, the last one filled up with copies of the
-    first active row. What is computed there has no cotangent and no reader, but it must stay finite (0 × inf is nan,
-    and would be added to the head's gradient): an inactive row may hold anything."""
+    """The rows in the order of the inner loop: active ones first, in blocks.
+
+    Copies of the first active row fill the last block. Nothing uses their results and their cotangents are 0, but the
+    values must stay finite: 0 × inf is nan, and would be added to the head's gradient. Inactive rows cannot serve, as
+    they may hold anything.
+    """
 
     def __init__(self, inputs: Inputs, options: Options):
         n = inputs.hidden.shape[0]
@@ -170,7 +172,7 @@ class Rows:
         return x[self._order]
 
     def restore(self, x):
-        """The inverse of `arrange`, with zeros where not active."""
+        """Inverts `arrange`, with zeros on inactive rows."""
         active = self._inputs.active.reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(active, x[self._place], jnp.zeros((), x.dtype))
 
@@ -181,12 +183,12 @@ class Rows:
         return jax.lax.dynamic_update_slice_in_dim(x, new, t * self.block, 0)
 
     def hidden(self, t):
-        """Gathered block by block: a sorted copy would be a second array of the size of hidden."""
+        """Gathers one block: a sorted copy of all rows would be a second array of the size of hidden."""
         return self._inputs.hidden[self.take(self._order, t)]
 
     def logits(self, t, block: "_Block"):
-        """Returns f32 [tokens, vocab] of two blocks, tempered, `MASKED` where not fresh; and whether each column is its
-        row's target, fresh or not."""
+        """Returns the tempered logits f32 [tokens, vocab] of two blocks, `MASKED` where not fresh; and whether each
+        column is its row's target, fresh or not."""
         logits = jnp.einsum("nd,vd->nv", self.hidden(t), block.weight, preferred_element_type=jnp.float32)
         if (cap := self._options.logit_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
@@ -196,15 +198,15 @@ class Rows:
 
 class _Block(NamedTuple):
     weight: jax.Array  # [block, D]
-    columns: jax.Array  # int32 [block] which vocabulary entries of this shard
-    fresh: jax.Array  # bool [1, block]
+    columns: jax.Array  # int32 [block] its vocabulary entries, counted within this shard
+    fresh: jax.Array  # bool [1, block] whether no earlier block held the entry
 
 
 class _Head:
     """This shard's part of the head, in blocks of its vocabulary, cast to the dtype of the matmuls.
 
-    The last block overlaps the one before where the block does not divide the vocabulary: its entries that were there
-    already are not `fresh`, and count nowhere.
+    If the block size does not divide the vocabulary, the last block overlaps the one before it. The repeated entries
+    are not `fresh`, and are ignored.
     """
 
     def __init__(self, head, dtype, options: Options):
@@ -228,7 +230,7 @@ class _Head:
         return _Block(weight, columns, (columns >= v * self._block)[None, :])
 
     def add(self, d_head, d_weight, v):
-        """Adds the gradient of block v, f32 [block, D], to this shard's part of the head's."""
+        """Adds the gradient of block v, f32 [block, D], to this shard's part of the head's gradient."""
         if self._embed is not None:
             d_weight = jax.lax.psum_scatter(d_weight, self._embed, scatter_dimension=1, tiled=True)
         d_weight = d_weight.T if self._vocab_axis else d_weight

@@ -1,6 +1,10 @@
 """Every test sees eight CPU devices; a test that wants one makes its mesh from one of them."""
 
+import importlib.util
+import mmap
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # tests that compile for TPU have no TPU to ask about
@@ -13,3 +17,24 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+
+
+def xla_has(flag: str) -> bool:
+    """Whether this jaxlib knows a flag of XLA, which ends a process that gives it another."""
+    for path in Path(importlib.util.find_spec("jaxlib").origin).parent.glob("*.so"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+            if library.find(flag.encode()) >= 0:
+                return True
+    return False
+
+
+if xla_has("xla_cpu_use_fusion_emitters"):  # they take half of the time to compile
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+# What one process of this pytest run compiled, the others load: xdist's workers and the runs that tests start. A
+# process reads what another is still writing, or was killed in writing, as a miss (see filterwarnings).
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="echo_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -1,10 +1,17 @@
-"""Runs in processes of their own: how tests wait for them and compare what they wrote."""
+"""Runs in processes of their own: how tests start them, wait for them and compare what they wrote."""
 
+import os
 import subprocess
 import time
 from pathlib import Path
 
 from echo_jax.system.metrics import read_metrics
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of a process of so many devices, which compiles as the tests do."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:

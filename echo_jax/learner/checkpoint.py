@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -321,9 +322,21 @@ def _mebibytes(size: int) -> str:
     return f"{math.ceil(size / 2**20)} MiB"
 
 
+@functools.cache
 def _quiet_orbax() -> None:
-    """Drops orbax's log records, from here on: each failure is raised too, and a save reports itself a dozen times."""
+    """Drops orbax's log records, from here on: each failure is raised too, and a save reports itself a dozen times.
+
+    Also drops the tracebacks of writes and reads that orbax no longer waits for: when one array fails, orbax closes the
+    event loop that the others report to, and each of them prints `RuntimeError: Event loop is closed`.
+    """
     absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None if _is_of_a_closed_loop(unraisable) else report(unraisable)
+
+
+def _is_of_a_closed_loop(unraisable: Any) -> bool:
+    error = unraisable.exc_value
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed" and unraisable.object is None
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:

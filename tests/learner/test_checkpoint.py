@@ -1,3 +1,4 @@
+import asyncio
 import gc
 import os
 import resource
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from echo_jax.learner import checkpoint
@@ -241,6 +244,44 @@ def test_failed_save_is_raised_by_the_next_call_and_the_one_after_works(tmp_path
         checkpointer.save(50, state, {})
         checkpointer.wait()
         assert sorted(os.listdir(tmp_path)) == ["30", "50"]
+
+
+def test_what_orbax_no_longer_waits_for_prints_no_traceback(monkeypatch: pytest.MonkeyPatch):
+    """A write that ends after another failed reports to an event loop which orbax has closed."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(str(unraisable.exc_value)))
+    checkpoint._quiet_orbax.cache_clear()
+    try:
+        checkpoint._quiet_orbax()
+        promise, write = tensorstore.Promise.new()
+
+        async def late():
+            await write
+
+        async def failing():
+            await asyncio.sleep(0)
+            raise OSError("no space left")
+
+        async def both():
+            await asyncio.gather(late(), failing())
+
+        loop = asyncio.new_event_loop()
+        with pytest.raises(OSError, match="no space left"):
+            loop.run_until_complete(both())
+        loop.close()
+        ended = threading.Thread(target=promise.set_result, args=(None,))
+        ended.start()
+        ended.join()
+        assert printed == []
+
+        class Unraisable:
+            def __del__(self):
+                raise RuntimeError("another")
+
+        Unraisable()
+        assert printed == ["another"]
+    finally:
+        checkpoint._quiet_orbax.cache_clear()  # what it set goes with the patch
 
 
 CHILD = """

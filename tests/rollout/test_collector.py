@@ -566,7 +566,8 @@ def leftovers():
     }
 
 
-def test_a_thousand_episodes_at_64_at_once_leave_nothing():
+@pytest.mark.parametrize("count", [128, pytest.param(1000, marks=pytest.mark.variant)])
+def test_many_episodes_at_64_at_once_leave_nothing(count):
     messes = [
         "bash sleep 60 & setsid sleep 60 & echo 1",
         "bash (trap '' TERM; sleep 60) & mkfifo p; ln -s /proc/1 q; echo 2",
@@ -580,11 +581,11 @@ def test_a_thousand_episodes_at_64_at_once_leave_nothing():
     with Collector(RENDERER, rules, Machine(limits), tool_threads=2) as collector:  # what is made once
         collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)
     before = leftovers()
-    scripts = [says(messes[i % len(messes)], messes[(i * 5 + 1) % len(messes)], "submit oak") for i in range(1000)]
+    scripts = [says(messes[i % len(messes)], messes[(i * 5 + 1) % len(messes)], "submit oak") for i in range(count)]
     jobs = scripted_jobs(*scripts, tools=("bash", "python", "write"))
     with Collector(RENDERER, rules, Machine(limits), tool_threads=64) as collector:
-        trajectories = collector.scripted(jobs, [True] * 1000, 0)
-    assert sum(t.reward for t in trajectories) == 1000
+        trajectories = collector.scripted(jobs, [True] * count, 0)
+    assert sum(t.reward for t in trajectories) == count
     assert {a.status for t in trajectories for a in t.attempts} == {"ok", "nonzero", "signal", "submit"}
     assert leftovers() == before
 

@@ -1,7 +1,6 @@
 """The whole system on configs/tiny.py: real tools, real rollouts, real updates."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from runs import comparable, wait_for_step
+from runs import comparable, environment, wait_for_step
 
 from configs import tiny
 from echo_jax import config as config_lib
@@ -32,7 +31,6 @@ from echo_jax.system.metrics import read_metrics
 from echo_jax.tools import TOOLS, bubblewrap, sandbox
 
 ROOT = Path(__file__).parents[2]
-ONE_DEVICE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
 
 
 def command(program: str, workdir: Path, *arguments: str) -> list[str]:
@@ -43,7 +41,7 @@ def start(workdir: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         command("train", workdir, *arguments),
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -189,10 +187,8 @@ def test_evaluate_prints_one_line_of_json(finished):
 
 
 def evaluate(workdir, *arguments):
-    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
-    return subprocess.run(
-        command("evaluate", workdir, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
+    evaluation = command("evaluate", workdir, *arguments)
+    return subprocess.run(evaluation, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
 
 
 def test_saved_rollouts_are_scored_per_class_and_tool_with_their_control(finished, tmp_path):
@@ -323,9 +319,8 @@ from configs import tiny
 from pathlib import Path
 sys.exit(runner.train(tiny.get_config(), Path(sys.argv[1])))
 """
-    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     broken = subprocess.run(
-        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert broken.returncode == 75, broken.stderr
     kept = workdir / "rollouts" / "interrupted_000030.jsonl.gz"
@@ -417,7 +412,7 @@ def train_on_a_disk_of(size: int, workdir: Path, script: str) -> subprocess.Comp
     run = subprocess.run(
         [str(sandbox.probe()), *small, "sh", "-c", script, "sh", *command("train", workdir)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -486,9 +481,8 @@ from configs import tiny
 from pathlib import Path
 sys.exit(runner.train(tiny.get_config(), Path(sys.argv[1])))
 """
-    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     broken = subprocess.run(
-        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert broken.returncode == 75, broken.stderr
     assert "resume from step 20" in broken.stdout

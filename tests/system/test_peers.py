@@ -1,7 +1,6 @@
 """Several processes train one run: they compute what one process computes, and none waits for a dead one."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recorded_batches import MESHES, three_updates
-from runs import comparable, wait_for_step
+from runs import comparable, environment, wait_for_step
 from synthetic import relative_difference
 
 from echo_jax.learner.checkpoint import Checkpointer
@@ -43,16 +42,15 @@ def free_port() -> int:
 
 def start(arguments: list[str], *, count: int, devices: int = 1, last: Sequence[str] = ()) -> list[subprocess.Popen]:
     """Starts `count` processes of one run with `devices` each; the last one gets the extra arguments `last`."""
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    shared = clean | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    shared = environment(devices) | {"PYTHONPATH": str(ROOT)}
     address = f"localhost:{free_port()}"
     processes = []
     for index in range(count):
         peer = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
         command = [sys.executable, *arguments, *(last if index == count - 1 else ())]
-        environment = shared | (peer if count > 1 else {})
+        given = shared | (peer if count > 1 else {})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=given, text=True, **pipes))
     return processes
 
 
@@ -96,12 +94,11 @@ with start(silence_seconds=60.0, barrier_seconds=300.0) as peers:
     python = folder / "python"  # launch.sh takes this for the interpreter, with which it would run echo_jax.train
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/script.py"\n')
     python.chmod(0o755)
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     launch = [ROOT / "tpu_scripts" / "launch.sh", "--local=2", "--config=-", f"--workdir={folder}"]
     run = subprocess.run(
         launch,
         cwd=ROOT,
-        env=clean | {"JAX_NUM_CPU_DEVICES": "4", "PYTHON": str(python)},
+        env=environment(4) | {"PYTHON": str(python)},
         capture_output=True,
         text=True,
     )
@@ -256,9 +253,8 @@ def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_pat
     wait $other; echo "statuses $first $?"
     rm {tmp_path}/filler; ls {workdir}/checkpoints; cp -r {workdir} {tmp_path.parent}/saved"""
     small = ["--dev-bind", "/", "/", "--size", "30000000", "--tmpfs", str(tmp_path)]
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     confined = [str(sandbox.probe()), *small, "sh", "-c", script]
-    run = subprocess.run(confined, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(confined, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     statuses = re.search(r"statuses (\d+) (\d+)", run.stdout)
     assert statuses, run.stdout + run.stderr
     assert set(statuses.groups()) <= {"1", str(AGAIN)}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import comparable
+from runs import comparable, environment
 
 from echo_jax.system.metrics import read_metrics
 
@@ -33,12 +33,12 @@ def sweep():
 
 
 def launch(config: Path, workdir: Path, output: Path, *more: str) -> subprocess.Popen:
-    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
-    environment = clean | {"JAX_NUM_CPU_DEVICES": "1", "PYTHON": sys.executable, "POLL_SECONDS": "0.2"}
+    clean = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    given = clean | {"PYTHON": sys.executable, "POLL_SECONDS": "0.2"}
     with output.open("ab") as file:
         return subprocess.Popen(
             [LAUNCH, "--local=2", "--sweep", f"--config={config}", f"--workdir={workdir}", *more],
-            cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            cwd=ROOT, env=given, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from echo_jax.roles import Role
@@ -9,6 +10,8 @@ from echo_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from echo_jax.tools.tool import Tool
+
+NO_TOOLS: Mapping = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Renderer(Protocol):
     stop_ids: tuple[int, ...]  # any of them ends a sampled turn
     observation_header: tuple[int, ...]  # what every observation has before its body, and no action should have
 
-    def prompt(self, text: str, tools: "Mapping[str, Tool]") -> Rendered:
+    def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
         """The task and, where a format does so, a description of the agent's tools."""
         ...
 

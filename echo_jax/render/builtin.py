@@ -10,7 +10,7 @@ body's tokens decode to exactly that body, and no tool output can imitate a noti
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from echo_jax.render.base import Part, Rendered
+from echo_jax.render.base import NO_TOOLS, Part, Rendered
 from echo_jax.roles import Role
 from echo_jax.tokenizer import SentencePieces
 
@@ -26,7 +26,7 @@ class BuiltinRenderer:
         self.stop_ids = (tokenizer.end,)
         self.observation_header = (tokenizer.tool,)
 
-    def prompt(self, text: str, tools: "Mapping[str, Tool]") -> Rendered:
+    def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
         """`tools` are not described: an agent that starts from nothing learns them from demonstrations."""
         return self._scaffold(self.tokenizer.task) + self._text(text, Role.PROMPT)
 

@@ -8,7 +8,7 @@ piece of a conversation at a time, and to know of every token who wrote it.
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from echo_jax.render.base import Part, Rendered
+from echo_jax.render.base import NO_TOOLS, Part, Rendered
 from echo_jax.render.calls import GRAMMARS, describe
 from echo_jax.render.marks import Marks
 from echo_jax.render.published import Llama3, Qwen3
@@ -62,7 +62,7 @@ class ChatRenderer:
         header = before.ids[: before.roles.index(Role.OBSERVATION)]
         self.observation_header = tuple(i for i in header if tokenizer.is_added(i))[-1:]
 
-    def prompt(self, text: str, tools: "Mapping[str, Tool]") -> Rendered:
+    def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
         named = tools if self._format.grammar == self._grammar else {}
         told = [self._system, "" if named or not tools else GRAMMARS[self._grammar].instructions(describe(tools))]
         system = "\n\n".join(filter(None, told))

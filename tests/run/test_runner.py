@@ -13,7 +13,8 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from runs import comparable, environment, wait_for_step
+from jax.experimental.compilation_cache import compilation_cache
+from runs import after_step, comparable, environment, patched, raise_signal
 
 from configs import tiny
 from echo_jax import config as config_lib
@@ -92,28 +93,102 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert records[-1]["policy/reference_kl"] > 1e-7
 
 
-def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, tmp_path):
-    workdir = tmp_path / "interrupted"
-    first = start(workdir)
-    wait_for_step(workdir, 13, first)  # in the warm start, three steps after a checkpoint
-    first.kill()
-    finish(first)
-    second = start(workdir)
-    wait_for_step(workdir, 31, second)  # in RL
-    second.send_signal(signal.SIGINT)
-    status, output = finish(second)
-    assert status == 130, output
-    assert "run the same command again to resume" in output
-    assert "Traceback" not in output
-    assert not (workdir / "DONE").exists()
-    status, output = finish(start(workdir))
-    assert status == 0, output
-    assert "resuming" in output
+IN_THE_EVALUATION = """
+import os, signal
+from echo_jax.run import evaluator
+call = evaluator.Evaluator.__call__
+def interrupted(self, *arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return call(self, *arguments, **options)
+evaluator.Evaluator.__call__ = interrupted
+"""
+# Of the first RL step, once two rollouts are finished; what ends after that comes too late.
+IN_THE_ROLLOUTS = """
+import os, signal
+from echo_jax.rollout import collector
+collect = collector._Collection._collect
+def stopped(self, i, result):
+    if self._collector.stop.is_set():
+        return
+    collect(self, i, result)
+    if len(self._done) == 2 and self._jobs[0].group == 0 and self._jobs[0].rollout < 1 << 30:
+        os.kill(os.getpid(), signal.SIGTERM)
+collector._Collection._collect = stopped
+"""
+
+
+class Start(NamedTuple):
+    """What one start of a run came to, and what the workdir then held."""
+
+    status: int
+    output: str
+    steps: int  # in metrics.jsonl
+    done: bool
+    kept: int | None  # rollouts of a step that was stopped, if there are any
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> tuple[dict[str, Start], Path]:
+    """What each start of a run came to, and its workdir: it was interrupted again and again, and then ended."""
+    workdir = tmp_path_factory.mktemp("run") / "interrupted"
+    vocab_size = build(tiny.get_config()).learner.vocab_size
+    starts = {}
+    for name, patch in {
+        "killed": after_step(13, raise_signal("SIGKILL")),  # in the warm start, three steps after a checkpoint
+        "in the evaluation": IN_THE_EVALUATION,
+        "in the rollouts": IN_THE_ROLLOUTS,
+        "SIGINT": after_step(31, raise_signal("SIGINT")),  # in RL
+        "to the end": "",
+    }.items():
+        arguments = patched(patch, "--config=configs/tiny.py", f"--workdir={workdir}")
+        run = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=600,
+        )  # fmt: skip
+        kept = workdir / "rollouts" / "interrupted_000030.jsonl.gz"
+        starts[name] = Start(
+            run.returncode,
+            run.stdout,
+            read_metrics(workdir / "metrics.jsonl")[-1]["step"],
+            (workdir / "DONE").exists(),
+            len(trajectory_lib.load(kept, vocab_size=vocab_size)) if kept.exists() else None,
+        )
+    return starts, workdir
+
+
+def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, interrupted):
+    starts, workdir = interrupted
+    assert starts["killed"].status == -signal.SIGKILL, starts["killed"].output
+    assert starts["to the end"].status == 0, starts["to the end"].output
+    assert all("resuming" in start.output for start in list(starts.values())[1:])
+    assert [start.done for start in starts.values()] == [False] * 4 + [True]
     assert comparable(workdir) == comparable(finished)
     for own, expected in zip(
         jax.tree.leaves(final_state(workdir)), jax.tree.leaves(final_state(finished)), strict=True
     ):
         np.testing.assert_array_equal(own, expected)
+
+
+def test_ctrl_c_stops_a_run_and_says_how_to_resume(interrupted):
+    stopped = interrupted[0]["SIGINT"]
+    assert stopped.status == 130, stopped.output
+    assert "run the same command again to resume from step 31" in stopped.output
+    assert "Traceback" not in stopped.output
+
+
+def test_an_interruption_inside_an_evaluation_loses_nothing(interrupted):
+    """The step is done but its metrics are not written: it is made again, from the checkpoint before."""
+    stopped = interrupted[0]["in the evaluation"]
+    assert stopped.status == 75, stopped.output
+    assert "resume from step 20" in stopped.output
+    assert stopped.steps == 29
+
+
+def test_rollouts_finished_before_a_stop_are_kept_and_used(interrupted):
+    stopped = interrupted[0]["in the rollouts"]
+    assert stopped.status == 75, stopped.output
+    assert stopped.kept >= 2
+    assert interrupted[0]["SIGINT"].kept is None
 
 
 @pytest.mark.slow
@@ -247,12 +322,14 @@ def retrained(tmp_path, **fields) -> tuple[list[dict], list]:
 def test_steps_are_profiled_and_programs_cached_where_the_config_says_so(tmp_path):
     cache = tmp_path / "cache"
     before = jax.config.jax_compilation_cache_dir
+    compilation_cache.reset_cache()  # the one of these tests, which is in use
     try:
         records, _ = retrained(
             tmp_path, **{"system.compilation_cache": str(cache), "system.profile_steps": (2, 2), "loss.kl_weight": 0.0}
         )
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
     assert len(records) == 4
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
     assert any(cache.iterdir())
@@ -303,35 +380,6 @@ def test_rollouts_that_cannot_be_trained_on_are_refused_before_any_work(finished
     assert not (tmp_path / "w").exists()
 
 
-def test_rollouts_finished_before_a_stop_are_kept_and_used(finished, tmp_path):
-    workdir = tmp_path / "w"
-    script = """
-import os, signal, sys
-from echo_jax.rollout import collector
-from echo_jax.run import runner
-fill = collector._Collection._fill
-def stopped(self, lane, i):
-    fill(self, lane, i)
-    if len(self._done) == 2 and self._jobs[0].group == 0 and self._jobs[0].rollout < 1 << 30:
-        os.kill(os.getpid(), signal.SIGTERM)
-collector._Collection._fill = stopped
-from configs import tiny
-from pathlib import Path
-sys.exit(runner.train(tiny.get_config(), Path(sys.argv[1])))
-"""
-    broken = subprocess.run(
-        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert broken.returncode == 75, broken.stderr
-    kept = workdir / "rollouts" / "interrupted_000030.jsonl.gz"
-    vocab_size = build(tiny.get_config()).learner.vocab_size
-    assert len(trajectory_lib.load(kept, vocab_size=vocab_size)) >= 2
-    status, output = finish(start(workdir))
-    assert status == 0, output
-    assert not kept.exists()
-    assert comparable(workdir) == comparable(finished)
-
-
 def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
     (tmp_path / "other").write_text("text")
     run = evaluate(finished, f"--trajectories={tmp_path / 'other'}")
@@ -344,10 +392,15 @@ def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
     ("program", "flags"),
     [
         ("train", ("config", "workdir")),
-        ("evaluate", ("config", "workdir")),
-        ("sweep", ("config", "workdir")),
-        ("view", ("trajectories", "rollout")),
-        ("tasks", ("task", "show")),
+        *(
+            pytest.param(*other, marks=pytest.mark.variant)
+            for other in (
+                ("evaluate", ("config", "workdir")),
+                ("sweep", ("config", "workdir")),
+                ("view", ("trajectories", "rollout")),
+                ("tasks", ("task", "show")),
+            )
+        ),
     ],
 )
 def test_help_helps(program, flags):
@@ -462,34 +515,6 @@ def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
     assert f"another process is training in {workdir}" in output
     assert "Traceback" not in output
     assert not (workdir / "metrics.jsonl").exists()
-
-
-def test_an_interruption_inside_an_evaluation_loses_nothing(finished, tmp_path):
-    """The step is done but its metrics are not written: it is made again, from the checkpoint before."""
-    workdir = tmp_path / "w"
-    script = """
-import os, signal, sys
-from absl import flags
-from echo_jax.run import evaluator, runner
-from echo_jax.system import cli
-call = evaluator.Evaluator.__call__
-def interrupted(self, *arguments, **options):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return call(self, *arguments, **options)
-evaluator.Evaluator.__call__ = interrupted
-from configs import tiny
-from pathlib import Path
-sys.exit(runner.train(tiny.get_config(), Path(sys.argv[1])))
-"""
-    broken = subprocess.run(
-        [sys.executable, "-c", script, str(workdir)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert broken.returncode == 75, broken.stderr
-    assert "resume from step 20" in broken.stdout
-    assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == 29
-    status, output = finish(start(workdir))
-    assert status == 0, output
-    assert comparable(workdir) == comparable(finished)
 
 
 class Recorded(NamedTuple):

@@ -1,7 +1,9 @@
 """Several processes train one run: they compute what one process computes, and none waits for a dead one."""
 
+import functools
 import json
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -9,11 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from recorded_batches import MESHES, three_updates
-from runs import comparable, environment, wait_for_step
+from runs import after_step, comparable, environment, patched, raise_signal, wait_for_step
 from synthetic import relative_difference
 
 from echo_jax.learner.checkpoint import Checkpointer
@@ -80,15 +83,21 @@ def uninterrupted(tmp_path_factory) -> Path:
 # Results.
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> dict[str, np.ndarray]:
+# All axes at once; what each mesh takes is two programs to compile.
+FEW = ((2, 2, 2),)
+SHAPES = [pytest.param(shape, marks=[] if shape in FEW else pytest.mark.variant) for shape in MESHES]
+
+
+@functools.cache
+def recorded(folder: Path, shapes: Sequence[tuple]) -> dict[str, np.ndarray]:
     """The updates of `recorded_batches`, by two processes of four devices, started by launch.sh."""
-    folder = tmp_path_factory.mktemp("recorded")
+    folder = folder / str(len(shapes))
+    folder.mkdir()
     script = f"""
 with start(silence_seconds=60.0, barrier_seconds=300.0) as peers:
     sys.path.append("tests")
     import recorded_batches  # it looks up the devices when imported
-    recorded_batches.write({str(folder / "found.npz")!r}, peers)
+    recorded_batches.write({str(folder / "found.npz")!r}, peers, {shapes!r})
 """
     (folder / "script.py").write_text(PROLOGUE + script)
     python = folder / "python"  # launch.sh takes this for the interpreter, with which it would run echo_jax.train
@@ -107,6 +116,11 @@ with start(silence_seconds=60.0, barrier_seconds=300.0) as peers:
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("recorded")
+
+
+@pytest.fixture(scope="module")
 def one_device() -> dict[str, np.ndarray]:
     return three_updates(make_mesh(1, 1, 1), Peers())
 
@@ -119,14 +133,15 @@ def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
         assert relative_difference(ours, theirs) < CLOSE, part
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_eight_devices_compute_the_updates_of_one(shape, one_device):
     close(three_updates(make_mesh(*shape), Peers()), one_device)
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_two_processes_with_uneven_rollouts_compute_the_updates_of_one_device(shape, recorded, one_device):
-    found = {name.removeprefix(f"{shape}/"): x for name, x in recorded.items() if name.startswith(f"{shape}/")}
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_processes_with_uneven_rollouts_compute_the_updates_of_one_device(shape, folder, one_device):
+    all_found = recorded(folder, FEW if shape in FEW else tuple(other for other in MESHES if other not in FEW))
+    found = {name.removeprefix(f"{shape}/"): x for name, x in all_found.items() if name.startswith(f"{shape}/")}
     close(found, one_device)
 
 
@@ -147,28 +162,18 @@ def test_two_processes_train_as_one(uninterrupted, tmp_path):
 # Interruptions.
 
 
-def assert_resumed_run_equals_uninterrupted(workdir: Path, uninterrupted: Path) -> None:
-    statuses, outputs = finish(train(workdir))
-    assert statuses == [0, 0], outputs
-    assert "resuming" in outputs[0]
-    assert comparable(workdir) == comparable(uninterrupted)
+class Start(NamedTuple):
+    """What one start of a run of two processes came to, and what the workdir then held."""
+
+    statuses: list[int]
+    outputs: list[str]
+    steps: int  # in metrics.jsonl
+    saved: int  # the newest checkpoint
+    rollouts: set[str]
 
 
-def test_sigterm_to_one_of_two_saves_and_stops_both(uninterrupted, tmp_path):
-    processes = train(tmp_path / "w")
-    wait_for_step(tmp_path / "w", 11, processes[0])
-    processes[1].send_signal(signal.SIGTERM)
-    statuses, outputs = finish(processes, 60)
-    assert statuses == [AGAIN, AGAIN], outputs
-    with Checkpointer(tmp_path / "w" / "checkpoints") as checkpointer:
-        assert checkpointer.latest_step() == read_metrics(tmp_path / "w" / "metrics.jsonl")[-1]["step"]
-    assert_resumed_run_equals_uninterrupted(tmp_path / "w", uninterrupted)
-
-
-def test_stop_during_the_rollouts_of_one_keeps_those_of_both(uninterrupted, tmp_path):
-    """It happens in the second RL step; the other process, between two of its rollouts, is told."""
-    script = f"""
-import os, signal, sys, time
+IN_ROLLOUTS = """
+import os, signal, time
 from echo_jax.rollout import collector as rollout
 collect = rollout._Collection._collect
 def slowly(self, i, result):
@@ -178,18 +183,134 @@ def slowly(self, i, result):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(3)
 rollout._Collection._collect = slowly
-import runpy
-sys.argv[1:] = {[f"--workdir={tmp_path / 'w'}", *SMALL]!r}
-runpy.run_module("echo_jax.train", run_name="__main__", alter_sys=True)
 """
-    statuses, outputs = finish(start(["-c", script], count=2))
-    assert statuses == [AGAIN, AGAIN], outputs
-    assert (tmp_path / "w" / "rollouts" / "interrupted_000025.jsonl.gz").exists()
-    assert_resumed_run_equals_uninterrupted(tmp_path / "w", uninterrupted)
-    assert not (tmp_path / "w" / "rollouts" / "interrupted_000025.jsonl.gz").exists()
+# But for what metrics take.
+FILL_THE_DISK = """
+        with open(self.workdir.parent / "filler", "wb", buffering=0) as filler:
+            try:
+                while filler.write(bytes(50_000)):
+                    pass
+            except OSError:
+                filler.truncate(filler.tell() - 150_000)
+"""
 
 
-@pytest.mark.parametrize("what", ["--samples=2", "--trajectories=rollouts/step_000026.jsonl.gz"])
+def on_a_small_disk(workdir: Path, patch: str) -> tuple[list[int], list[str]]:
+    """Goes on with a run of two processes on a file system of 30 MB, from which its workdir comes back."""
+    disk = workdir.with_name("disk")
+    train_one = shlex.join([sys.executable, *patched(patch, f"--workdir={disk / 'w'}", *SMALL)])
+    script = f"""
+    cp -r {workdir} {disk}/w
+    JAX_PROCESS_ID=1 {train_one} & other=$!
+    JAX_PROCESS_ID=0 {train_one}; first=$?
+    wait $other; echo "statuses $first $?"
+    rm -r {disk}/filler {workdir}; cp -r {disk}/w {workdir}"""
+    small = ["--dev-bind", "/", "/", "--size", "30000000", "--tmpfs", str(disk)]
+    others = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [str(sandbox.probe()), *small, "sh", "-c", script],
+        cwd=ROOT, env=environment() | others, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    statuses = re.search(r"statuses (\d+) (\d+)", run.stdout)
+    assert statuses, run.stdout + run.stderr
+    return [int(status) for status in statuses.groups()], [run.stdout, run.stderr]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> tuple[dict[str, Start], Path]:
+    """What each start of a run of two processes came to, and its workdir: it was interrupted in every way, one after
+    the other, and then ended."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "w"
+    starts = {}
+
+    def started(name: str, statuses: list[int], outputs: list[str]) -> None:
+        records = read_metrics(workdir / "metrics.jsonl")
+        with Checkpointer(workdir / "checkpoints") as checkpointer:
+            saved = checkpointer.latest_step()
+        rollouts = {path.name for path in (workdir / "rollouts").iterdir()}
+        starts[name] = Start(statuses, outputs, records[-1]["step"], saved, rollouts)
+
+    def patched_by(patch: str) -> tuple[list[int], list[str]]:
+        return finish(start(patched(patch, f"--workdir={workdir}", *SMALL), count=2))
+
+    started("SIGTERM to 1", *patched_by(after_step(11, raise_signal("SIGTERM"), process=1)))
+    started("SIGKILL to 1", *patched_by(after_step(14, raise_signal("SIGKILL"), process=1)))
+    started("full disk", *on_a_small_disk(workdir, after_step(17, FILL_THE_DISK)))
+    started("SIGTERM in rollouts", *patched_by(IN_ROLLOUTS))
+    started("to the end", *finish(train(workdir)))
+    return starts, workdir
+
+
+def test_a_run_that_was_interrupted_in_every_way_is_as_if_nothing_had_happened(interrupted, uninterrupted):
+    starts, workdir = interrupted
+    assert starts["to the end"].statuses == [0, 0], starts["to the end"].outputs
+    first, *others = starts.values()
+    assert "resuming" not in first.outputs[0]
+    assert all("resuming" in start.outputs[0] for start in others)
+    assert comparable(workdir) == comparable(uninterrupted)
+
+
+def test_sigterm_to_one_of_two_saves_and_stops_both(interrupted):
+    stopped = interrupted[0]["SIGTERM to 1"]
+    assert stopped.statuses == [AGAIN, AGAIN], stopped.outputs
+    assert 11 <= stopped.steps == stopped.saved < 14
+
+
+def test_survivor_names_a_killed_process_and_stops(interrupted):
+    stopped = interrupted[0]["SIGKILL to 1"]
+    assert stopped.statuses == [AGAIN, -signal.SIGKILL], stopped.outputs
+    assert f"process 1 of 2 on {socket.gethostname()} sent no heartbeat for 6 s" in stopped.outputs[0]
+    assert "run the same command again to resume" in stopped.outputs[0]
+
+
+def ended_without_process_0(statuses: list[int], outputs: list[str]) -> bool:
+    assert statuses[0] == -signal.SIGKILL, outputs
+    assert statuses[1] in (AGAIN, -signal.SIGABRT)
+    return "process 0" in outputs[1] or "another task died" in outputs[1]
+
+
+def test_without_process_0_the_other_ends_too():
+    statuses, outputs = two_that_run("""
+import os, signal
+with start(silence_seconds=6.0, barrier_seconds=60.0) as peers:
+    peers.gather(1)
+    if peers.is_first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    peers.gather(2)
+""")
+    assert ended_without_process_0(statuses, outputs)
+
+
+@pytest.mark.variant
+def test_without_process_0_the_other_ends_its_training(tmp_path):
+    patch = after_step(2, raise_signal("SIGKILL"), process=0)
+    processes = start(patched(patch, f"--workdir={tmp_path / 'w'}", *SMALL), count=2)
+    assert ended_without_process_0(*finish(processes))
+
+
+def test_a_full_disk_during_a_save_stops_both_with_advice(interrupted):
+    stopped = interrupted[0]["full disk"]
+    said, errors = stopped.outputs
+    assert set(stopped.statuses) <= {1, AGAIN}
+    assert 1 in stopped.statuses, said + errors
+    assert "no space left on the disk" in errors
+    assert "resumes from step 16" in errors
+    assert stopped.saved == 16
+
+
+def test_stop_during_the_rollouts_of_one_keeps_those_of_both(interrupted):
+    """It happens in the second RL step; the other process, between two of its rollouts, is told."""
+    stopped, ended = (interrupted[0][name] for name in ("SIGTERM in rollouts", "to the end"))
+    assert stopped.statuses == [AGAIN, AGAIN], stopped.outputs
+    assert stopped.saved == 25
+    assert "interrupted_000025.jsonl.gz" in stopped.rollouts
+    assert "interrupted_000025.jsonl.gz" not in ended.rollouts
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["--samples=2", pytest.param("--trajectories=rollouts/step_000026.jsonl.gz", marks=pytest.mark.variant)],
+)
 def test_two_processes_evaluate_as_one(what, uninterrupted):
     name, value = what.split("=")
     value = str(uninterrupted / value) if name == "--trajectories" else value
@@ -218,52 +339,6 @@ def test_two_processes_export_as_one(uninterrupted, tmp_path):
         files.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert files[0] == files[1]
     assert SINGLE in files[0]
-
-
-def test_survivor_names_a_killed_process_and_stops(uninterrupted, tmp_path):
-    processes = train(tmp_path / "w")
-    wait_for_step(tmp_path / "w", 11, processes[0])
-    processes[1].kill()
-    statuses, outputs = finish(processes, 60)
-    assert statuses == [AGAIN, -signal.SIGKILL], outputs
-    assert f"process 1 of 2 on {socket.gethostname()} sent no heartbeat for 6 s" in outputs[0]
-    assert "run the same command again to resume" in outputs[0]
-    assert_resumed_run_equals_uninterrupted(tmp_path / "w", uninterrupted)
-
-
-def test_without_process_0_the_other_ends_too(tmp_path):
-    processes = train(tmp_path / "w")
-    wait_for_step(tmp_path / "w", 2, processes[0])
-    processes[0].kill()
-    statuses, outputs = finish(processes, 60)
-    assert statuses[1] in (AGAIN, -signal.SIGABRT)
-    assert "process 0" in outputs[1] or "another task died" in outputs[1]
-
-
-def test_a_full_disk_during_a_save_stops_both_with_advice(uninterrupted, tmp_path):
-    """Once the checkpoint of step 8 exists, something else fills the disk, except for the room that metrics need."""
-    port, workdir = free_port(), tmp_path / "w"
-    train_one = " ".join([sys.executable, "-m", "echo_jax.train", f"--workdir={workdir}", *SMALL])
-    script = f"""
-    export JAX_NUM_CPU_DEVICES=1 JAX_COORDINATOR_ADDRESS=localhost:{port} JAX_NUM_PROCESSES=2
-    (until [ -d {workdir}/checkpoints/8 ]; do sleep 0.02; done
-     cat /dev/zero >{tmp_path}/filler; truncate -s -150000 {tmp_path}/filler) 2>&- &
-    JAX_PROCESS_ID=1 {train_one} & other=$!
-    JAX_PROCESS_ID=0 {train_one}; first=$?
-    wait $other; echo "statuses $first $?"
-    rm {tmp_path}/filler; ls {workdir}/checkpoints; cp -r {workdir} {tmp_path.parent}/saved"""
-    small = ["--dev-bind", "/", "/", "--size", "30000000", "--tmpfs", str(tmp_path)]
-    confined = [str(sandbox.probe()), *small, "sh", "-c", script]
-    run = subprocess.run(confined, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
-    statuses = re.search(r"statuses (\d+) (\d+)", run.stdout)
-    assert statuses, run.stdout + run.stderr
-    assert set(statuses.groups()) <= {"1", str(AGAIN)}
-    assert "1" in statuses.groups(), run.stderr
-    assert "no space left on the disk" in run.stderr
-    assert "resumes from step 8" in run.stderr
-    assert "8" in run.stdout.splitlines()
-    saved = tmp_path.parent / "saved"
-    assert_resumed_run_equals_uninterrupted(saved, uninterrupted)
 
 
 def test_run_resumes_with_a_different_number_of_processes(uninterrupted, tmp_path):

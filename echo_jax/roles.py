@@ -4,7 +4,8 @@ import enum
 
 
 class Role(enum.IntEnum):
-    """The writer of one token, its class; every mask of the objective is derived from it."""
+    """The writer of one token, its class; every mask of the objective is derived from it. What the environment writes
+    after the prompt comes last, from OBSERVATION on."""
 
     PAD = 0  # filler of a packed row
     PROMPT = 1  # the task, as the environment states it

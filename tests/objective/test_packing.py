@@ -19,7 +19,7 @@ from echo_jax.rollout.trajectory import DTYPES
 def packed_of(chosen, length=40, rows=2):
     weights = weigh(chosen, 1.0 + np.arange(len(chosen)), ECHO)
     micro_batches = capacity(len(chosen), 31, rows=rows, length=length)
-    return pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches), weights
+    return pack(chosen, weights, length=length, rows=rows, micro_batches=micro_batches, tools=chosen[0].tools), weights
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120), st.integers(1, 5))

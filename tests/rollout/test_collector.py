@@ -242,9 +242,9 @@ def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkey
     clock = random.Random(0)
 
     def slowed(method):
-        def slow(environment, *arguments):
+        def slow(environment, *arguments, **options):
             time.sleep(clock.random() ** 4 * 0.15)
-            return method(environment, *arguments)
+            return method(environment, *arguments, **options)
 
         return slow
 

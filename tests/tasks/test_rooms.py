@@ -63,14 +63,14 @@ def distances(task, start):
 def visit():
     """Returns a function that opens a task's sandbox, runs commands in it, and scores an answer."""
 
-    def score(task, commands, answer):
+    def visited(task, commands, answer):
         with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
             for command in (task.setup, *commands):
                 assert box.run(command).status is Status.OK, command
             box.kill_processes()
             return score(task, answer, box)
 
-    return score
+    return visited
 
 
 def test_solving_script_walks_every_pair_of_the_map():

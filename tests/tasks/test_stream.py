@@ -89,10 +89,10 @@ def test_the_stream_is_longer_than_any_run():
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ({}, "no family.*lookup, rooms"),
+        ({}, "mixture is empty; choose from lookup, rooms"),
         ({"lookup": 1.0, "chess": 1.0}, "chess.*lookup, rooms"),
         ({"lookup": 0.0}, "one must be above 0"),
-        ({"lookup": 2.0, "rooms": -1.0}, "must not be negative"),
+        ({"lookup": 2.0, "rooms": -1.0}, "no weight may be negative"),
         ({"lookup": float("nan")}, "task.mixture"),
     ],
 )

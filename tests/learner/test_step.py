@@ -100,7 +100,7 @@ def test_the_order_of_trajectories_changes_nothing():
 
 @pytest.mark.parametrize(
     "shape",
-    [(8, 1, 1), (2, 2, 2), *(pytest.param(s, marks=pytest.mark.variant) for s in ((1, 8, 1), (1, 4, 2), (4, 1, 2)))],
+    [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.variant) for s in ((8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2)))],
 )
 def test_eight_devices_equal_one(shape):
     sums, grads, params = gradient(CHOSEN, ADVANTAGES, rows=8, mesh=make_mesh(*shape))

@@ -147,7 +147,9 @@ def noisy_logprobs(seed):
     return [(t.logprob + rng.normal(0, 0.4, len(t.ids)) * (t.role == 3)).astype(np.float32) for t in CHOSEN]
 
 
-@pytest.mark.parametrize("policy", ["grpo", "gspo", "cispo", "reinforce"])
+@pytest.mark.parametrize(
+    "policy", ["grpo", "gspo", *(pytest.param(policy, marks=pytest.mark.variant) for policy in ("cispo", "reinforce"))]
+)
 def test_old_log_probs_and_truncated_importance_sampling(policy):
     options = LossOptions(policy=policy, policy_options=clips_of(policy), head=HEAD, importance_cap=1.2)
     check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=1.2)

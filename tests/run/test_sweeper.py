@@ -241,7 +241,7 @@ def test_config_without_a_sweep_or_a_file_is_refused(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [])
     with pytest.raises(SweepError, match="yields no run"):
         sandbox.run()
-    with pytest.raises(SweepError, match="there is no config file"):
+    with pytest.raises(SweepError, match="does not exist"):
         sandbox.run(config=str(tmp_path / "none.py"))
     sandbox.config.write_text("def get_config(arg=None): ...\n")
     with pytest.raises(SweepError, match=r"config\.py has no sweep\(\)"):

@@ -368,7 +368,7 @@ def test_saved_rollouts_can_be_imitated(finished, tmp_path):
         ("rollout.replay", "demonstrations", "no policy sampled"),
         ("rollout.replay", "nowhere", "nowhere.jsonl.gz"),
         ("rollout.replay", "heldout_transcripts", "no policy sampled"),
-        ("warm_start.trajectories", "heldout_transcripts", "less than a batch of warm_start.batch = 8"),
+        ("warm_start.trajectories", "heldout_transcripts", "fewer than one batch of warm_start.batch = 8"),
         ("warm_start.trajectories", "nowhere", "nowhere.jsonl.gz"),
     ],
 )

@@ -140,7 +140,7 @@ def test_run_of_another_owner_is_left_alone_and_one_that_stopped_is_a_failure(tm
     sandbox = Sandbox(tmp_path, [{"seed": 69}, {"seed": 1}])
     status, output = sandbox.run(owner="me")
     assert status == 0
-    assert "[1/2] seed=69: another owner's, left alone\n" in output
+    assert "[1/2] seed=69: belongs to another owner, left alone\n" in output
     assert "--owner=me" in (sandbox.workdir / "seed=1" / "log.txt").read_text()
     assert [row["done"] for row in sandbox.results()] == ["no", "yes"]
     sandbox = Sandbox(tmp_path, [{"seed": 75}])

@@ -729,7 +729,7 @@ def test_two_pods_share_a_sweep_and_run_nothing_twice(cloud: Cloud):
             assert f"--owner={owners[seed]}" in arguments
             assert override == f"--config.seed={seed}"
     for pod, output in zip("ab", outputs, strict=True):
-        skipped = output.count("another owner's, left alone") + output.count("done before")
+        skipped = output.count("belongs to another owner, left alone") + output.count("done before")
         assert skipped == owners.count("b" if pod == "a" else "a")
         logs = cloud.repository / "runs" / "pods" / pod / cloud.workdir.name
         for seed in range(4):

@@ -384,7 +384,7 @@ def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
     (tmp_path / "other").write_text("text")
     run = evaluate(finished, f"--trajectories={tmp_path / 'other'}")
     assert run.returncode == 1
-    assert "is not a saved-rollouts file" in run.stderr
+    assert "is not a file of saved rollouts" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -200,7 +200,7 @@ def build_learner(
     rows = config.model.vocab_size or vocab_size
     if rows < vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces; set it to 0, or higher"
+            f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces; raise it or set it to 0"
         )
     sizes = config.mesh
     try:
@@ -239,8 +239,8 @@ def _check_processes(learner: Learner, devices: Sequence[jax.Device]) -> None:
         raise ConfigError(str(error)) from error
     if processes < available:
         raise ConfigError(
-            f"the mesh {dict(mesh.shape)} uses {mesh.size} of {len(devices)} devices, of only {processes} of {available} processes; "
-            "it must use devices of each: set mesh.fsdp = 0 to use all devices"
+            f"the mesh {dict(mesh.shape)} uses {mesh.size} of {len(devices)} devices, from only {processes} of "
+            f"{available} processes; it must use devices of each: set mesh.fsdp = 0 to use all devices"
         )
 
 

@@ -200,7 +200,7 @@ def build_learner(
     rows = config.model.vocab_size or vocab_size
     if rows < vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces; raise it or set it to 0"
+            f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces; raise it or set 0"
         )
     sizes = config.mesh
     try:

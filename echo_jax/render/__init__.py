@@ -26,8 +26,8 @@ def make_renderer(tokenizer: Tokenizer, format: str, *, grammar: str, thinking: 
     if format != "builtin":
         if not isinstance(tokenizer, BytePairs):
             raise RenderError(
-                f"config.render.format = {format!r} needs a published model's tokenizer, not a SentencePiece model: set "
-                "config.tokenizer.path to that tokenizer, or config.model.weights to the model's weights"
+                f"config.render.format = {format!r} needs a published model's tokenizer, not a SentencePiece model: "
+                "set config.tokenizer.path to that tokenizer, or config.model.weights to the model's weights"
             )
         return ChatRenderer(tokenizer, format, grammar=grammar, thinking=thinking, system=system)
     if isinstance(tokenizer, BytePairs):

@@ -278,7 +278,7 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
         ),
         (CHATML.replace("add_generation_prompt", "false"), "adds no generation prompt"),
         (CHATML.replace("message.content", "message.content | upper"), "accepts no answer to a turn|changes a turn"),
-        (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "ends a turn of the agent without a token"),
+        (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "does not end the agent's turn with a special token"),
         (
             CHATML.replace("{{ message.content }}", "{{ message.content }}{% if loop.index > 4 %} !{% endif %}"),
             "depending on the others",
@@ -416,7 +416,7 @@ def test_formats_and_tokenizers_must_fit(tmp_path):
     with pytest.raises(RenderError, match="'builtin' does not support"):
         make_renderer(tokenizers.load(), "builtin", **options | {"system": "Be kind."})
     for tokenizer, format in ((llama, "llama_3"), (chatml, "template")):
-        with pytest.raises(RenderError, match=f"does not support .*thinking = False{format}'"):
+        with pytest.raises(RenderError, match=f"'{format}' does not support .*thinking = False"):
             make_renderer(tokenizer, format, **options | {"thinking": False})
 
 

@@ -1,12 +1,12 @@
 """ECHO on JAX: policy gradient on action tokens plus next-token cross-entropy on tool output, in one forward pass.
 
-For a trainer of your own: `from echo_jax import Role, echo_loss, fused_logprobs, pack`. Importing the package does
-nothing; each name brings its module along when it is first asked for.
+To build your own trainer: `from echo_jax import Role, echo_loss, fused_logprobs, pack`. Importing the package loads
+nothing else; each name imports its module on first access.
 """
 
 import importlib
 
-# name -> the module that has it
+# name -> the module that defines it
 _EXPORTS = {
     "Role": "echo_jax.roles",
     "echo_loss": "echo_jax.objective.loss",

@@ -4,9 +4,10 @@
     python -m echo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --trajectories=FILE
 
 In: parameters. Out: the solve rate over sampled rollouts on tasks never trained on, and `eval/observation_ce`, the
-cross-entropy of tool output on fixed transcripts that a script, not the policy, produced on held-out tasks. With
-`--trajectories` (rollouts that a run saved, say another policy's) nothing is sampled: the cross-entropy of their tool
-output per class and tool, with its action-shuffled control and the train/held-out gap (see learner/scoring.py).
+cross-entropy of tool output in fixed transcripts that a script, not the policy, produced on held-out tasks. With
+`--trajectories` (rollouts that a run saved, for example another policy's) it samples nothing. It then prints the
+cross-entropy of their tool output per class and tool, its action-shuffled control and the train/held-out gap (see
+learner/scoring.py).
 """
 
 import json
@@ -36,7 +37,9 @@ def main(args: flags.FlagValues) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The run's config file, e.g. configs/quickstart.py.")
     flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
-    flags.DEFINE_integer("episodes", None, "Held-out tasks; default: eval.episodes of the config.", lower_bound=1)
-    flags.DEFINE_integer("samples", 1, "Rollouts a task; above 1, pass@k is printed too.", lower_bound=1)
-    flags.DEFINE_string("trajectories", None, "A file of saved rollouts to score, in place of sampling new ones.")
+    flags.DEFINE_integer(
+        "episodes", None, "Number of held-out tasks; default: eval.episodes of the config.", lower_bound=1
+    )
+    flags.DEFINE_integer("samples", 1, "Rollouts per task; above 1, also prints pass@k.", lower_bound=1)
+    flags.DEFINE_string("trajectories", None, "File of saved rollouts to score instead of sampling new ones.")
     run_program(main)

@@ -3,9 +3,9 @@
     python -m echo_jax.export --config=configs/NAME.py --workdir=runs/NAME --output=DIR
     python -m echo_jax.export --config=configs/NAME.py --workdir=runs/NAME --output=DIR --adapter
 
-In: the newest checkpoint of a run. Out: safetensors, config.json, the tokenizer's files and generation_config.json;
-adapters are merged into the weights or, with `--adapter`, written alone in PEFT's layout. The folder appears when it is
-complete. A run of several processes may be exported by several, as it is evaluated, or by one.
+In: the newest checkpoint of a run. Out: safetensors, config.json, the tokenizer's files and generation_config.json.
+Adapters are merged into the weights or, with `--adapter`, written alone in PEFT's layout. The folder appears once it is
+complete. One process, or several, can export a run of several processes; the same holds for evaluation.
 """
 
 from pathlib import Path
@@ -21,15 +21,15 @@ from echo_jax.system.cli import run_program
 def main(args: flags.FlagValues) -> None:
     with start_peers(args.config) as peers:
         workdir, output = Path(args.workdir), Path(args.output)
-        said = export(args.config, workdir, output, dtype=args.dtype, adapter=args.adapter, peers=peers)
+        message = export(args.config, workdir, output, dtype=args.dtype, adapter=args.adapter, peers=peers)
         if peers.is_first:
-            print(said)
+            print(message)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The run's config file, e.g. configs/quickstart.py.")
-    flags.DEFINE_string("workdir", None, "Folder of the run whose newest checkpoint is written.")
-    flags.DEFINE_string("output", None, "Folder to make.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors written.")
-    flags.DEFINE_bool("adapter", False, "Write the adapters alone, in PEFT's layout.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; exports its newest checkpoint.")
+    flags.DEFINE_string("output", None, "Folder to create.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the written tensors.")
+    flags.DEFINE_bool("adapter", False, "Write only the adapters, in PEFT's layout.")
     run_program(main, required=("config", "workdir", "output"))

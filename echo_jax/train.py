@@ -2,14 +2,14 @@
 
     python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.seed=1
 
-Run again on the same workdir, it resumes. The workdir holds config.json, provenance.jsonl (commit, diff and versions,
-one line a start), metrics.jsonl (one object a step), tensorboard/, rollouts/, checkpoints/ and, with a KL, reference/;
-and DONE when the run is complete. Ctrl-C and SIGTERM save a checkpoint and stop.
+The same command resumes the run in its workdir. The workdir holds config.json, provenance.jsonl (commit, diff and
+versions, one line per start), metrics.jsonl (one object per step), tensorboard/, rollouts/, checkpoints/, with a KL
+also reference/, and DONE once the run is complete. Ctrl-C and SIGTERM save a checkpoint and stop.
 
-Several processes (see system/peers.py) train one run, in a workdir that all of them see. Each samples its share of a
-step's rollouts with an engine of its own, then all update together; process 0 writes what is written once. Exit
-statuses: 0 complete, 75 stopped by SIGTERM or because a process was lost (the same command again goes on), 69 the
-workdir is another's, 130 stopped by Ctrl-C, 1 an error to mend.
+Several processes (see system/peers.py) can train one run, in a workdir that all of them see. Each samples its share of
+a step's rollouts with its engine, then all update together; process 0 writes the files that exist once. Exit statuses:
+0 complete, 75 stopped by SIGTERM or because a process was lost (the same command resumes), 69 the workdir belongs to
+another owner or process, 130 stopped by Ctrl-C, 1 an error to fix.
 """
 
 from pathlib import Path
@@ -31,6 +31,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file(
         "config", None, "Config file; override any field with --config.section.field=value."
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run; an unfinished run in it is resumed.")
-    flags.DEFINE_string("owner", "", "Take the run only if no other owner has: for several that share one sweep.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; resumes an unfinished run in it.")
+    flags.DEFINE_string(
+        "owner", "", "Train only if no other owner has taken the run; lets several machines share one sweep."
+    )
     run_program(main)

@@ -1,10 +1,10 @@
-"""Shows saved rollouts as text, each stretch with its writer.
+"""Shows saved rollouts as text, each part with its writer.
 
     python -m echo_jax.view --trajectories=runs/quickstart/rollouts/step_000300.jsonl.gz --show=3
     python -m echo_jax.view --trajectories=FILE --rollout=19204
 
-In: a file that a run saved. Out: for each rollout what it was and how it ended, then its tokens as text: the prompt,
-what the policy wrote, what the tools answered, what the harness added.
+In: a file that a run saved. Out: for each rollout its task and outcome, then its tokens as text: the prompt, the
+policy's turns, the tools' output, the harness's additions.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def main(args: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("trajectories", None, "The file of saved rollouts.")
-    flags.DEFINE_string("tokenizer", "", "The run's tokenizer.path; empty: the built-in one.")
-    flags.DEFINE_integer("show", 3, "At most so many rollouts.", lower_bound=1)
-    flags.DEFINE_integer("rollout", None, "Only the one with this index.")
+    flags.DEFINE_string("tokenizer", "", "tokenizer.path of the run; empty: the built-in tokenizer.")
+    flags.DEFINE_integer("show", 3, "Maximum number of rollouts to show.", lower_bound=1)
+    flags.DEFINE_integer("rollout", None, "Show only the rollout with this index.")
     run_program(main, required=("trajectories",))

@@ -1,4 +1,4 @@
-"""Updates: from trajectories with weights to the next parameters; and what is kept of them.
+"""Updates: from weighted trajectories to the next parameters; and checkpoints of them.
 
 In: a train state and trajectories. Out: the next state, its metrics, checkpoints.
 """

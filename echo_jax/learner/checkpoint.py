@@ -1,11 +1,11 @@
 """Checkpoints: a pytree of `jax.Array` and a small JSON dictionary go in, the same bits come out on any mesh.
 
-    directory/40/           one folder a step, complete as soon as it has this name
-    directory/40.orbax-…    a save under way or killed: never restored, removed by the next run's first save
+    directory/40/           one folder per step, complete as soon as it has this name
+    directory/40.orbax-…    an unfinished or killed save: never restored, removed by the next run's first save
 
-Orbax writes and reads the arrays. It notices files that are missing or cut short, but not flipped bits (array data
-carries no checksum), and it casts to another dtype without a word. So each checkpoint also records the path, shape,
-dtype and fingerprint of every leaf, and `restore` compares all of them.
+Orbax writes and reads the arrays. It detects missing or truncated files, but not flipped bits (array data carries no
+checksum), and silently casts to another dtype. So each checkpoint also records the path, shape, dtype and fingerprint
+of every leaf, and `restore` compares all of them.
 """
 
 import errno
@@ -31,29 +31,29 @@ from echo_jax.system.errors import UserError
 PyTree = Any
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded")
-# What orbax raises for bad files and failed writes: its NoEntryError is a KeyError, tensorstore's are ValueErrors.
+# Orbax raises these for bad files and failed writes: its NoEntryError is a KeyError, tensorstore's are ValueErrors.
 _LOAD_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _SAVE_ERRORS = (*_LOAD_ERRORS, RuntimeError)
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint could not be written or read; the message says which one, why, and what to do."""
+    """A checkpoint could not be written or read. The message says which one, why, and what to do."""
 
 
 class Checkpointer:
     """Saves the state in the background, keeps the newest `keep` checkpoints, restores one.
 
-    With several processes, each of them makes the same calls in the same order, on a directory they share.
+    Several processes must make the same calls in the same order, on a shared directory.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2):
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least one checkpoint has to be kept")
+            raise ValueError(f"keep = {keep} must be at least 1")
         self._directory = Path(directory).absolute()
         self._keep = keep
-        # Made by the first save: its construction removes half-written folders, which a mere reader must not do.
+        # Made by the first save: its construction removes half-written folders, which a reader must not do.
         self._writer: ocp.training.Checkpointer | None = None
-        self._pending: tuple[int, int, ocp.AsyncResponse] | None = None  # step, bytes of the state, the save under way
+        self._pending: tuple[int, int, ocp.AsyncResponse] | None = None  # step, bytes of the state, the unfinished save
 
     def __enter__(self) -> Self:
         return self
@@ -62,21 +62,22 @@ class Checkpointer:
         self.close()
 
     def save(self, step: int, state: PyTree, metadata: dict) -> None:
-        """Starts to save; returns when the state may be donated. First waits for a save that is still under way.
+        """Starts a save; returns when the state may be donated. First waits for an unfinished save.
 
         Args:
-          step: names the checkpoint; greater than every step saved so far.
+          step: names the checkpoint; must be greater than every step saved so far.
           state: pytree of `jax.Array`.
-          metadata: what `json` can write.
+          metadata: a dictionary that `json` can write.
 
         Raises:
-          CheckpointError: the save before this one failed, this one could not start, or `step` is not the newest.
+          CheckpointError: the previous save failed, this one could not start, or `step` is not the newest.
         """
         self.wait()
         latest = self.latest_step()
         if latest is not None and step <= latest:
             raise CheckpointError(
-                f"step {step} cannot be saved, {self._directory} holds step {latest} already: {self._remedy(latest)}"
+                f"step {step} cannot be saved, since {self._directory} already holds step {latest}: "
+                f"{self._remedy(latest)}"
             )
         leaves = _named_leaves(state)
         fingerprints = jax.device_get({name: _fingerprint(leaf) for name, leaf in leaves.items() if leaf.size})
@@ -97,7 +98,7 @@ class Checkpointer:
         self._pending = (step, size, response)
 
     def wait(self) -> None:
-        """Returns once nothing is being saved. Raises CheckpointError if the save under way fails."""
+        """Waits for an unfinished save. Raises CheckpointError if it fails."""
         if self._pending is None:
             return
         (step, size, response), self._pending = self._pending, None
@@ -107,7 +108,7 @@ class Checkpointer:
             raise self._save_failed(step, size, error) from error
 
     def close(self) -> None:
-        """Waits for the save under way, then ends orbax's threads. Raises like `wait`."""
+        """Waits for an unfinished save, then ends orbax's threads. Raises like `wait`."""
         try:
             self.wait()
         finally:
@@ -116,21 +117,21 @@ class Checkpointer:
                 self._writer = None
 
     def latest_step(self) -> int | None:
-        """The newest step that is completely on disk; None without one."""
+        """Returns the newest step that is completely on disk; None if there is none."""
         return max(_steps(self._directory), default=None)
 
     def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, dict]:
         """Reads a checkpoint, by default the newest.
 
         Args:
-          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings; any mesh, not only the one it was saved from.
-          step: which checkpoint.
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings; its mesh may differ from that of the save.
+          step: the checkpoint's step; None: the newest.
 
         Returns:
-          The state, structured and sharded like `abstract_state` and bit for bit what was saved, and the metadata.
+          The state, structured and sharded like `abstract_state`, with the saved values bit for bit; and the metadata.
 
         Raises:
-          CheckpointError: there is no such checkpoint, it is damaged, or it holds another state.
+          CheckpointError: the checkpoint does not exist, is damaged, or holds a different state.
         """
         self.wait()
         _quiet_orbax()
@@ -138,7 +139,7 @@ class Checkpointer:
         if step not in _steps(self._directory):
             raise CheckpointError(
                 f"no checkpoint{'' if step is None else f' of step {step}'} in {self._directory}; "
-                f"steps there: {sorted(_steps(self._directory)) or 'none'}"
+                f"its steps are: {sorted(_steps(self._directory)) or 'none'}"
             )
         folder = self._directory / str(step)
         wanted = _named_leaves(abstract_state)
@@ -147,14 +148,14 @@ class Checkpointer:
         except _LOAD_ERRORS as error:
             raise self._damaged(step, _cause(error)) from error
         if not isinstance(record, Mapping) or not {"user", "arrays"} <= record.keys():
-            raise self._damaged(step, "_CHECKPOINT_METADATA does not say what was saved")
+            raise self._damaged(step, "_CHECKPOINT_METADATA does not list what was saved")
         saved = {name: (tuple(shape), dtype, mark) for name, (shape, dtype, mark) in record["arrays"].items()}
         if differences := list(_differences(saved, wanted)):
             more = f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else ""
             raise CheckpointError(
-                f"{folder} holds another state than this run's (did the config change?):\n  "
+                f"{folder} holds a different state than this run has (did the config change?):\n  "
                 + "\n  ".join(differences[:8])
-                + f"{more}\nRun with the config it was saved with, or with another workdir, or {self._remedy(step)}"
+                + f"{more}\nUse the config it was saved with, or another workdir, or {self._remedy(step)}"
             )
         state = self._load(step, wanted, {name: mark for name, (_, _, mark) in saved.items()})
         return jax.tree.unflatten(jax.tree.structure(abstract_state), list(state.values())), record["user"]
@@ -167,12 +168,12 @@ class Checkpointer:
             loaded = ocp.load_checkpointables(self._directory / str(step), {"state": stored})["state"]
         except _LOAD_ERRORS as error:
             causes = list(_chain(error))
-            if isinstance(causes[-1], jax.errors.JaxRuntimeError):  # say, out of memory: not the checkpoint's fault
+            if isinstance(causes[-1], jax.errors.JaxRuntimeError):  # such as out of memory: not the checkpoint's fault
                 raise causes[-1] from None
             raise self._damaged(step, _cause(error)) from error
         found = jax.device_get({name: _fingerprint(leaf) for name, leaf in loaded.items()})
         if changed := [name for name in stored if int(found[name]) != marks[name]]:
-            raise self._damaged(step, f"the values of {', '.join(changed[:4])} are not those that were saved")
+            raise self._damaged(step, f"the values of {', '.join(changed[:4])} differ from the saved ones")
         empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
         return {
             name: jax.device_put(empty[name], leaf.sharding) if name in empty else loaded[name]
@@ -190,7 +191,7 @@ class Checkpointer:
         return self._writer
 
     def _save_failed(self, step: int, size: int, error: BaseException) -> CheckpointError:
-        # Orbax would raise the same error again from its next call, even from one that succeeds: begin afresh.
+        # Orbax would raise the same error again from its next call, even if that succeeds: make a new writer.
         self._writer = None
         latest = self.latest_step()
         resumes = "starts from the beginning" if latest is None else f"resumes from step {latest}"
@@ -201,13 +202,13 @@ class Checkpointer:
             )
         return CheckpointError(
             f"the checkpoint of step {step} could not be written to {self._directory}: {_cause(error)}. "
-            f"Remove the cause, then run the same command again: it {resumes}"
+            f"Fix the cause, then run the same command again: it {resumes}"
         )
 
     def _damaged(self, step: int, cause: str) -> CheckpointError:
         return CheckpointError(
             f"the checkpoint {self._directory / str(step)} is damaged: {cause}. "
-            f"Bring its files back, or {self._remedy(step)}"
+            f"Restore its files, or {self._remedy(step)}"
         )
 
     def _remedy(self, step: int) -> str:
@@ -217,9 +218,9 @@ class Checkpointer:
 
 
 def check_free_space(directory: Path, state_bytes: int, keep: int) -> None:
-    """Raises CheckpointError if the checkpoints of a run cannot all fit, before any work is done.
+    """Raises CheckpointError, before any work is done, if the disk lacks space for the checkpoints of a run.
 
-    While one is written the `keep` before it still exist; those already on the disk need no more space.
+    While one is written, the previous `keep` still exist; those already on the disk need no more space.
     """
     directory = Path(directory).absolute()
     needed = state_bytes * (keep + 1 - min(keep, len(_steps(directory))))
@@ -228,7 +229,7 @@ def check_free_space(directory: Path, state_bytes: int, keep: int) -> None:
     if free < needed:
         raise CheckpointError(
             f"checkpoints in {directory} need {_mebibytes(needed)} ({needed} bytes: {keep} kept and one being written, "
-            f"{_mebibytes(state_bytes)} each, less those there), but {_mebibytes(free)} ({free} bytes) are free: "
+            f"{_mebibytes(state_bytes)} each, minus existing ones), but {_mebibytes(free)} ({free} bytes) are free: "
             f"free {_mebibytes(needed - free)}, keep fewer checkpoints, or choose another workdir"
         )
 
@@ -242,7 +243,7 @@ def _steps(directory: Path) -> set[int]:
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Path -> leaf, in the tree's own order. A flat dictionary keeps orbax out of optax's and flax's containers."""
+    """Returns path -> leaf, in the tree's order. A flat dictionary hides optax's and flax's containers from orbax."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/") or "state": leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
@@ -253,7 +254,7 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 def _differences(saved: Mapping[str, tuple], wanted: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(saved.keys() | wanted.keys()):
         if name not in wanted:
-            yield f"{name}: in the checkpoint only, {saved[name][1]}{list(saved[name][0])}"
+            yield f"{name}: only in the checkpoint, {saved[name][1]}{list(saved[name][0])}"
         elif name not in saved:
             yield f"{name}: not in the checkpoint, this run has {wanted[name].dtype}{list(wanted[name].shape)}"
         elif saved[name][:2] != (wanted[name].shape, str(wanted[name].dtype)):
@@ -267,13 +268,14 @@ def fingerprint(tree: PyTree) -> str:
     """Returns a hash of all leaves of a pytree of `jax.Array`, their paths and shapes; "" for an empty one."""
     leaves = _named_leaves(tree)
     marks = jax.device_get({name: _fingerprint(leaf) for name, leaf in leaves.items()})
-    said = [(name, leaf.shape, str(leaf.dtype), int(marks[name])) for name, leaf in leaves.items()]
-    return hashlib.sha256(repr(said).encode()).hexdigest() if said else ""
+    parts = [(name, leaf.shape, str(leaf.dtype), int(marks[name])) for name, leaf in leaves.items()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else ""
 
 
 @jax.jit
 def _fingerprint(x: jax.Array) -> jax.Array:
-    """A hash of the bits of `x` and their places, uint32: the same for every sharding, without moving data."""
+    """Returns a uint32 hash of the bits of `x` and their positions: the same for every sharding, without moving
+    data."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -306,7 +308,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the innermost error; what orbax wraps around it speaks of handlers."""
+    """Returns the first line of the innermost error; the ones that orbax wraps around it are about its handlers."""
     innermost = list(_chain(error))[-1]
     return f"{type(innermost).__name__}: {(str(innermost).splitlines() or [''])[0].split(' [tensorstore_spec')[0]}"
 
@@ -324,10 +326,10 @@ def _mebibytes(size: int) -> str:
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Drops orbax's log records, from here on: each failure is raised too, and a save reports itself a dozen times.
+    """Drops orbax's log records from now on: failures are raised anyway, and each save logs a dozen records.
 
     Also drops the tracebacks of writes and reads that orbax no longer waits for: when one array fails, orbax closes the
-    event loop that the others report to, and each of them prints `RuntimeError: Event loop is closed`.
+    event loop that the others report to, and each prints `RuntimeError: Event loop is closed`.
     """
     absl_logging.get_absl_logger().addFilter(_is_not_from_orbax)
     report = sys.unraisablehook

@@ -1,6 +1,6 @@
-"""The training half of a run: mesh, shapes of the model and of the state, objective, optimizer, packing.
+"""The training half of a run: mesh, shapes of model and state, objective, optimizer, packing.
 
-In: a config, the size of the vocabulary, and devices, which may be TPUs that are not present. Out: a `Learner`, which
+In: a config, the size of the vocabulary, and devices, which may be TPUs that are not attached. Out: a `Learner`, which
 uses no device memory.
 """
 
@@ -27,12 +27,12 @@ from echo_jax.objective.selection import Selection, find_filter
 from echo_jax.objective.weights import Objective, mode_at, scheduled_weight
 from echo_jax.system.sharding import make_mesh, processes_of
 
-GROUPED_GRADIENT = (0, 12)  # of jax: from here on a TPU's compiler groups the gradient of experts by expert
+GROUPED_GRADIENT = (0, 12)  # jax version since which the TPU compiler groups the gradient of experts by expert
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """The half of a run that the accelerators see."""
+    """The half of a run that runs on the accelerators."""
 
     config: ml_collections.ConfigDict
     mesh: Mesh
@@ -43,7 +43,7 @@ class Learner:
 
     @property
     def abstract_trained(self) -> dict:
-        """Shapes of the parameters that are trained: all, or the adapters."""
+        """Shapes of the trained parameters: all, or the adapters."""
         return lora.split(self.abstract_params)[0]
 
     @property
@@ -60,7 +60,7 @@ class Learner:
 
     @property
     def rollouts_at_once(self) -> int:
-        """The most that one process makes for a step."""
+        """The largest number of rollouts that one process makes for a step."""
         return self.share(self.rollouts_per_step)
 
     @property
@@ -70,20 +70,20 @@ class Learner:
 
     @property
     def processes(self) -> int:
-        """Those that the mesh spans: each samples, packs and brings its share of an update."""
+        """Number of processes that the mesh spans. Each samples, packs and contributes its share of an update."""
         return processes_of(self.mesh)
 
     @property
     def own_rows(self) -> int:
-        """Those of a micro-batch that one process brings."""
+        """Rows of a micro-batch that one process contributes."""
         return self.rows // self.processes
 
     def share(self, count: int) -> int:
-        """Returns the most that one process gets of `count` things dealt out in turn."""
+        """Returns the largest share of `count` items dealt out to the processes in turn."""
         return -(-count // self.processes)
 
     def capacity(self, at_most: int) -> int:
-        """Returns the micro-batches that hold any `at_most` trajectories of one process."""
+        """Returns the number of micro-batches that hold any `at_most` trajectories of one process."""
         tokens, length = self.config.rollout.max_tokens, self.config.pack.length
         return packing.capacity(at_most, tokens, rows=self.own_rows, length=length)
 
@@ -103,7 +103,8 @@ class Learner:
         return abstract_state(self.abstract_trained, self.make_optimizer(0.0), self.mesh)
 
     def imitation_objective(self) -> Objective:
-        """Returns the objective of the warm start: the same whatever RL ablates, so that all arms begin alike."""
+        """Returns the objective of the warm start: independent of the RL settings, so that all arms of an ablation
+        start alike."""
         return Objective(
             mode="sft",
             observation_weight=self.config.warm_start.observation_weight,
@@ -170,7 +171,7 @@ class Learner:
         )
 
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
-        """Packs one process's trajectories into the one shape that holds any `at_most` of them."""
+        """Packs one process's trajectories into the fixed shape that holds any `at_most` of them."""
         length, capacity = self.config.pack.length, self.capacity(at_most)
         return packing.pack(
             trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity, tools=self.tools
@@ -178,7 +179,7 @@ class Learner:
 
 
 def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
-    """Returns what the model's code takes of a config."""
+    """Returns the part of a config that describes the model."""
     fields = {name: value for name, value in config.model.items() if name != "weights"}
     fields |= {"vocab_size": vocab_size, "rope_scaling": RopeScaling(**config.model.rope_scaling)}
     return ModelConfig(**fields, lora=lora.Lora(**config.lora))
@@ -187,10 +188,10 @@ def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelC
 def build_learner(
     config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device], tools: tuple[str, ...] = ()
 ) -> Learner:
-    """Builds it for the first devices that the mesh of the config takes.
+    """Builds a learner on the first devices, as many as the config's mesh has.
 
     Args:
-      vocab_size: the tokenizer's.
+      vocab_size: number of the tokenizer's pieces.
       tools: names of the run's tools; without them, observation metrics are not split by tool.
 
     Raises:
@@ -198,7 +199,9 @@ def build_learner(
     """
     rows = config.model.vocab_size or vocab_size
     if rows < vocab_size:
-        raise ConfigError(f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces")
+        raise ConfigError(
+            f"config.model.vocab_size = {rows} is less than the tokenizer's {vocab_size} pieces; raise it or set 0"
+        )
     sizes = config.mesh
     try:
         mesh = make_mesh(
@@ -216,7 +219,7 @@ def build_learner(
 
 
 def _check_experts(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
-    """Raises `ConfigError` where the gradient of experts would take every one for every token."""
+    """Raises `ConfigError` if the gradient of experts would compute every expert for every token."""
     trained = config.model.num_experts and not config.lora.rank
     if trained and devices[0].platform == "tpu" and jax.__version_info__ < GROUPED_GRADIENT:
         raise ConfigError(
@@ -227,22 +230,22 @@ def _check_experts(config: ml_collections.ConfigDict, devices: Sequence[jax.Devi
 
 
 def _check_processes(learner: Learner, devices: Sequence[jax.Device]) -> None:
-    """Raises `ConfigError` if the processes cannot each bring their share of an update."""
+    """Raises `ConfigError` unless each process can contribute its share of an update."""
     mesh = learner.mesh
-    there = len({device.process_index for device in devices})
+    available = len({device.process_index for device in devices})
     try:
         processes = learner.processes
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if processes < there:
+    if processes < available:
         raise ConfigError(
-            f"the mesh {dict(mesh.shape)} takes {mesh.size} of {len(devices)} devices, those of {processes} of {there} "
-            "processes; each must have a part in it: set mesh.fsdp = 0 for what is left"
+            f"the mesh {dict(mesh.shape)} uses {mesh.size} of {len(devices)} devices, from only {processes} of "
+            f"{available} processes; it must use devices of each: set mesh.fsdp = 0 to use all devices"
         )
 
 
 def _check_divides(config: ml_collections.ConfigDict, vocab_size: int, mesh: Mesh) -> None:
-    """Raises `ConfigError`, naming both numbers, for a size that cannot be spread evenly over the mesh."""
+    """Raises `ConfigError`, naming both numbers, for a size that cannot be sharded evenly over the mesh."""
     shards, model = mesh.shape, config.model
     for name, value, axes in (
         ("config.pack.rows", config.pack.rows, ("data", "fsdp")),

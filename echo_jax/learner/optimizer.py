@@ -1,5 +1,5 @@
-"""AdamW behind a global-norm clip, with a linear warm-up to a constant learning rate. Matrices decay; the scales of
-norms and biases do not."""
+"""AdamW after a global-norm clip, with a linear warm-up to a constant learning rate. Weight decay applies to matrices,
+not to the scales of norms or to biases."""
 
 import jax
 import optax
@@ -8,7 +8,7 @@ import optax
 def make_optimizer(
     *, learning_rate: float, warmup_steps: int, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    # Update n of the warm-up has n / (warmup_steps + 1) of the learning rate: none is spent on a rate of 0.
+    # Update n of the warm-up has n / (warmup_steps + 1) of the learning rate, so that no update has a rate of 0.
     schedule = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),

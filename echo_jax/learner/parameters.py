@@ -1,7 +1,7 @@
-"""The parameters of a run: those that it begins with, and those that a checkpoint of it holds.
+"""The parameters of a run: the initial ones, and those of a checkpoint.
 
-In: a seed or published weights. Out: the trained and the frozen part (see models/lora.py). A
-checkpoint keeps what is trained; what is frozen is read again from where it came, and must be the same bit for bit.
+In: a seed or published weights. Out: the trained and the frozen parameters (see models/lora.py). A checkpoint holds
+only the trained ones; the frozen ones are read or drawn again and must be the same bit for bit.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from echo_jax.system.progress import Progress
 
 
 def begin(learner: Learner, source: Source | None, *, quiet: bool = False) -> tuple[dict, dict]:
-    """Returns what is trained and what is frozen, as a run begins: published weights, or random ones.
+    """Returns the (trained, frozen) parameters at the start of a run: published weights, or random ones.
 
     Args:
       source: the published weights; None for random ones.
@@ -57,17 +57,17 @@ def restore(checkpointer: Checkpointer, learner: Learner, source: Source | None,
     """Returns the newest checkpoint of a run.
 
     Raises:
-      CheckpointError: there is none, or it cannot be used.
-      WeightsError: what it trains beside is no longer what it was.
+      CheckpointError: there is no checkpoint, or it cannot be used.
+      WeightsError: the frozen parameters have changed since.
     """
     state, saved = checkpointer.restore(learner.abstract_state())
     frozen = {}
     if learner.model_config.lora.rank:
         frozen = begin(learner, None)[1] if source is None else _published(learner, source, quiet)
-    # Checkpoints made before there were adapters say nothing of frozen parameters: they had none.
+    # Checkpoints from before adapters existed have no entry for frozen parameters: there were none.
     if fingerprint(frozen) != saved.get("frozen", ""):
         raise WeightsError(
             f"the weights of {learner.config.model.weights or 'the seed'} are not those that the adapters of step "
-            f"{saved['step']} were trained on; bring those back"
+            f"{saved['step']} were trained on; restore those"
         )
     return Restored(state, frozen, saved["step"])

@@ -20,9 +20,10 @@ from echo_jax.system.sharding import replicated, sharding_of
 
 @flax.struct.dataclass
 class TrainState:
-    """All that an update changes. With adapters `params` are these alone, and the frozen rest is given beside it."""
+    """Everything that an update changes. With adapters, `params` holds only these; frozen parameters are passed
+    separately."""
 
-    step: jax.Array  # int32: updates done since the run began or, in RL, since the step it began at
+    step: jax.Array  # int32: number of updates, counted from the `step` of `init_state`
     params: dict
     opt_state: optax.OptState
 
@@ -36,7 +37,7 @@ def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, step
 
 
 def _in_float32(params):
-    """Gradients, moments and updates are float32, whatever the parameters are kept in."""
+    """Returns float32 copies: gradients, moments and updates are float32, whatever the dtype of the parameters."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
@@ -45,7 +46,7 @@ def _initial(optimizer: optax.GradientTransformation):
 
 
 def opt_state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """Returns the optimizer state's shardings: a moment lies where its parameter lies, the rest is replicated."""
+    """Returns the optimizer state's shardings: a moment is sharded like its parameter, all else is replicated."""
     abstract = jax.eval_shape(_initial(optimizer), params)
     return optax.tree.map_params(
         optimizer,
@@ -67,7 +68,7 @@ def abstract_state(abstract_params, optimizer: optax.GradientTransformation, mes
 
 
 def micro_batch(batch: Batch, i: jax.Array, mesh: Mesh) -> Batch:
-    """Returns micro-batch `i`, fields [B, T], its rows spread over the data axes."""
+    """Returns micro-batch `i`, fields [B, T], with its rows sharded over the data axes."""
     rows = sharding_of(mesh, ("batch", "time"))
     take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(take(x), rows), batch)
@@ -82,8 +83,8 @@ def _forward(graphdef, params, micro: Batch, mesh: Mesh | None) -> tuple[jax.Arr
 def loss_and_grads(graphdef, params, frozen, batch: Batch, mesh: Mesh, options: LossOptions):
     """Returns (metric sums, gradients f32) of a whole update, accumulated over its micro-batches, batch [M, B, T].
 
-    `frozen`: parameters without a gradient, as `lora.split` takes them apart.
-    The trip count of the loop is how many of them hold anything on any process; its shapes are fixed.
+    `frozen`: parameters without a gradient, see `lora.split`.
+    The loop runs over the micro-batches in use, the most of any process; its shapes are fixed.
     """
     inverse_denominators = denominators(batch)
 
@@ -106,8 +107,8 @@ def loss_and_grads(graphdef, params, frozen, batch: Batch, mesh: Mesh, options: 
 def make_train_step(
     graphdef, abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, options: LossOptions
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, Sums]]:
-    """Returns the jitted update, (state, frozen parameters, batch) -> next state and metric sums; it donates the state
-    and lays the next one out like `abstract`, so it compiles once."""
+    """Returns the jitted update, (state, frozen parameters, batch) -> (next state, metric sums). It donates the state
+    and shards the next one like `abstract`, so it compiles once."""
 
     def train_step(state: TrainState, frozen, batch: Batch):
         sums, grads = loss_and_grads(graphdef, state.params, frozen, batch, mesh, options)
@@ -123,7 +124,7 @@ def make_train_step(
 
 def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[..., dict[str, jax.Array]]:
     """Returns the jitted comparison of the two terms' gradients, (params, frozen parameters, batch) -> norms and
-    cosine: two more backward passes, for a look now and then."""
+    cosine. It costs two more backward passes, so use it occasionally."""
 
     def term_gradients(params, frozen, batch: Batch):
         nothing = jnp.zeros_like(batch.policy_weight)
@@ -142,15 +143,15 @@ def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[
 
 
 def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch], jax.Array]:
-    """Returns the jitted (params, batch) -> f32 [M, B, T], the targets' log-probs at their temperatures, 0 in
-    micro-batches that are not in use."""
+    """Returns the jitted (params, batch) -> f32 [M, B, T], the targets' log-probs at their temperatures; 0 in
+    unused micro-batches."""
 
     def logprobs(params, batch: Batch):
         def fill(i, values):
             micro = micro_batch(batch, i, mesh)
             hidden, head_weights = _forward(graphdef, params, micro, head.mesh)
-            own = score(hidden, head_weights, micro, head).logprob
-            return jax.lax.dynamic_update_index_in_dim(values, own, i, 0)
+            scored = score(hidden, head_weights, micro, head).logprob
+            return jax.lax.dynamic_update_index_in_dim(values, scored, i, 0)
 
         return jax.lax.fori_loop(0, micro_batches_in_use(batch), fill, jnp.zeros_like(batch.old_logprob))
 
@@ -158,7 +159,7 @@ def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Ba
 
 
 def make_score(graphdef, mesh: Mesh, head: HeadOptions, tools: tuple[str, ...] = ()) -> Callable[[dict, Batch], Sums]:
-    """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients. `tools`: as in
+    """Returns the jitted forward pass over one micro-batch [B, T]: metric sums without gradients. `tools`: see
     `LossOptions`."""
     options = LossOptions(policy="imitation", head=head, tools=tools)
 

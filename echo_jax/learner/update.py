@@ -24,7 +24,7 @@ from echo_jax.rollout.trajectory import Trajectory
 
 
 class UpdateError(RuntimeError):
-    """Loss or gradient is not finite; the state that came in is spent."""
+    """Loss or gradient norm is not finite; the given state was donated and is lost."""
 
 
 class Updated(NamedTuple):
@@ -39,10 +39,10 @@ class Update:
     learner: Learner
     options: LossOptions
     learning_rate: float
-    passes: int = 1  # over each batch
-    recompute: bool = False  # the log-probs that the ratio is taken to, under the policy before the update
-    reference: dict | None = None  # trained parameters that a KL is taken to
-    frozen: dict = dataclasses.field(default_factory=dict)  # parameters beside those that are trained
+    passes: int = 1  # updates on each batch
+    recompute: bool = False  # recompute the old log-probs of the ratio under the policy before the update
+    reference: dict | None = None  # trained parameters of the policy that the KL refers to
+    frozen: dict = dataclasses.field(default_factory=dict)  # parameters that are not trained
 
     @functools.cached_property
     def _train_step(self):
@@ -67,10 +67,10 @@ class Update:
         at_most: int,
         compare_gradients: bool = False,
     ) -> Updated:
-        """Trains on trajectories, of which there are never more than `at_most`; `state` is donated.
+        """Trains on at most `at_most` trajectories; donates `state`.
 
-        With several processes each gives its own trajectories, with weights of the whole update, and all get its
-        metrics.
+        Each of several processes passes its share of the trajectories, with weights of the whole update; all get the
+        metrics of the whole update.
 
         Raises:
           UpdateError: loss or gradient norm is not finite.
@@ -85,9 +85,9 @@ class Update:
         norms = jax.device_get(self._term_gradients(state.params, self.frozen, batch)) if compare_gradients else {}
         sums = []
         for _ in range(self.passes):
-            state, own = self._train_step(state, self.frozen, batch)
-            sums.append(own)
-        metrics = mean_of_passes([finish_metrics(own) for own in jax.device_get(sums)])
+            state, pass_sums = self._train_step(state, self.frozen, batch)
+            sums.append(pass_sums)
+        metrics = mean_of_passes([finish_metrics(pass_sums) for pass_sums in jax.device_get(sums)])
         loss, norm = metrics["loss/total"], metrics["train/gradient_norm"]
         if not math.isfinite(loss + norm):
             raise UpdateError(f"loss {loss}, gradient norm {norm}")
@@ -100,15 +100,15 @@ class Update:
         return Updated(state, metrics)
 
     def _speed(self, tokens: float, pairs: float, seconds: float) -> dict[str, float]:
-        """Returns the analytic FLOP/s on real tokens, and where the devices' peak is known the share of it."""
+        """Returns the analytic FLOP/s on real tokens and, if the devices' peak is known, their share of it."""
         done = self.passes * train_flops(self.learner.model_config, tokens, pairs) / seconds
         share = utilisation(done, list(self.learner.mesh.devices.flat))
         return {"train/flops_per_second": done} | ({} if share is None else {"train/mfu": share})
 
 
 def mean_of_passes(passes: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean over the updates made on one batch; the sampler's mismatch is of the first, before any changed
-    the policy."""
+    """Returns the mean over the updates on one batch; the sampler's mismatch is that of the first, before any of them
+    changed the policy."""
     first = passes[0]
     mean = {name: float(np.mean([metrics[name] for metrics in passes])) for name in first}
     mismatch = ("policy/sampler_gap", "policy/sampler_gap_max", "policy/mismatch_kl")

@@ -1,7 +1,7 @@
 """Rewards to advantages.
 
-In: the rewards of the rollouts of one task. Out: the advantage of each. An estimator is a function like those below and
-a line in `ADVANTAGES`; name yours as `module:function` in `config.loss.advantage`.
+In: the rewards of the rollouts of one task. Out: the advantage of each rollout. An estimator is a function like those
+below. To add one, add a line to `ADVANTAGES`, or name it as `module:function` in `config.loss.advantage`.
 """
 
 import functools
@@ -14,14 +14,14 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system import named
 from echo_jax.system.errors import UserError
 
-EPSILON = 1e-6  # beside the standard deviation
+EPSILON = 1e-6  # added to the standard deviation
 
 # Maps the rewards of one group's rollouts, f64 [R], to their advantages, [R].
 Estimator = Callable[[np.ndarray], np.ndarray]
 
 
 class AdvantageError(UserError, ValueError):
-    """An estimator returned something that is not one finite number for each rollout."""
+    """An estimator did not return one finite number for each rollout."""
 
 
 def group_normalized(rewards: np.ndarray) -> np.ndarray:
@@ -30,7 +30,8 @@ def group_normalized(rewards: np.ndarray) -> np.ndarray:
 
 
 def group_mean(rewards: np.ndarray) -> np.ndarray:
-    """r - mean: no division, which favours tasks of little variance (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
+    """r - mean, without the division, which favours tasks with little variance (Dr. GRPO, arXiv 2503.20783, section
+    3.2)."""
     return _centered(rewards)
 
 
@@ -45,7 +46,7 @@ def reward(rewards: np.ndarray) -> np.ndarray:
 
 
 def _centered(rewards: np.ndarray) -> np.ndarray:
-    """r - mean; exactly 0 for equal rewards and for a lone one."""
+    """r - mean; exactly 0 for equal rewards and for a single one."""
     return np.zeros_like(rewards) if np.ptp(rewards) == 0 else rewards - rewards.mean()
 
 
@@ -62,7 +63,7 @@ def find_estimator(name: str, options: Mapping[str, Any]) -> Estimator:
     arguments.
 
     Raises:
-      ConfigError: there is none, or it does not take these options.
+      ConfigError: the estimator does not exist, or does not take these options.
     """
     found = named.find(name, ADVANTAGES, "loss.advantage")
     named.check_callable(found, name, "loss.advantage")
@@ -70,25 +71,25 @@ def find_estimator(name: str, options: Mapping[str, Any]) -> Estimator:
     return functools.partial(found, **options) if options else found
 
 
-# A list of one process (of what `json` can write) -> those of all processes of the run, joined.
+# Joins the lists of all processes of a run, given this process's; entries must be JSON-serialisable.
 Pool = Callable[[list], list]
 
 
-def alone(own: list) -> list:
+def alone(entries: list) -> list:
     """The `Pool` of a process that has all rollouts of an update."""
-    return own
+    return entries
 
 
 def advantages_of(
     trajectories: Sequence[Trajectory], estimator: Estimator = group_normalized, pool: Pool = alone
 ) -> np.ndarray:
-    """Returns f32 [R], the estimator over each group.
+    """Returns f32 [R], the estimator applied to each group.
 
-    A rollout that was not scored gets 0 and is left out of its group's statistics. Branches of one rollout have one
-    reward between them, and count once. `pool`: where the trajectories are one process's share of an update.
+    An unscored rollout gets 0 and is left out of its group's statistics. Branches of one rollout share one reward and
+    count once. `pool`: joins the processes if each has a share of the update.
 
     Raises:
-      AdvantageError: the estimator returned something else than one finite number for each rollout.
+      AdvantageError: the estimator did not return one finite number for each rollout.
     """
     advantages = np.zeros(len(trajectories))
     by_group = rewards_by_group(trajectories, pool)
@@ -112,13 +113,13 @@ def advantages_of(
 
 
 def rewards_by_group(trajectories: Sequence[Trajectory], pool: Pool = alone) -> dict[int, dict[int, float]]:
-    """Returns {group: {rollout: reward}} of the scored rollouts of all processes, empty for a group without any."""
+    """Returns {group: {rollout: reward}} of the scored rollouts of all processes; {} for a group without any."""
     rewards: dict[int, dict[int, float]] = {}
     everyone = pool([[t.rollout, t.group, t.reward if t.scored else None] for t in trajectories])
     for rollout, group, reward in sorted(everyone, key=lambda entry: entry[0]):
-        own = rewards.setdefault(group, {})
+        members = rewards.setdefault(group, {})
         if reward is not None:
-            own[rollout] = reward
+            members[rollout] = reward
     return rewards
 
 

@@ -1,6 +1,6 @@
-"""What the device gets: packed rows, every field describing the token *predicted* at its place.
+"""The batch on the device: packed rows, in which every field describes the token *predicted* at its position.
 
-In: numpy fields from packing.py. Out: the same struct on the mesh, of the rows that each process brought.
+In: numpy fields from packing.py. Out: the same struct on the mesh, with the rows of all processes.
 """
 
 import flax.struct
@@ -16,30 +16,30 @@ from echo_jax.system.sharding import sharding_of
 class Batch:
     """M micro-batches of B packed rows of T tokens; the shift by one has already happened."""
 
-    tokens: jax.Array  # int32 [M, B, T] the token read here
-    targets: jax.Array  # int32 [M, B, T] the token predicted here: the next of the same trajectory
+    tokens: jax.Array  # int32 [M, B, T] the input token
+    targets: jax.Array  # int32 [M, B, T] the token predicted from it: the next of the same trajectory
     segment_ids: jax.Array  # int32 [M, B, T] trajectory within the row, from 1; 0 is padding
     positions: jax.Array  # int32 [M, B, T] of `tokens` within its trajectory
     role: jax.Array  # int8 [M, B, T] Role of `targets`
-    tool: jax.Array  # int8 [M, B, T] which of the run's tools wrote `targets`, from 1; 0: none did
-    policy_weight: jax.Array  # f32 [M, B, T] >= 0, never holds the advantage
-    observation_weight: jax.Array  # f32 [M, B, T] >= 0, holds lambda
+    tool: jax.Array  # int8 [M, B, T] number of the tool that wrote `targets`, from 1; 0: none
+    policy_weight: jax.Array  # f32 [M, B, T] >= 0, never includes the advantage
+    observation_weight: jax.Array  # f32 [M, B, T] >= 0, includes lambda
     observation_share: jax.Array  # f32 [M, B, T] observation_weight without lambda, for the metric
     kl_weight: jax.Array  # f32 [M, B, T] >= 0
-    policy_denominator: jax.Array  # f32 [M, B, T] what this token adds to the batch-wide denominator
+    policy_denominator: jax.Array  # f32 [M, B, T] this token's part of the batch-wide denominator
     observation_denominator: jax.Array  # f32 [M, B, T]
     advantage: jax.Array  # f32 [M, B, T]
     active: jax.Array  # f32 [M, B, T] 1 where a term reads the log-probability, else 0
     sampler_logprob: jax.Array  # f32 [M, B, T] log-prob of `targets` when it was sampled; 0 elsewhere
-    old_logprob: jax.Array  # f32 [M, B, T] that the importance ratio is taken to: the sampler's, or recomputed
-    reference_logprob: jax.Array  # f32 [M, B, T] under the reference of the KL; 0 where there is none
-    temperature: jax.Array  # f32 [M, B, T] of sampling on actions, 1 wherever the term is a cross-entropy
+    old_logprob: jax.Array  # f32 [M, B, T] in the importance ratio: the sampler's, or recomputed
+    reference_logprob: jax.Array  # f32 [M, B, T] under the reference policy of the KL; 0 without a KL
+    temperature: jax.Array  # f32 [M, B, T] the sampling temperature on actions, 1 for a cross-entropy
 
 
 def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
-    """Returns the batch with its rows spread over the data axes of the mesh.
+    """Returns the batch with its rows sharded over the data axes of the mesh.
 
-    With several processes each gives its own rows, as many as the others, and the result holds those of all.
+    Each of several processes passes its rows, the same number of them, and the result holds all rows.
     """
     sharding = sharding_of(mesh, ("micro", "batch", "time"))
     if sharding.is_fully_addressable:
@@ -48,13 +48,13 @@ def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def micro_batches_in_use(batch: Batch) -> jax.Array:
-    """Returns int32: how many micro-batches hold anything, on the process that has most."""
+    """Returns int32: the number of micro-batches in use, the most of any process."""
     used = jnp.any(batch.segment_ids > 0, axis=(1, 2))
     return jnp.max(jnp.where(used, 1 + jnp.arange(len(used), dtype=jnp.int32), 0))
 
 
 def empty(micro_batches: int, rows: int, length: int) -> Batch:
-    """Returns a numpy batch of padding, to be filled."""
+    """Returns a numpy batch of padding, for packing to fill."""
     shape = (micro_batches, rows, length)
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | dict.fromkeys(
         ("role", "tool"), np.int8

@@ -17,11 +17,11 @@ from echo_jax.objective.policy_losses import KL_ESTIMATORS, Tokens, find_policy_
 from echo_jax.roles import ENVIRONMENT_CLASSES, ENVIRONMENT_ROLES, Role
 from echo_jax.system.sharding import MESH_AXIS_OF
 
-MAXIMA = ("policy/sampler_gap_max",)  # of metric sums: those that are the largest value, not a sum
+MAXIMA = ("policy/sampler_gap_max",)  # metric sums that hold the largest value, not a sum
 
 
 class Mean(NamedTuple):
-    """A metric that is a mean, as the sums over micro-batches that give it."""
+    """The sums over micro-batches from which a mean is computed."""
 
     total: jax.Array  # f32 scalar
     count: jax.Array  # f32 scalar
@@ -31,9 +31,9 @@ Sums = dict[str, jax.Array | Mean]
 
 
 def splits(tools: Sequence[str]) -> dict[str, tuple[Role, int | None]]:
-    """Returns what the observation metrics are split by: suffix of the name -> which tokens, by role and tool.
+    """Returns the splits of the observation metrics: suffix of the name -> (role, tool) of the tokens.
 
-    First a class, all tools together (the body's names have no suffix); then the bodies that each tool wrote.
+    First each class over all tools (the body's names have no suffix), then the bodies that each tool wrote.
     """
     classes = {"" if name == "body" else f"_{name}": (role, None) for name, role in ENVIRONMENT_CLASSES.items()}
     return classes | {f"_tool_{name}": (Role.OBSERVATION, i) for i, name in enumerate(tools, start=1)}
@@ -41,11 +41,11 @@ def splits(tools: Sequence[str]) -> dict[str, tuple[Role, int | None]]:
 
 @dataclasses.dataclass(frozen=True)
 class HeadOptions:
-    """How the LM head is run; see `fused_logprobs`."""
+    """How to run the LM head; see `fused_logprobs`."""
 
     token_block: int = 256
     vocab_block: int = 2048
-    score_all: bool = True  # also tokens that no term reads, for the metrics; never prompt, scaffold and padding
+    score_all: bool = True  # also tokens that only metrics read; never prompt, scaffold and padding
     mesh: Mesh | None = None  # None: one device
 
     def axes(self) -> Axes:
@@ -55,14 +55,14 @@ class HeadOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """What is the same for every token."""
+    """The options that are the same for every token."""
 
     policy: str  # see `find_policy_loss`
     head: HeadOptions
-    policy_options: tuple[tuple[str, Any], ...] = ()  # hyperparameters of the policy loss that are not its defaults
-    tools: tuple[str, ...] = ()  # those that `Batch.tool` counts; each gets observation metrics
+    policy_options: tuple[tuple[str, Any], ...] = ()  # hyperparameters of the policy loss that differ from its defaults
+    tools: tuple[str, ...] = ()  # names, in the order of `Batch.tool`; each gets observation metrics
     importance_cap: float = 0.0  # of truncated importance sampling, see `echo_loss`; 0: off
-    observation_clip: float = 1.0  # cross-entropy trains a token until its probability is this; 1: always
+    observation_clip: float = 1.0  # cross-entropy trains a token up to this probability; 1: always
     kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
 
 
@@ -76,7 +76,7 @@ def denominators(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def scored_tokens(batch: Batch, options: HeadOptions) -> jax.Array:
-    """Returns bool: the tokens that the head is run for. Metrics are over these."""
+    """Returns bool: the tokens that the head is run for. Metrics cover these."""
     active = batch.active > 0
     if options.score_all:
         active |= (batch.role == Role.ACTION) | (batch.role >= min(ENVIRONMENT_ROLES))
@@ -110,7 +110,7 @@ def echo_loss(
     """Policy gradient on actions plus cross-entropy on observations (ECHO, arXiv 2605.24517, eqs. 1 to 3).
 
     With `importance_cap` C each action's policy loss is multiplied by min(p_old / p_sampler, C), without a gradient:
-    truncated importance sampling for a sampler that is not the trainer (Yao et al., "Your Efficient RL Framework
+    truncated importance sampling for a sampler that differs from the trainer (Yao et al., "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training", 2025). It never touches a cross-entropy.
 
     Args:
@@ -118,10 +118,10 @@ def echo_loss(
       head: [V, D].
       batch: fields [B, T].
       inverse_denominators: of the whole update; see `denominators`.
-      options: what is the same for every token.
+      options: the options that are the same for every token.
 
     Returns:
-      The share of the loss (f32 scalar; shares of micro-batches add up), and the metrics' sums, for `add_sums` and
+      This micro-batch's share of the loss (f32 scalar; the shares add up), and metric sums for `add_sums` and
       `finish_metrics`.
     """
     scores = score(hidden, head, batch, options.head)
@@ -134,7 +134,7 @@ def echo_loss(
         surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
     kl = KL_ESTIMATORS[options.kl_estimator](logprob, batch.reference_logprob)
     cross_entropy = -logprob
-    # PaW (arXiv 2606.02388): what is already this likely has no gradient left.
+    # PaW (arXiv 2606.02388): tokens that are already this likely get no gradient.
     bounded = cross_entropy
     if options.observation_clip < 1:
         bounded = jnp.maximum(cross_entropy, -jnp.log(options.observation_clip))
@@ -149,7 +149,7 @@ def echo_loss(
     actions = jnp.sum(action)
     real = batch.segment_ids > 0
     tokens_packed = jnp.sum(real, dtype=jnp.float32)
-    slots = jnp.sum(real.any(axis=-1), dtype=jnp.float32) * real.shape[-1]  # of rows that hold anything
+    slots = jnp.sum(real.any(axis=-1), dtype=jnp.float32) * real.shape[-1]  # of rows in use
     sums: Sums = {
         "policy/loss": policy_term,
         "loss/kl": kl_term,
@@ -162,7 +162,9 @@ def echo_loss(
         "pack/tokens": tokens_packed,
         "pack/efficiency": Mean(tokens_packed, slots),
         "pack/slots": slots,
-        "pack/pairs": jnp.sum(jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32),  # a token and one it reads
+        "pack/pairs": jnp.sum(
+            jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32
+        ),  # a token and one it attends to
     }
     for split, (role, tool) in splits(options.tools).items():
         chosen = (batch.role == role) & scored
@@ -171,7 +173,7 @@ def echo_loss(
         sums[f"observation/ce{split}"] = Mean(jnp.sum(chosen * cross_entropy), count)
         sums[f"observation/accuracy{split}"] = Mean(jnp.sum(chosen & scores.correct, dtype=jnp.float32), count)
         sums[f"observation/tokens{split}"] = count
-    if options.policy != "imitation":  # where a policy sampled the actions, not a script
+    if options.policy != "imitation":  # if a policy sampled the actions, not a script
         difference = action * (logprob - batch.sampler_logprob)
         for name, values in policy_metrics.items():
             sums[f"policy/{name}"] = Mean(jnp.sum(action * values), actions)
@@ -185,15 +187,15 @@ def echo_loss(
 
 
 def add_sums(a: Sums, b: Sums) -> Sums:
-    """Joins the metric sums of two micro-batches."""
+    """Adds the metric sums of two micro-batches."""
     return {
         name: jnp.maximum(a[name], b[name]) if name in MAXIMA else jax.tree.map(jnp.add, a[name], b[name]) for name in a
     }
 
 
 def finish_metrics(sums: Sums) -> dict[str, float]:
-    """Turns the sums of an update into its metrics, on the host. A mean over no tokens is left out, and so is a count
-    of tokens that most runs do not have (of a split of the observation metrics, of the KL) where it is 0."""
+    """Turns the sums of an update into its metrics, on the host. Omits a mean over no tokens, and a token count of 0
+    that most runs would have (of a split of the observation metrics, or of the KL)."""
     metrics = {}
     rare = ("observation/tokens_", "policy/reference_tokens")
     for name, value in sums.items():

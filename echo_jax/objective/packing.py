@@ -1,4 +1,5 @@
-"""Trajectories to rows: first-fit decreasing, with the one shift by which every field describes the token predicted.
+"""Packs trajectories into rows, first-fit decreasing. The only shift by one is here: afterwards every field describes
+the predicted token.
 
 In: trajectories and their weights. Out: a `Batch` of numpy arrays of one fixed shape.
 """
@@ -16,24 +17,24 @@ from echo_jax.rollout.trajectory import Trajectory, renumbered
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A batch, and how much of it is in use."""
+    """A batch and the number of its micro-batches in use."""
 
     batch: Batch  # [M, B, T], M the fixed capacity
-    micro_batches: int  # those that hold anything; the step loops over these alone
+    micro_batches: int  # those in use; the step loops over these only
 
 
 def capacity(trajectories: int, max_tokens: int, *, rows: int, length: int) -> int:
-    """Returns the micro-batches that suffice for any batch of so many trajectories of at most `max_tokens`.
+    """Returns the number of micro-batches that suffice for `trajectories` trajectories of at most `max_tokens` each.
 
-    First fit leaves at most one row half empty, so two rows always hold more than one row's worth: the bound keeps
-    the batch's shape, and with it the compiled step, the same for a whole run.
+    First fit leaves at most one row less than half full, so two rows always hold more than one row's worth. This bound
+    keeps the shape of the batch, and with it the compiled step, the same for a whole run.
     """
     worst_rows = min(trajectories, 2 * trajectories * max_tokens // length + 1)
     return -(-worst_rows // rows)
 
 
 def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Returns rows of indices: longest first, each into the first row it fits."""
+    """Returns rows of indices; puts each size, longest first, into the first row where it fits."""
     rows: list[list[int]] = []
     free: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -57,11 +58,11 @@ def pack(
 ) -> Packed:
     """Packs trajectories into `micro_batches` × `rows` rows of `length` predicted tokens.
 
-    A trajectory of n tokens fills n - 1 slots (its first token is never predicted), whole and in one row; none is cut
-    or dropped. `tools`: the names that `Batch.tool` counts.
+    A trajectory of n tokens fills n - 1 slots of one row (its first token is never predicted); none is cut or dropped.
+    `tools`: the names that `Batch.tool` numbers from 1.
 
     Raises:
-      ValueError: one is shorter than two tokens or longer than a row, or all together do not fit.
+      ValueError: a trajectory has fewer than two tokens or more than a row holds, or the batch is too small for all.
     """
     sizes = [len(t.ids) - 1 for t in trajectories]
     for trajectory, size in zip(trajectories, sizes, strict=True):
@@ -73,8 +74,8 @@ def pack(
     layout = first_fit(sizes, length)
     if len(layout) > micro_batches * rows:
         raise ValueError(
-            f"{len(trajectories)} trajectories need {len(layout)} rows of {length} tokens; "
-            f"there are {micro_batches} × {rows}"
+            f"{len(trajectories)} trajectories need {len(layout)} rows of {length} tokens, but the batch has "
+            f"{micro_batches} × {rows}"
         )
     batch = batch_lib.empty(micro_batches, rows, length)
     for row, members in enumerate(layout):

@@ -1,9 +1,9 @@
-"""The policy losses: what each asks of the log-probabilities of sampled tokens.
+"""The policy losses, as functions of the log-probabilities of sampled tokens.
 
-In: per-token log-probs of packed rows. Out: a per-token loss, to be weighted and summed by loss.py, and metrics of it.
+In: per-token log-probs of packed rows. Out: a per-token loss, which loss.py weights and sums, and per-token metrics.
 
-A loss is a function like those below. Its keyword arguments are its hyperparameters, their defaults those of its paper.
-A line in `POLICY_LOSSES` names it and says which advantage and normaliser its paper uses with it; name yours as
+A loss is a function like those below. Its keyword arguments are its hyperparameters, with the defaults of its paper. A
+line in `POLICY_LOSSES` gives its name and the advantage and normaliser of its paper. To use yours, name it as
 `module:function` in `config.loss.policy`, and set its hyperparameters in `config.loss.policy_options`.
 """
 
@@ -19,20 +19,22 @@ from echo_jax.system import named
 
 
 class Tokens(NamedTuple):
-    """What a policy loss sees, [B, T] each; only places of positive weight count."""
+    """The inputs of a policy loss, [B, T] each; only tokens of positive weight count."""
 
-    logprob: jax.Array  # f32, under the parameters that are trained
-    old_logprob: jax.Array  # f32, under those that the ratio is taken to
+    logprob: jax.Array  # f32, under the current parameters
+    old_logprob: jax.Array  # f32, under the old policy of the importance ratio
     advantage: jax.Array  # f32
-    weight: jax.Array  # f32 >= 0, 0 where nothing is trained
-    segment_ids: jax.Array  # int32, a trajectory within its row, 0 is padding
+    weight: jax.Array  # f32 >= 0, 0 for untrained tokens
+    segment_ids: jax.Array  # int32, the trajectory within its row, from 1; 0 is padding
 
 
 class TokenLoss(NamedTuple):
-    """What a policy loss returns, [B, T] each."""
+    """The outputs of a policy loss, [B, T] each."""
 
     loss: jax.Array  # f32, finite everywhere
-    metrics: Mapping[str, jax.Array]  # name -> a number or bool a token; logged as `policy/NAME`, its mean over actions
+    metrics: Mapping[
+        str, jax.Array
+    ]  # name -> number or bool per token; its mean over actions is logged as `policy/NAME`
 
 
 # (tokens, **hyperparameters) -> loss and metrics of each token.
@@ -54,14 +56,14 @@ def clipped_ratio(
 def clipped_sequence_ratio(
     tokens: Tokens, *, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float = 0.0
 ) -> TokenLoss:
-    """GSPO (arXiv 2507.18071, eqs. 5 and 7): one ratio a sequence, the geometric mean of its tokens' ratios.
+    """GSPO (arXiv 2507.18071, eqs. 5 and 7): one ratio per sequence, the geometric mean of its tokens' ratios.
 
     Every token carries its sequence's loss, so with weights 1 / |A| a sequence counts once. The default bounds are the
     paper's.
     """
     counted = (tokens.weight > 0).astype(jnp.float32)
     log_ratio = counted * (tokens.logprob - tokens.old_logprob)
-    segments = tokens.segment_ids.shape[-1] + 1  # as many as a row can hold, and padding
+    segments = tokens.segment_ids.shape[-1] + 1  # the most that a row can hold, and padding
 
     def mean_of_segment(values, counts, ids):
         total = jax.ops.segment_sum(values, ids, segments)
@@ -74,8 +76,8 @@ def clipped_sequence_ratio(
 def clipped_weight(tokens: Tokens, *, clip_low: float = 1.0, clip_high: float = 4.0) -> TokenLoss:
     """CISPO (arXiv 2506.13585, eqs. 4 and 5): -sg(clip(r)) A log p. The clip bounds a weight and stops no gradient.
 
-    The paper bounds the weight from above only (a `clip_low` of 1 or more) and leaves the bound to be tuned: here
-    weights reach 5.
+    The paper bounds the weight only from above (`clip_low` of 1 or more) and leaves the bound to be tuned; the default
+    here is 5.
     """
     ratio = _ratio(tokens.logprob - tokens.old_logprob)
     bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -94,32 +96,32 @@ def imitation(tokens: Tokens) -> TokenLoss:
 
 
 def _ratio(log_ratio):
-    """exp, held to e^±20: an overflow times a weight of 0 would be nan."""
+    """exp, clipped to e^±20: an overflow times a weight of 0 would be nan."""
     return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
 def _clipped(ratio, advantage, clip_low: float, clip_high: float, dual_clip: float) -> TokenLoss:
-    free = ratio * advantage
+    unclipped = ratio * advantage
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
-    kept = jnp.minimum(free, clipped)
-    stopped = clipped < free
+    objective = jnp.minimum(unclipped, clipped)
+    stopped = clipped < unclipped
     if dual_clip:
         floor = dual_clip * advantage
-        stopped |= (advantage < 0) & (kept < floor)
-        kept = jnp.where(advantage < 0, jnp.maximum(kept, floor), kept)
-    return TokenLoss(-kept, {"clip_fraction": stopped})
+        stopped |= (advantage < 0) & (objective < floor)
+        objective = jnp.where(advantage < 0, jnp.maximum(objective, floor), objective)
+    return TokenLoss(-objective, {"clip_fraction": stopped})
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
-    """A loss, and what its paper uses with it where the config leaves the choice open."""
+    """A loss, and its paper's choices, which apply unless the config makes others."""
 
     surrogate: Surrogate
     advantage: str = "group"  # a key of advantages.ADVANTAGES
     normalizer: str = "sequence"  # a key of weights.POLICY_NORMALIZERS
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # where its defaults are not the surrogate's
-    filter_zero_variance: bool = False  # groups of equal rewards count in no policy denominator
-    every_action: bool = False  # an action counts even where its advantage is 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # defaults that differ from the surrogate's
+    filter_zero_variance: bool = False  # groups of equal rewards leave the policy term and its denominator
+    every_action: bool = False  # the loss reads actions with advantage 0 too
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -139,9 +141,9 @@ POLICY_LOSSES = {
     "gspo": PolicyLoss(clipped_sequence_ratio),
     # arXiv 2506.13585, eq. 4
     "cispo": PolicyLoss(clipped_weight, "group", "token"),
-    # arXiv 2402.14740, up to the constant that a sum over tokens is divided by
+    # arXiv 2402.14740, up to the constant divisor of the sum over tokens
     "rloo": PolicyLoss(log_likelihood, "leave_one_out", "constant"),
-    # Williams 1992, up to that constant
+    # Williams 1992, up to that divisor
     "reinforce": PolicyLoss(log_likelihood, "reward", "constant"),
     "imitation": PolicyLoss(imitation, every_action=True),
 }
@@ -151,7 +153,7 @@ def find_policy_loss(name: str) -> PolicyLoss:
     """Returns the loss of this name: a key of `POLICY_LOSSES`, or `module:attribute` of a function or a `PolicyLoss`.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: the loss does not exist.
     """
     found = named.find(name, POLICY_LOSSES, "loss.policy")
     if isinstance(found, PolicyLoss):
@@ -167,7 +169,7 @@ def k1(logprob, reference_logprob):
 
 
 def k2(logprob, reference_logprob):
-    """(log p - log q)² / 2: biased, its gradient is the KL's (Schulman 2020)."""
+    """(log p - log q)² / 2: biased; its gradient is that of the KL (Schulman 2020)."""
     return jnp.square(logprob - reference_logprob) / 2
 
 

@@ -1,6 +1,7 @@
-"""Which observation tokens are trained, and how much each counts before normalisation: the paper's O'.
+"""Which observation tokens are trained, and their weights before normalisation: the paper's O'.
 
-In: all trajectories of an update. Out: for each a weight per token. Every rule only takes away; none looks at a model.
+In: all trajectories of an update. Out: a weight per token for each. Every rule only removes tokens, and none runs a
+model.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system import named
 from echo_jax.system.errors import UserError
 
-# (trajectory, bool [T] of its tokens that would be trained) -> bool [T] of those that are.
+# (trajectory, bool [T] of the tokens to be trained) -> bool [T] of those that remain.
 ObservationFilter = Callable[[Trajectory, np.ndarray], np.ndarray]
 
 
@@ -32,28 +33,28 @@ class Selection:
     """The rules; the defaults are the paper's (arXiv 2605.24517): every body token, nothing else."""
 
     class_weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"body": 1.0})
-    tool_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # a tool that is not named has 1
-    keep: ObservationFilter | None = None  # the user's own, see `find_filter`
-    top_entropy: float = 1.0  # share of the turns, by the mean entropy of their actions, whose observations are trained
-    dedupe: bool = False  # an observation repeated within a group is trained once
+    tool_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # default 1 per tool
+    keep: ObservationFilter | None = None  # the user's filter, see `find_filter`
+    top_entropy: float = 1.0  # share of turns, those of highest mean action entropy, whose observations are trained
+    dedupe: bool = False  # train an observation only once if it repeats within a group
 
 
 def select(
-    trajectories: Sequence[Trajectory], selection: Selection, kept: np.ndarray, pool: Pool = alone
+    trajectories: Sequence[Trajectory], selection: Selection, included: np.ndarray, pool: Pool = alone
 ) -> list[np.ndarray]:
-    """Returns f32 [T] >= 0 for each trajectory; zeros for those not `kept` (bool [R]), which decide nothing for others.
+    """Returns f32 [T] >= 0 for each trajectory; zeros for those not `included` (bool [R]), which the rules ignore.
 
-    `pool`: where the trajectories are one process's share of an update.
+    `pool`: joins the processes if each has a share of the update.
 
     Raises:
-      SelectionError: a rule needs what was not recorded, or the user's filter returns something else than a mask.
+      SelectionError: a rule needs data that was not recorded, or the user's filter does not return a mask.
     """
-    weights = [_class_and_tool(t, selection) * own for t, own in zip(trajectories, kept, strict=True)]
+    weights = [_class_and_tool(t, selection) * keep for t, keep in zip(trajectories, included, strict=True)]
     if selection.keep is not None:
         for t, weight in zip(trajectories, weights, strict=True):
             weight *= _filtered(t, weight > 0, selection.keep)
     if selection.top_entropy < 1.0:
-        _keep_after_uncertain_turns(trajectories, weights, kept, selection.top_entropy, pool)
+        _keep_after_uncertain_turns(trajectories, weights, included, selection.top_entropy, pool)
     if selection.dedupe:
         _train_repetitions_once(trajectories, weights, pool)
     return weights
@@ -63,7 +64,7 @@ def find_filter(name: str, options: Mapping[str, Any]) -> ObservationFilter | No
     """Returns the function that "module:function" names, with its options as keyword arguments; None for an empty name.
 
     Raises:
-      ConfigError: there is none, or it does not take these options.
+      ConfigError: the function does not exist, or does not take these options.
     """
     if not name:
         return None
@@ -75,8 +76,8 @@ def find_filter(name: str, options: Mapping[str, Any]) -> ObservationFilter | No
 
 
 def parsed_well(trajectory: Trajectory, *, min_valid_calls: float, clean: bool) -> bool:
-    """Whether a rollout is of the quality asked for: the share of its attempts that a tool took (or a submission), and,
-    if `clean`, no turn that was cut off and no call left open."""
+    """Returns whether at least the share `min_valid_calls` of a rollout's attempts were valid (a tool ran them, or they
+    submitted) and, if `clean`, whether no turn was cut off and no call left open."""
     calls = trajectory.calls
     invalid = sum(calls.get(status, 0) for status in MALFORMED)
     valid = (len(trajectory.attempts) - invalid) / max(len(trajectory.attempts), 1)
@@ -84,7 +85,7 @@ def parsed_well(trajectory: Trajectory, *, min_valid_calls: float, clean: bool) 
 
 
 def turn_of(trajectory: Trajectory) -> np.ndarray:
-    """Returns int [T]: the number of the turn that each token belongs to or follows, from 1; 0 before the first."""
+    """Returns int [T]: the turn, from 1, that each token belongs to or follows; 0 before the first turn."""
     action = trajectory.role == Role.ACTION
     return np.cumsum(action & ~np.concatenate([[False], action[:-1]]))
 
@@ -105,51 +106,53 @@ def _filtered(trajectory: Trajectory, mask: np.ndarray, keep: ObservationFilter)
             f"the observation filter returned {got} for {trajectory.task}; it must be bool {mask.shape}"
         )
     if (kept & ~mask).any():
-        raise SelectionError(f"the observation filter selects more than it was given, for {trajectory.task}")
+        raise SelectionError(
+            f"the observation filter returned tokens outside its mask for {trajectory.task}; it may only remove tokens"
+        )
     return kept
 
 
-def _keep_after_uncertain_turns(trajectories, weights, kept, share: float, pool: Pool) -> None:
-    """Keeps observations after the actions of highest mean entropy, `share` of all turns and what equals the last of
-    them (PaW, arXiv 2606.02388)."""
+def _keep_after_uncertain_turns(trajectories, weights, included, share: float, pool: Pool) -> None:
+    """Keeps observations after the `share` of all turns whose actions have the highest mean entropy, ties at the
+    threshold included (PaW, arXiv 2606.02388)."""
     turns = [turn_of(t) for t in trajectories]
     entropies = {}
     for i, (t, turn) in enumerate(zip(trajectories, turns, strict=True)):
-        if not kept[i]:
+        if not included[i]:
             continue
         action = t.role == Role.ACTION
         if np.isnan(t.entropy[action]).any():
             raise SelectionError(
-                f"selection by entropy needs the sampler's entropies, and {t.task} has none: it was written by a "
+                f"selection by entropy needs the sampler's entropies, but {t.task} has none: it was written by a "
                 "script or saved without them; set loss.top_entropy = 1.0"
             )
         for k in range(1, turn[-1] + 1):
             entropies[i, k] = float(t.entropy[action & (turn == k)].mean())
-    everywhere = sorted(pool(list(entropies.values())), reverse=True)
-    if not everywhere:
+    all_entropies = sorted(pool(list(entropies.values())), reverse=True)
+    if not all_entropies:
         return
-    threshold = everywhere[math.ceil(share * len(everywhere)) - 1]
+    threshold = all_entropies[math.ceil(share * len(all_entropies)) - 1]
     for (i, k), entropy in entropies.items():
         if entropy < threshold:
             weights[i][turns[i] == k] = 0.0
 
 
 def _train_repetitions_once(trajectories, weights, pool: Pool) -> None:
-    """Of the same observation in a group, the first is trained: in the order of rollouts, then of turns."""
-    found = []  # [group, rollout, branch and turn, digest] and where it is
+    """Trains only the first of equal observations in a group, in the order of rollouts, then of turns."""
+    found = []  # ([group, rollout, shared tokens, turn, digest], (trajectory, mask))
     for i, t in enumerate(trajectories):
         turn = turn_of(t)
         for k in range(turn[-1] + 1):
-            own = (turn == k) & (weights[i] > 0)
-            own[: t.shared] = False  # trained in another branch, where it is seen
-            if own.any():
-                digest = hashlib.sha256(t.ids[own].tobytes() + t.tool[own].tobytes()).hexdigest()
-                found.append(([t.group, t.rollout, t.shared, k, digest], (i, own)))
+            tokens = (turn == k) & (weights[i] > 0)
+            tokens[: t.shared] = False  # an earlier branch already trains these
+            if tokens.any():
+                digest = hashlib.sha256(t.ids[tokens].tobytes() + t.tool[tokens].tobytes()).hexdigest()
+                found.append(([t.group, t.rollout, t.shared, k, digest], (i, tokens)))
     first: dict[tuple, list] = {}
     for entry in sorted(pool([entry for entry, _ in found])):
         first.setdefault((entry[0], entry[-1]), entry)
-    for entry, (i, own) in found:
+    for entry, (i, tokens) in found:
         if first[entry[0], entry[-1]] == entry:
-            first[entry[0], entry[-1]] = []  # trained here; not in another with the same place, as a replay may have
+            first[entry[0], entry[-1]] = []  # train this one, but no later duplicate with the same key, as in a replay
         else:
-            weights[i][own] = 0.0
+            weights[i][tokens] = 0.0

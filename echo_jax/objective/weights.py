@@ -1,13 +1,14 @@
 """The objective as per-token weights: everything that decides how much a token counts, and nothing else.
 
-In: the trajectories of one update and their advantages. Out: for each token its weight in each term and what it adds to
+In: the trajectories of one update and their advantages. Out: for each token, its weight in each term and its part of
 that term's batch-wide denominator. The device then computes one sum (loss.py):
 
     L = Σ policy_weight · pg / Σ policy_denominator  +  Σ kl_weight · kl / Σ policy_denominator
         +  Σ observation_weight · CE / Σ observation_denominator
 
-The terms never share a denominator (the KL, a part of the policy term, has the policy's), denominators are summed over
-the whole update before micro-batching, and so the loss does not depend on packing, micro-batches, sharding or hosts.
+The two terms never share a denominator (the KL is part of the policy term and uses the policy's). Denominators are
+summed over the whole update before micro-batching, so the loss does not depend on packing, micro-batches, sharding or
+hosts.
 Source: ECHO, arXiv 2605.24517, eqs. 2 and 3.
 """
 
@@ -21,15 +22,15 @@ from echo_jax.objective.selection import Selection, parsed_well, select
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
 from echo_jax.rollout.trajectory import ENDED_BY_BUDGET, Trajectory
 
-Rewards = dict[int, dict[int, float]]  # of the scored rollouts of a group
-# mode -> the terms that it trains
+Rewards = dict[int, dict[int, float]]  # group -> rollout -> reward, scored rollouts only
+# mode -> its terms
 MODES = {
     "grpo": ("policy",),
     "echo": ("policy", "observation"),
     "env_only": ("observation",),  # no verifier needed
     "sft": ("policy", "observation"),  # the policy term is imitation
 }
-# schedule -> share of lambda left at a progress in [0, 1]
+# schedule -> remaining share of lambda at a progress in [0, 1]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
@@ -42,26 +43,26 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class Objective:
     """How the terms are weighted and normalised in one update."""
 
-    observation_weight: float  # lambda, of this step: see `scheduled_weight`
+    observation_weight: float  # lambda of this step, see `scheduled_weight`
     temperature: float  # of the policy term: the sampling temperature, or 1 when imitating
     mode: str = "echo"  # a key of MODES
     selection: Selection = dataclasses.field(default_factory=Selection)
     observation_normalizer: str = "observation"  # a key of OBSERVATION_NORMALIZERS
-    observation_constant: float = 1.0  # tokens, the divisor of `constant`
-    reward_adaptive: bool = False  # lambda times (1 - mean reward) of the group
-    min_valid_calls: float = 0.0  # env_only: least share of attempts at calls that were valid
-    clean_parse: bool = False  # env_only: no turn was cut off
+    observation_constant: float = 1.0  # divisor of `constant`, in tokens
+    reward_adaptive: bool = False  # multiply lambda by (1 - mean reward) of the group
+    min_valid_calls: float = 0.0  # env_only: skip rollouts whose share of valid call attempts is smaller
+    clean_parse: bool = False  # env_only: skip rollouts with a turn cut off or a call left open
     policy_normalizer: str = "sequence"  # a key of POLICY_NORMALIZERS
-    policy_constant: float = 1.0  # tokens, the divisor of `constant`
-    filter_zero_variance: bool = False  # groups of equal rewards leave the policy term, denominator too
-    mask_overlong: bool = False  # rollouts that a budget ended leave the policy term, denominator too
-    every_action: bool = False  # the loss reads actions of advantage 0 too
+    policy_constant: float = 1.0  # divisor of `constant`, in tokens
+    filter_zero_variance: bool = False  # groups of equal rewards leave the policy term and its denominator
+    mask_overlong: bool = False  # rollouts that hit a budget leave the policy term and its denominator
+    every_action: bool = False  # the loss reads actions with advantage 0 too
     kl_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenWeights:
-    """f32 [T] each, aligned with a trajectory's ids; the first token is never predicted and has zeros."""
+    """f32 [T] each, aligned with a trajectory's ids; the first token is never predicted and has weight 0."""
 
     policy_weight: np.ndarray
     observation_weight: np.ndarray
@@ -71,23 +72,24 @@ class TokenWeights:
     observation_denominator: np.ndarray
     advantage: np.ndarray
     temperature: np.ndarray
-    active: np.ndarray  # 1 where a term reads the log-probability, else 0
+    active: np.ndarray  # 1 if a term reads the log-probability, else 0
 
 
-# A normaliser maps (weights of a sequence's tokens in the term, tokens of |O|, divisor of `constant`), all over every
-# branch of one rollout laid end to end, to (weight per token, what each token adds to the denominator).
+# A normaliser maps (weights of a sequence's tokens in the term, which tokens are in |O|, divisor of `constant`) to
+# (weight per token, each token's part of the denominator). A sequence is one rollout with all its branches,
+# concatenated.
 Normalizer = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
 
 
 def _per_sequence(weights: np.ndarray, length: float) -> tuple[np.ndarray, np.ndarray]:
-    """Each sequence's sum over `length`, then the mean over all sequences, also those without such tokens."""
+    """Divides each sequence's sum by `length`, then averages over all sequences, also those without such tokens."""
     counts_once = np.zeros(len(weights))
     counts_once[1] = 1.0
     return weights / max(length, 1), counts_once
 
 
 def _per_token(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One mean over all the selected tokens of the batch."""
+    """Averages over all selected tokens of the batch."""
     return weights, (weights > 0).astype(float)
 
 
@@ -106,12 +108,12 @@ POLICY_NORMALIZERS: dict[str, Normalizer] = {
 
 
 def scheduled_weight(weight: float, schedule: str, step: int, steps: int) -> float:
-    """Returns lambda at an RL step (from 0): `weight` times what the schedule leaves after `steps` steps of it."""
+    """Returns lambda at an RL step (from 0): `weight` times the schedule's value; the schedule takes `steps` steps."""
     return weight * SCHEDULES[schedule](min(step / max(steps, 1), 1.0))
 
 
 def mode_at(step: int, mode: str, changes: Sequence[tuple[int, str]]) -> str:
-    """Returns the mode of an RL step (from 0): the last of `changes` (first step, mode) that has come."""
+    """Returns the mode of an RL step (from 0): the last of `changes` (first step, mode) so far, or else `mode`."""
     return [mode, *(later for first, later in sorted(changes, key=lambda change: change[0]) if first <= step)][-1]
 
 
@@ -121,11 +123,12 @@ def weigh(
     objective: Objective,
     pool: Pool = alone,
 ) -> list[TokenWeights]:
-    """Stamps the weights of one update, or of one process's share of it: whole rollouts, and `pool` to ask the others.
+    """Returns the weights of one update, or of one process's share of it: whole rollouts, with `pool` to join the
+    others.
 
-    The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 leaves exactly GRPO's.
-    Tokens that an earlier branch of the same rollout already trains have weight 0, and the branches of a rollout share
-    one normaliser.
+    The advantage never enters a weight, so it cannot scale the observation term; lambda = 0 gives exactly GRPO. Tokens
+    that an earlier branch of the same rollout already trains have weight 0. The branches of a rollout share one
+    normaliser.
     """
     terms = MODES[objective.mode]
     in_observation = np.asarray([objective.mode != "env_only" or _of_quality(t, objective) for t in trajectories], bool)
@@ -137,11 +140,11 @@ def weigh(
 
     weights: list[TokenWeights | None] = [None] * len(trajectories)
     for branches in _branches(trajectories):
-        own = [np.arange(len(trajectories[i].ids)) >= max(trajectories[i].shared, 1) for i in branches]
+        new = [np.arange(len(trajectories[i].ids)) >= max(trajectories[i].shared, 1) for i in branches]
         first = branches[0]
         joined = lambda parts: np.concatenate(list(parts))  # noqa: E731
         role = joined(trajectories[i].role for i in branches)
-        predicted = joined(own)
+        predicted = joined(new)
         environment = predicted & np.isin(role, ENVIRONMENT_ROLES)
         action = (predicted & (role == Role.ACTION)).astype(float)
         observed = np.where(predicted, joined(selected[i] for i in branches), 0.0)
@@ -173,7 +176,7 @@ def weigh(
 
 
 def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
-    """Returns the indices of each rollout's branches, the one that shares nothing first."""
+    """Returns the indices of each rollout's branches, those with the fewest shared tokens first."""
     rollouts: dict[tuple[int, int], list[int]] = {}
     for i, t in enumerate(trajectories):
         rollouts.setdefault((t.group, t.rollout), []).append(i)
@@ -181,9 +184,9 @@ def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
 
 
 def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
-    """Returns lambda for each trajectory. The reward-adaptive form of PaW (arXiv 2606.02388) is taken as 1 minus the
-    group's mean reward, as a share of the range of its task's rewards: the worse a task goes, the more is learned from
-    what was seen."""
+    """Returns lambda for each trajectory. The reward-adaptive lambda of PaW (arXiv 2606.02388) multiplies it by 1 minus
+    the group's mean reward, scaled to [0, 1] by the task's reward range: the worse a task goes, the more is learned
+    from its observations."""
     lambdas = np.full(len(trajectories), objective.observation_weight)
     if objective.reward_adaptive:
         for group, members in groups_of(trajectories).items():
@@ -194,15 +197,15 @@ def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Ob
 
 
 def _in_policy_term(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
-    """Returns bool [R]. Overlong filtering and the filter of zero-variance groups are DAPO's (arXiv 2503.14476, section
-    3.4 and eq. 11), here without dropping the rollouts: their observations are still trained."""
-    kept = np.ones(len(trajectories), bool)
+    """Returns bool [R]. Overlong filtering and the filter of zero-variance groups are from DAPO (arXiv 2503.14476,
+    section 3.4 and eq. 11), but keep the rollouts: their observations are still trained."""
+    included = np.ones(len(trajectories), bool)
     if objective.mask_overlong:
-        kept &= np.asarray([t.outcome not in ENDED_BY_BUDGET for t in trajectories], bool)
+        included &= np.asarray([t.outcome not in ENDED_BY_BUDGET for t in trajectories], bool)
     if objective.filter_zero_variance:
         for group, members in groups_of(trajectories).items():
-            kept[members] &= len(set(rewards[group].values())) > 1
-    return kept
+            included[members] &= len(set(rewards[group].values())) > 1
+    return included
 
 
 def _of_quality(trajectory: Trajectory, objective: Objective) -> bool:

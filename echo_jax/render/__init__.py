@@ -1,6 +1,6 @@
-"""Chat formats and the grammars of tool calls: the built-in ones, and those of published models.
+"""Chat formats and tool-call grammars: the built-in ones, and those of published models.
 
-In: the text of a prompt, a turn, an observation. Out: ids that know their writer; and from a turn's text, the calls
+In: the text of a prompt, a turn, an observation. Out: ids with their writers; and, from the text of a turn, the calls
 that it attempts (`calls.py`).
 """
 
@@ -16,18 +16,18 @@ def make_renderer(tokenizer: Tokenizer, format: str, *, grammar: str, thinking: 
     """Returns the renderer of a format, `builtin` or one of FORMATS.
 
     Args:
-      grammar: of tool calls, of calls.GRAMMARS.
-      thinking: whether turns begin with reasoning, where a format knows that.
-      system: the system message; empty: none of our own.
+      grammar: of tool calls, a key of calls.GRAMMARS.
+      thinking: whether turns start with reasoning, in formats that support it.
+      system: the system message; empty: none is added.
 
     Raises:
-      RenderError: the tokenizer does not fit the format, or an option means nothing to it.
+      RenderError: the tokenizer does not fit the format, or the format does not support an option.
     """
     if format != "builtin":
         if not isinstance(tokenizer, BytePairs):
             raise RenderError(
-                f"config.render.format = {format!r} is a published model's, the tokenizer is the built-in one or its "
-                "like: name the model's own in config.tokenizer.path, or its weights in config.model.weights"
+                f"config.render.format = {format!r} needs a published model's tokenizer, not a SentencePiece model: "
+                "set config.tokenizer.path to that tokenizer, or config.model.weights to the model's weights"
             )
         return ChatRenderer(tokenizer, format, grammar=grammar, thinking=thinking, system=system)
     if isinstance(tokenizer, BytePairs):
@@ -36,5 +36,7 @@ def make_renderer(tokenizer: Tokenizer, format: str, *, grammar: str, thinking: 
             + ", ".join(FORMATS)
         )
     if system or not thinking:
-        raise RenderError("config.render.system and thinking = False mean nothing to config.render.format = 'builtin'")
+        raise RenderError(
+            "config.render.format = 'builtin' does not support config.render.system and thinking = False: remove them"
+        )
     return BuiltinRenderer(tokenizer)

@@ -1,4 +1,4 @@
-"""What every chat format does: text into ids that know their writer, and a sampled turn back into text."""
+"""The interface of chat formats: text to ids with their writers, and a sampled turn back to text."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ NO_TOOLS: Mapping = MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """New tokens of a trajectory and who wrote each."""
+    """New tokens of a trajectory and the writer of each."""
 
     ids: tuple[int, ...]
     roles: tuple[Role, ...]
@@ -27,39 +27,40 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A stretch of an observation with one writer: a body (OBSERVATION) or a notice of the harness."""
+    """A part of an observation with one writer: a body (OBSERVATION) or a notice of the harness."""
 
     text: str
     role: Role
 
 
 class Renderer(Protocol):
-    """A trajectory is what these give, one behind the other, with sampled turns between: none is encoded again."""
+    """Renders the pieces of a trajectory. A trajectory is these pieces, one after the other, with sampled turns
+    between; no piece is encoded again."""
 
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]  # any of them ends a sampled turn
-    observation_header: tuple[int, ...]  # what every observation has before its body, and no action should have
+    observation_header: tuple[int, ...]  # ids before the body of every observation, which no action should contain
 
     def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
-        """The task and, where a format does so, a description of the agent's tools."""
+        """Renders the task and, if the format does so, a description of the agent's tools."""
         ...
 
     def generation_prompt(self) -> Rendered:
-        """What stands before a turn of the agent."""
+        """Renders the opening of an agent's turn."""
         ...
 
     def close_turn(self) -> Rendered:
-        """The close of a turn that was cut off: not sampled, never trained."""
+        """Renders the end of a turn that was cut off; it is not sampled and never trained."""
         ...
 
     def action(self, text: str) -> Rendered:
-        """A demonstrator's turn, stop token included."""
+        """Renders a demonstrator's turn, stop token included."""
         ...
 
     def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
-        """One answer to a turn. `first`, `last`: whether it is of those that the turn gets."""
+        """Renders one answer to a turn. `first`, `last`: whether it is the first or last of that turn's answers."""
         ...
 
     def turn_text(self, ids: Iterable[int]) -> str:
-        """What the agent wrote in a turn, its stop token left out."""
+        """Returns the text of an agent's turn, without its stop token."""
         ...

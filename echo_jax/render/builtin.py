@@ -1,10 +1,10 @@
-"""The built-in chat format, for models that start from nothing.
+"""The built-in chat format, for models trained from scratch.
 
-    <|task|> what the agent reads <|assistant|> bash ls <|end|> <|tool|> output <|note|> exit 2 <|end|> <|assistant|>
+    <|task|> prompt <|assistant|> bash ls <|end|> <|tool|> output <|note|> exit 2 <|end|> <|assistant|>
     ...
 
-Control symbols stand between all parts, so encoding the parts one by one is the same as encoding them in one pass, a
-body's tokens decode to exactly that body, and no tool output can imitate a notice of the harness.
+Control symbols separate all parts. So encoding the parts one by one equals encoding them in one pass, the tokens of a
+body decode to exactly that body, and no tool output can imitate a notice of the harness.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ class BuiltinRenderer:
         self.observation_header = (tokenizer.tool,)
 
     def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
-        """`tools` are not described: an agent that starts from nothing learns them from demonstrations."""
+        """Ignores `tools`: a model trained from scratch learns them from demonstrations."""
         return self._scaffold(self.tokenizer.task) + self._text(text, Role.PROMPT)
 
     def generation_prompt(self) -> Rendered:
@@ -40,7 +40,7 @@ class BuiltinRenderer:
         return self._text(text, Role.ACTION) + Rendered((self.tokenizer.end,), (Role.ACTION,))
 
     def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
-        """Each observation stands by itself, whichever of its turn's it is."""
+        """Renders every observation alike: `first` and `last` have no effect."""
         rendered = self._scaffold(self.tokenizer.tool)
         for i, part in enumerate(parts):
             if part.role != Role.OBSERVATION:

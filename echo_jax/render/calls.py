@@ -1,8 +1,8 @@
-"""The grammars of tool calls: the text of a turn -> the calls that it attempts, well or not, and back.
+"""The grammars of tool calls: the text of a turn -> the calls that it attempts, valid or not, and back.
 
-`plain`, for small models: `NAME argument`, one call a turn; where a tool needs several arguments, all but the last take
-one line each. `json`, as Qwen and Hermes write them: any number of
-`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, none inside reasoning. `llama`, as Llama 3: one bare object.
+`plain`, for small models: `NAME argument`, one call per turn; if a tool needs several arguments, all but the last take
+one line each. `json`, as Qwen and Hermes write calls: any number of
+`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, none inside reasoning. `llama`, as in Llama 3: one bare object.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One attempt that can run."""
+    """An attempt that can run."""
 
     tool: str
     arguments: Mapping[str, Any]
@@ -27,10 +27,10 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-    """One attempt that cannot run."""
+    """An attempt that cannot run."""
 
     status: str  # one of MALFORMED
-    message: str  # what the agent is told
+    message: str  # shown to the agent
 
 
 MALFORMED = ("no_call", "unclosed", "invalid_json", "missing_name", "unknown_tool", "invalid_arguments")
@@ -38,7 +38,7 @@ MALFORMED = ("no_call", "unclosed", "invalid_json", "missing_name", "unknown_too
 
 class Grammar(Protocol):
     def parse(self, text: str, tools: "Mapping[str, Tool]") -> list[Call | Malformed]:
-        """Returns the attempts of a turn, in order; at least one. `tools`: those that the agent has, by name."""
+        """Returns the attempts of a turn, in order; at least one. `tools`: the agent's tools, by name."""
         ...
 
     def write(self, call: Call, tools: "Mapping[str, Tool]") -> str:
@@ -46,7 +46,7 @@ class Grammar(Protocol):
         ...
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Returns what to tell an agent of how it calls tools, described as for a chat template."""
+        """Returns the text that tells an agent how to call `tools`, which are described as for a chat template."""
         ...
 
 
@@ -74,7 +74,7 @@ class Plain:
 
 
 class Json:
-    # Reasoning, which is passed over (all that follows, if it is left open), or an attempt at a call.
+    # Reasoning, which is skipped (up to the end, if it is left open), or an attempt at a call.
     _PARTS = re.compile(
         r"<think>.*?(?:</think>|\Z)|<tool_call>(?P<body>.*?)(?:(?P<close></tool_call>)|(?=<tool_call>)|\Z)", re.DOTALL
     )
@@ -108,10 +108,10 @@ class Json:
 
 
 class Llama:
-    """One call a turn: `{"name": …, "parameters": {…}}` and nothing else, as Llama 3 is asked to write."""
+    """One call per turn: `{"name": …, "parameters": {…}}` and nothing else, as Llama 3's template asks."""
 
     def parse(self, text, tools):
-        text = text.lstrip().removeprefix("<|python_tag|>").lstrip()  # Llama 3.1 may begin a call with it
+        text = text.lstrip().removeprefix("<|python_tag|>").lstrip()  # Llama 3.1 may start a call with it
         if not text.startswith("{"):
             return [Malformed("no_call", "no tool call")]
         try:
@@ -131,7 +131,7 @@ class Llama:
 
 
 def _object(text: str, key: str, tools: "Mapping[str, Tool]") -> Call | Malformed:
-    """Reads one call, an object whose arguments are under `key`."""
+    """Parses one call, an object with its arguments under `key`."""
     try:
         call = json.loads(text)
     except ValueError as error:
@@ -157,7 +157,7 @@ def _unknown(tools: "Mapping[str, Tool]") -> Malformed:
 
 
 def describe(tools: "Mapping[str, Tool]") -> list[dict]:
-    """Returns the descriptions of tools in the form that chat templates take."""
+    """Returns the descriptions of tools in the form for chat templates."""
     return [
         {"type": "function", "function": {"name": name, "description": t.description, "parameters": t.parameters}}
         for name, t in tools.items()

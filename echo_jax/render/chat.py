@@ -1,8 +1,8 @@
 """The chat formats of published models.
 
-In: a model's own tokenizer. Out: a `Renderer`. The templates are not written here: `qwen3` and `llama_3` are those of
-the package `renderers`, `template` is the Jinja template that comes with the tokenizer. Ours is to ask them for one
-piece of a conversation at a time, and to know of every token who wrote it.
+In: a model's tokenizer. Out: a `Renderer`. The templates come from elsewhere: `qwen3` and `llama_3` from the package
+`renderers`, `template` is the Jinja template of the tokenizer. This module asks them for one piece of a conversation at
+a time and tracks the writer of every token.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,18 +25,18 @@ Token = tuple[int, Role]
 
 
 class Format(Protocol):
-    """A published format, one piece of a conversation at a time. Contents of messages are marked."""
+    """A published format, rendered one piece of a conversation at a time. The contents of messages carry marks."""
 
     stop_ids: tuple[int, ...]
-    grammar: str  # of tool calls, that it tells the agent of by itself when it is given tools; "": of none
-    trims: bool  # whether it takes spaces off the ends of prompts
+    grammar: str  # of the tool calls that the format itself explains to the agent if given tools; "": none
+    trims: bool  # whether it strips white space from the ends of prompts
 
     def prompt(self, messages: list[dict], tools: list[dict] | None, marks: Marks) -> list[Token]: ...
 
     def generation_prompt(self) -> list[int]: ...
 
     def answer(self, content: str, marks: Marks, *, first: bool, last: bool) -> list[Token]:
-        """One message of role `tool`, from behind the stop token or behind the message before it."""
+        """Renders one message of role `tool`, from after the stop token or after the message before it."""
         ...
 
 
@@ -46,7 +46,7 @@ FORMATS = {"qwen3": Qwen3, "llama_3": Llama3, "template": Template}
 class ChatRenderer:
     """A published format over its model's tokenizer.
 
-    A notice of the harness stands in brackets, on a line of its own: `[exit 2]`.
+    A notice of the harness is in brackets, on a separate line: `[exit 2]`.
     """
 
     def __init__(self, tokenizer: BytePairs, format: str, *, grammar: str, thinking: bool = True, system: str = ""):
@@ -58,7 +58,9 @@ class ChatRenderer:
         self._opening = Rendered(tuple(opening), (Role.SCAFFOLD,) * len(opening))
         before = self.observation([Part("a probe of two lines\n" * 2, Role.OBSERVATION)])
         if Role.OBSERVATION not in before.roles:
-            raise RenderError("this chat format changes a tool's answer beyond recognition")
+            raise RenderError(
+                "this chat format changes a tool's answer, so its tokens cannot be attributed; choose another"
+            )
         header = before.ids[: before.roles.index(Role.OBSERVATION)]
         self.observation_header = tuple(i for i in header if tokenizer.is_added(i))[-1:]
 
@@ -96,7 +98,7 @@ class ChatRenderer:
 
 
 def _spoken(parts: list[Part]) -> list[Part]:
-    """Returns the parts with each notice in brackets and on a line of its own."""
+    """Returns the parts with each notice in brackets and on a separate line."""
     spoken: list[Part] = []
     for i, part in enumerate(parts):
         if part.role is Role.OBSERVATION:

@@ -1,6 +1,6 @@
-"""The formats of the package `renderers` (PrimeIntellect, Apache-2.0), asked for one piece of a conversation at a time.
+"""The formats of the package `renderers` (PrimeIntellect, Apache-2.0), rendered one piece of a conversation at a time.
 
-It says of each token which message it belongs to and whether it is content; the stamps say which part of the content.
+The package tells the message of each token and whether it is content; our stamps tell which part of the content.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Token = tuple[int, Role]
 
 
 class _Adapter:
-    """Our tokenizer as `renderers` wants one; what it encodes is stamped."""
+    """Adapts our tokenizer to `renderers`; stamps the ids that it encodes."""
 
     unk_token_id = None
 
@@ -39,7 +39,7 @@ class _Adapter:
 
 
 class _Published:
-    """A format of `renderers`: subclasses make it."""
+    """A format of `renderers`; subclasses implement `_make`."""
 
     grammar: str
     trims: bool
@@ -71,33 +71,33 @@ class _Published:
         return self._opening
 
     def answer(self, content, marks, *, first, last):
-        """Asks for what follows a stop token, with empty messages where others stand beside this one."""
+        """Renders the text after a stop token, with empty messages before and after this one if there are others."""
         empty = {"role": "tool", "content": ""}
         messages = [empty] * (not first) + [{"role": "tool", "content": content}] + [empty] * (not last)
         rendered = self._make(self._adapter(marks)).bridge_to_next_turn(self._opening, [self.stop_ids[0]], messages)
         if rendered is None:
-            raise RenderError("this chat format does not go on with a tool's answer")
-        own = 0 if first else 1
+            raise RenderError("this chat format does not accept a tool's answer after a turn")
+        message = 0 if first else 1
         indices = rendered.message_indices
-        end = len(indices) - indices[::-1].index(own)
-        start = len(self._opening) + 1 if first else indices.index(own)
+        end = len(indices) - indices[::-1].index(message)
+        start = len(self._opening) + 1 if first else indices.index(message)
         return _attributed(rendered.token_ids[start:end], rendered.is_content[start:end])
 
 
 def _attributed(ids: Sequence[int], is_content: Sequence[bool]) -> list[Token]:
-    """Returns tokens with their writers. Content without a stamp, such as the quotes around a JSON string, is of the
-    part beside it."""
+    """Returns tokens with their writers. Content without a stamp, such as the quotes around a JSON string, belongs to
+    the nearest part."""
     stamps = [i.role if isinstance(i, Stamped) else None for i in ids]
     known = [k for k, stamp in enumerate(stamps) if stamp is not None]
     tokens = []
-    for k, (own, content) in enumerate(zip(ids, is_content, strict=True)):
+    for k, (token, content) in enumerate(zip(ids, is_content, strict=True)):
         if not content:
-            tokens.append((int(own), Role.SCAFFOLD))
+            tokens.append((int(token), Role.SCAFFOLD))
         elif stamps[k] is not None:
-            tokens.append((int(own), stamps[k]))
+            tokens.append((int(token), stamps[k]))
         else:
             nearest = stamps[min(known, key=lambda other, k=k: abs(other - k))] if known else Role.OBSERVATION
-            tokens.append((int(own), nearest))
+            tokens.append((int(token), nearest))
     return tokens
 
 
@@ -119,7 +119,7 @@ class Llama3(_Published):
 
     def __init__(self, tokenizer, thinking):
         if not thinking:
-            raise RenderError("config.render.thinking = False means nothing to config.render.format = 'llama_3'")
+            raise RenderError("config.render.format = 'llama_3' does not support config.render.thinking = False")
         super().__init__(tokenizer, thinking)
 
     def _make(self, tokenizer):

@@ -1,7 +1,7 @@
-"""The chat template that comes with a tokenizer, in Jinja, as `transformers` runs it (ChatML and its like).
+"""A tokenizer's chat template in Jinja, run as in `transformers` (ChatML and the like).
 
-A piece of a conversation is the difference of two texts: the template's of a short conversation with the piece, and of
-one without. A template of which the pieces do not add up is refused when the renderer is made.
+A piece of a conversation is the difference between two texts that the template renders: a short conversation with the
+piece, and one without. A template whose pieces do not add up is refused when the renderer is made.
 """
 
 import json
@@ -21,18 +21,18 @@ class RenderError(UserError, ValueError):
 
 
 class Template:
-    """The tokenizer's own template. Tools are described by it if it takes any, else by us in the system message.
+    """The tokenizer's template. It describes the tools if it takes any; otherwise the system message does.
 
-    What somebody wrote is never cut: where the template would (at `</think>`, say), it gets the marks of the messages
-    alone, and their texts are put in afterwards.
+    Messages are never cut. If the template would cut them (for example at `</think>`), it gets only the marks of the
+    messages, and their texts are inserted afterwards.
     """
 
     def __init__(self, tokenizer: BytePairs, thinking: bool):
         self._tokenizer = tokenizer
         if not thinking:
-            raise RenderError("config.render.thinking = False means nothing to config.render.format = 'template'")
+            raise RenderError("config.render.format = 'template' does not support config.render.thinking = False")
         if not tokenizer.template:
-            raise RenderError("config.render.format = 'template': the tokenizer comes with no chat template")
+            raise RenderError("config.render.format = 'template', but the tokenizer has no chat template")
         environment = _environment()
         from jinja2 import TemplateError, meta
 
@@ -40,7 +40,7 @@ class Template:
             self._template = environment.from_string(tokenizer.template)
             names = meta.find_undeclared_variables(environment.parse(tokenizer.template))
         except TemplateError as error:
-            raise RenderError(f"the tokenizer's chat template is no Jinja: {error}") from error
+            raise RenderError(f"the tokenizer's chat template is not valid Jinja: {error}") from error
         self.grammar = "json" if "tools" in names and "<tool_call>" in tokenizer.template else ""
         self._role = self._answering_role()
         self.trims = " x " not in self._text([{"role": "user", "content": " x "}])
@@ -48,7 +48,7 @@ class Template:
         after = self._conversation([""], marks)
         stop = tokenizer.starts_with_added(after[self._turn_end(after, marks) :])
         if stop is None:
-            raise RenderError("the tokenizer's chat template ends a turn of the agent without a token of its own")
+            raise RenderError("the tokenizer's chat template does not end the agent's turn with a special token")
         self._stop = stop
         self.stop_ids = tuple(dict.fromkeys((tokenizer.id_of(stop), tokenizer.end)))
         asked, ready = (self._text([_USER], generation=generation) for generation in (False, True))
@@ -77,8 +77,8 @@ class Template:
 
     def _conversation(self, answers: list[str], marks: Marks) -> str:
         """Returns the text of a question, a turn of the agent, and these answers to it."""
-        said = {"role": "assistant", "content": marks.body([Part("x", Role.ACTION)])}
-        return self._marked_text([_USER, said, *({"role": self._role, "content": own} for own in answers)], marks)
+        turn = {"role": "assistant", "content": marks.body([Part("x", Role.ACTION)])}
+        return self._marked_text([_USER, turn, *({"role": self._role, "content": answer} for answer in answers)], marks)
 
     def _turn_end(self, text: str, marks: Marks) -> int:
         """Returns where the agent's turn of a `_conversation` ends, before the stop token."""
@@ -88,7 +88,7 @@ class Template:
         return text.index(turn) + len(turn)
 
     def _cut(self, shorter: str, longer: str) -> int:
-        """Returns the length of what both begin with, not ending inside an added token."""
+        """Returns the length of the common prefix, cut back if it ends inside an added token."""
         pairs = enumerate(zip(shorter, longer, strict=False))
         cut = next((i for i, (a, b) in pairs if a != b), min(len(shorter), len(longer)))
         for start in range(max(0, cut - 64), cut):
@@ -104,7 +104,7 @@ class Template:
         bare = [m | {"content": marks.of(m["content"]) or m["content"]} for m in messages]
         text = self._text(bare, tools=tools)
         if marks.of(text) != marks.of(written):
-            raise RenderError("the tokenizer's chat template leaves out or moves parts of messages")
+            raise RenderError("the tokenizer's chat template drops or moves parts of messages")
         return marks.fill(text, "".join(m["content"] for m in messages if marks.of(m["content"])))
 
     def _text(self, messages: list[dict], *, tools: list[dict] | None = None, generation: bool = False) -> str:
@@ -116,15 +116,15 @@ class Template:
                 **{name: self._tokenizer.name_of(name) for name in ("bos_token", "eos_token", "pad_token")},
             )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise RenderError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+            raise RenderError(f"the tokenizer's chat template fails on a conversation: {error}") from error
 
     def _encode(self, text: str, marks: Marks) -> list[Token]:
         ids, _ = marks.encode(self._tokenizer, text)
         return [(int(i), Role.SCAFFOLD if i.role is None else i.role) for i in ids]
 
     def _answering_role(self) -> str:
-        """Returns the role that carries a tool's answer: `tool`, or `user` where a template knows no tools."""
-        why = "it leaves it out"
+        """Returns the role that carries a tool's answer: `tool`, or `user` if the template does not support that."""
+        why = "it drops the answer"
         for role in ("tool", "user"):
             self._role = role
             try:
@@ -132,26 +132,30 @@ class Template:
                     return role
             except RenderError as error:
                 why = str(error)
-        raise RenderError(f"the tokenizer's chat template takes no answer to a turn, of role tool or user: {why}")
+        raise RenderError(
+            f"the tokenizer's chat template accepts no answer to a turn, neither of role tool nor of role user: {why}"
+        )
 
     def _check(self) -> None:
         """Raises `RenderError` unless the pieces of a conversation add up to the whole."""
         marks = Marks(())
-        answers = [marks.body([Part(own, Role.OBSERVATION)]) for own in ("a", "b c", "")]
+        answers = [marks.body([Part(text, Role.OBSERVATION)]) for text in ("a", "b c", "")]
         whole = self._conversation(answers, marks)
         end = self._turn_end(whole, marks) + len(self._stop)
         pieces = []
-        for i, own in enumerate(answers):
-            pieces += self.answer(own, marks, first=i == 0, last=i == len(answers) - 1)
+        for i, answer in enumerate(answers):
+            pieces += self.answer(answer, marks, first=i == 0, last=i == len(answers) - 1)
         if pieces != self._encode(whole[end:], marks):
-            raise RenderError("the tokenizer's chat template is not stable: its answers to a turn depend on each other")
+            raise RenderError(
+                "the tokenizer's chat template renders one answer to a turn differently depending on the others"
+            )
 
 
 _USER = {"role": "user", "content": "x"}
 
 
 def _environment():
-    """Returns Jinja as `transformers` sets it up. Not with `strftime_now`: the same prompts must come tomorrow."""
+    """Returns Jinja as `transformers` sets it up, but without `strftime_now`: prompts must not depend on the date."""
     try:
         from jinja2 import TemplateError
         from jinja2.ext import Extension
@@ -160,7 +164,7 @@ def _environment():
         raise RenderError("chat templates need the package jinja2: pip install -e '.[hf]'") from error
 
     class Generation(Extension):
-        """`{% generation %}` around what the agent says, which is known here without it."""
+        """Ignores `{% generation %}` around the agent's text, whose extent is known here without it."""
 
         tags = {"generation"}  # noqa: RUF012
 

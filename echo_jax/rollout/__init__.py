@@ -1,4 +1,4 @@
 """Episodes: an agent acts through tools until it submits or a budget ends it.
 
-In: tasks and a policy. Out: trajectories, each token with the role of its writer; on disk, files of them.
+In: tasks and a policy. Out: trajectories, each token with the role of its writer, and files of them.
 """

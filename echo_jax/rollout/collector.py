@@ -1,7 +1,7 @@
 """Runs episodes: one thread drives the engine, a pool of threads runs tools in sandboxes.
 
-In: tasks. Out: one `Trajectory` for each, in order, none lost: a crash or a time-out of a tool is an observation; after
-a fault of the machine the rollout is made again, and if it fails again that is a recorded outcome.
+In: tasks. Out: one `Trajectory` per task, in order, none lost. A crash or a time-out of a tool becomes an observation.
+After a fault of the machine the rollout is repeated; if it fails again, that is recorded as its outcome.
 """
 
 import concurrent.futures
@@ -26,15 +26,15 @@ from echo_jax.tasks.task import Message, Task
 from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.tools.tool import Tool
 
-ATTEMPTS = 2  # at a rollout, when the machine fails it
+ATTEMPTS = 2  # at a rollout, if the machine fails
 
 
 class RolloutError(UserError, RuntimeError):
-    """Rollouts cannot be made: the machine fails every time, or the budgets leave no room to act."""
+    """No rollout can be made: the machine fails every time, or the budgets leave no room to act."""
 
 
 class Interrupted(Exception):
-    """The collection was asked to stop: `finished` is what it had, the others will be made again."""
+    """The collection was asked to stop. `finished` holds the finished rollouts; the others will be repeated."""
 
     def __init__(self, finished: Sequence[Trajectory] = ()):
         super().__init__(f"stopped with {len(finished)} rollouts finished")
@@ -51,12 +51,12 @@ class Job:
 
 
 class Collector:
-    """Makes trajectories, from a policy or from scripts. A context manager: leaving it ends all threads."""
+    """Makes trajectories, from a policy or from scripts. Use it as a context manager: its exit ends all threads."""
 
     def __init__(self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int):
-        self.stop = threading.Event()  # set it from anywhere: the collection under way raises Interrupted soon
-        self.retried = 0  # rollouts of the last collection that were made again
-        self.fault = ""  # why the last rollout of it that has no score could not be scored
+        self.stop = threading.Event()  # if set, from any thread, the current collection soon raises Interrupted
+        self.retried = 0  # number of rollouts that the last collection repeated
+        self.fault = ""  # why the last unscored rollout of that collection has no score
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
@@ -75,14 +75,14 @@ class Collector:
         on_finish: Callable[[int], None] = lambda done: None,
         finished: Sequence[Trajectory] = (),
     ) -> list[Trajectory]:
-        """Samples one trajectory a job from the engine's policy.
+        """Samples one trajectory per job from the engine's policy.
 
-        As many rollouts run at once as the engine has sessions; job i begins when job i - sessions has ended. So which
-        rollouts follow one another does not depend on how long tools take.
+        Each session of the engine runs one rollout at a time; job i starts when job i - sessions has ended. So the
+        order of rollouts does not depend on how long tools take.
 
         Args:
           on_finish: called with the number of finished rollouts.
-          finished: what an interrupted call with the same jobs and policy already made.
+          finished: trajectories from an interrupted call with the same jobs and policy.
 
         Raises:
           Interrupted: `stop` was set.
@@ -101,11 +101,11 @@ class Collector:
         seed: int,
         on_finish: Callable[[int], None] = lambda done: None,
     ) -> list[Trajectory]:
-        """Runs each task's demonstrator, the right one or a flawed one, through the same episodes and tools.
+        """Runs each task's demonstrator, right or flawed as `solve` says, through the same episodes and tools.
 
         Raises:
-          RolloutError: one failed. A script does what it should, so the machine is at fault; the result would be kept
-            and used for the whole run, so it must be complete.
+          RolloutError: one failed. Scripts do not fail, so the machine is at fault. The result is saved and used for
+            the whole run, so it must be complete.
           Interrupted: `stop` was set.
         """
         futures = [self._pool.submit(self._script, job, right, seed) for job, right in zip(jobs, solve, strict=True)]
@@ -129,7 +129,7 @@ class Collector:
             trajectory, fault = self._script_once(job, solve, np.random.default_rng([seed, job.rollout]))
             if trajectory.outcome != Outcome.INFRA:
                 return trajectory
-        raise RolloutError(f"the script of task {job.task.name} failed on this machine: {fault or 'no cause'}")
+        raise RolloutError(f"the script of task {job.task.name} failed on this machine: {fault or 'unknown cause'}")
 
     def _script_once(self, job: Job, solve: bool, rng: np.random.Generator) -> tuple[Trajectory, str]:
         episode, environment = self._start(job)
@@ -152,8 +152,8 @@ class Collector:
                     text = script.send(observation)
                 except StopIteration as error:
                     raise RolloutError(
-                        f"the script of task {job.task.name} ended without submitting; perhaps a turn of it is "
-                        f"longer than {self._rules.max_turn_tokens} tokens"
+                        f"the script of task {job.task.name} ended without submitting; perhaps one of its turns "
+                        f"is longer than rollout.max_turn_tokens = {self._rules.max_turn_tokens} tokens"
                     ) from error
                 observation = ""
                 action = self._renderer.action(self._spoken(text, episode.available))
@@ -174,7 +174,7 @@ class Collector:
         return environment.run(self._rules.tools[call.tool], call.arguments, seconds)
 
     def _spoken(self, text: str, available: Mapping[str, Tool]) -> str:
-        """Returns a script's turn, which is plain, in the grammar of the episodes."""
+        """Returns a script's turn, written in the plain grammar, in the grammar of the episodes."""
         attempt = GRAMMARS["plain"].parse(text, available)[0]
         grammar = self._rules.grammar
         return GRAMMARS[grammar].write(attempt, available) if grammar != "plain" and isinstance(attempt, Call) else text
@@ -201,7 +201,7 @@ def _score(job: Job, episode: Episode, environment: EpisodeWorld) -> Trajectory:
 
 
 def _transcript(episode: Episode) -> tuple[Message, ...]:
-    """Returns the episode as text, a message for each stretch with one writer; chat markup is left out."""
+    """Returns the episode as text without chat markup, one message per part with one writer."""
     messages, at = [], 0
     for role, members in itertools.groupby(episode.roles):
         ids = episode.ids[at : at + len(list(members))]
@@ -224,10 +224,10 @@ class _Collection:
         self._environments: dict[int, EpisodeWorld] = {}
         self._opened: dict[int, concurrent.futures.Future] = {}
         self._episodes: dict[int, Episode] = {}
-        self._waiting: dict[concurrent.futures.Future, int] = {}  # tool call or score under way -> job
+        self._waiting: dict[concurrent.futures.Future, int] = {}  # running tool call or scoring -> job
         self._job_of: dict[int, int] = {}  # open session -> job
         self._session_of: dict[int, int] = {}
-        self._known: dict[int, int] = {}  # job -> ids that its session holds
+        self._known: dict[int, int] = {}  # job -> number of ids that its session holds
         made = {trajectory.rollout: trajectory for trajectory in finished if trajectory.scored}
         self._done = {i: made[job.rollout] for i, job in enumerate(jobs) if job.rollout in made}
         self._attempts = dict.fromkeys(range(len(jobs)), 0)
@@ -253,12 +253,12 @@ class _Collection:
 
     @property
     def fault(self) -> str:
-        """Why the last rollout without a score could not be scored."""
+        """Why the last unscored rollout has no score."""
         faults = [environment.fault for environment in self._environments.values() if environment.fault]
         return faults[-1] if faults else ""
 
     def close(self) -> None:
-        """Ends what still runs, so that no session and no sandbox outlives a collection that was stopped."""
+        """Ends everything that still runs, so that no session or sandbox outlives a stopped collection."""
         for session in list(self._job_of):
             self._close_session(self._job_of[session])
         pending = [*self._opened.values(), *self._waiting]
@@ -269,7 +269,7 @@ class _Collection:
             environment.close()
 
     def _begin_from(self, i: int) -> None:
-        """Begins job i, or the first of the jobs that follow it which is not done yet, if one is left."""
+        """Starts job i or, if it is done, the next unfinished job i + k · sessions, if one is left."""
         while i in self._done:
             i += self._engine.sessions
         if i < len(self._jobs):
@@ -279,7 +279,7 @@ class _Collection:
         job = self._jobs[i]
         self._attempts[i] += 1
         self._episodes[i], self._environments[i] = self._collector._start(job)
-        self._opened[i] = self._pool.submit(self._environments[i].open)  # while the policy writes its first turn
+        self._opened[i] = self._pool.submit(self._environments[i].open)  # in parallel to the policy's first turn
         session = self._engine.open(job.rollout, job.group)
         self._job_of[session], self._session_of[i], self._known[i] = i, session, 0
         self._ask(i)
@@ -290,7 +290,7 @@ class _Collection:
         self._engine.close(session)
 
     def _ask(self, i: int) -> None:
-        """Asks the engine for the episode's next turn, sending it the ids that it has not seen."""
+        """Sends the engine the ids that it has not seen, and asks for the episode's next turn."""
         episode = self._episodes[i]
         new, self._known[i] = episode.ids[self._known[i] :], len(episode.ids)
         self._engine.extend(self._session_of[i], new, episode.sample_budget)
@@ -316,7 +316,7 @@ class _Collection:
         self._done[i] = result
         self._begin_from(i)
 
-    # The two below run in the pool. The pool starts jobs in order, so `_opened[i]` is never behind them.
+    # These two run in the pool. It starts its jobs in order, so `_opened[i]` never waits behind them.
 
     def _call(self, i: int, call: Call, seconds: float) -> CommandResult:
         if not self._opened[i].result():

@@ -1,7 +1,7 @@
 """One episode as a pure state machine: `advance(episode, event) -> episode`. No clock, no device, no subprocess.
 
-In: events (what was sampled, what a tool answered). Out: the episode's next wish (sample so many tokens, run this
-call, stop) and in the end a `Trajectory`. Every token's role is stamped here, when the token is born.
+In: events (a sampled turn, a tool's result). Out: the episode's next request (sample up to n tokens, run this call,
+stop) and in the end a `Trajectory`. Every token gets its role here, when it is created.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from echo_jax.tools.tool import Tool
 
 
 class Phase(enum.Enum):
-    GENERATE = enum.auto()  # wants a turn from the policy
-    CALL = enum.auto()  # wants the first of `pending` run
+    GENERATE = enum.auto()  # waits for a turn of the policy
+    CALL = enum.auto()  # waits for the result of the first call in `pending`
     DONE = enum.auto()
 
 
@@ -30,11 +30,11 @@ class Outcome(enum.StrEnum):
     RUNNING = "running"
     SUBMITTED = "submitted"
     MAX_TURNS = "max_turns"
-    MAX_TOKENS = "max_tokens"  # the next observation or turn would not have fitted
-    MAX_SECONDS = "max_seconds"  # its calls took too long, all together
-    FORMAT_ERRORS = "format_errors"  # too many turns on end without a call that could run
-    INFRA = "infra"  # the fault of the machine, not of the policy: kept, but not scored
-    UNSCORED = "unscored"  # the task cannot say how it went, which is nobody's fault: kept, but not scored
+    MAX_TOKENS = "max_tokens"  # the next observation or turn would not fit
+    MAX_SECONDS = "max_seconds"  # its calls took too long in total
+    FORMAT_ERRORS = "format_errors"  # too many turns in a row without a runnable call
+    INFRA = "infra"  # a fault of the machine, not of the policy: kept, but not scored
+    UNSCORED = "unscored"  # the task could not score it, through nobody's fault: kept, but not scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Rules:
     max_turns: int
     max_tokens: int  # of the whole trajectory
     max_turn_tokens: int  # sampled in one turn
-    warn_last_turn: bool = False  # say so before it
-    max_seconds: float = math.inf  # that its tool calls may run, all together
-    max_format_errors: int = 8  # turns on end without a call that could run
+    warn_last_turn: bool = False  # announce the last turn to the agent
+    max_seconds: float = math.inf  # total run time of its tool calls
+    max_format_errors: int = 8  # turns in a row without a runnable call
     grammar: str = "plain"  # of GRAMMARS
-    tools: Mapping[str, Tool] = dataclasses.field(default_factory=lambda: TOOLS)  # that a task can name
+    tools: Mapping[str, Tool] = dataclasses.field(default_factory=lambda: TOOLS)  # those that a task can name
 
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """Where an episode stands. All fields are values; `advance` returns a new one."""
+    """The state of an episode. All fields are immutable; `advance` returns a new episode."""
 
     renderer: Renderer
     rules: Rules
@@ -68,30 +68,30 @@ class Episode:
     outcome: Outcome = Outcome.RUNNING
     turns: int = 0
     pending: tuple[Call | Malformed, ...] = ()  # attempts of the last turn that have no observation yet
-    answered: bool = False  # whether one of them has
+    answered: bool = False  # whether an attempt of the last turn already has one
     answer: str | None = None
-    attempts: tuple[Attempt, ...] = ()  # those that were dealt with
-    format_errors: int = 0  # turns on end
-    seconds: float = 0.0  # that its calls have run
+    attempts: tuple[Attempt, ...] = ()  # those handled so far
+    format_errors: int = 0  # turns in a row without a runnable call
+    seconds: float = 0.0  # total run time of its calls
 
     @property
     def call(self) -> Call | None:
-        """What to run, in phase CALL."""
+        """The call to run, in phase CALL."""
         return self.pending[0] if self.phase is Phase.CALL else None
 
     @property
     def sample_budget(self) -> int:
-        """Tokens the next turn may have."""
+        """The maximum number of tokens of the next turn."""
         return min(self.rules.max_turn_tokens, self.rules.max_tokens - len(self.ids))
 
     @property
     def seconds_left(self) -> float:
-        """Seconds that its tool calls may still run."""
+        """Seconds left for its tool calls."""
         return self.rules.max_seconds - self.seconds
 
 
 def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] = ("bash",)) -> Episode:
-    """Returns an episode that waits for its first turn. `tools`: names of those that the agent has beside `submit`.
+    """Returns an episode that waits for its first turn. `tools`: names of the agent's tools, besides `submit`.
 
     Raises:
       ValueError: the prompt alone leaves no room to act.
@@ -115,7 +115,7 @@ def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
 
 
 def abandon(episode: Episode, outcome: Outcome = Outcome.INFRA) -> Episode:
-    """Returns the episode ended without a score, by default by a fault of the infrastructure; its tokens are kept."""
+    """Ends the episode without a score, by default for a fault of the infrastructure; keeps its tokens."""
     return _end(episode, outcome)
 
 
@@ -124,7 +124,7 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
     if len(set(map(len, columns))) > 1 or not 0 < len(turn.ids) <= episode.sample_budget:
         raise ValueError(
             f"a turn has {', '.join(str(len(column)) for column in columns)} ids, log-probs, entropies and versions; "
-            f"there must be as many of each, 1 to {episode.sample_budget}"
+            f"these numbers must be equal, from 1 to {episode.sample_budget}"
         )
     episode = dataclasses.replace(
         episode,
@@ -159,7 +159,7 @@ def _after_call(episode: Episode, result: CommandResult) -> Episode:
 
 
 def _next(episode: Episode) -> Episode:
-    """Goes through the attempts of the turn as far as nothing has to run, then on to the next turn."""
+    """Handles the attempts of the turn up to the first one that must run; after the last, starts the next turn."""
     while episode.phase is not Phase.DONE and episode.pending:
         attempt, *rest = episode.pending
         if isinstance(attempt, Call):
@@ -188,7 +188,7 @@ def _next(episode: Episode) -> Episode:
 
 
 def observation_parts(result: CommandResult) -> list[Part]:
-    """Returns what the agent is shown of a result: body, notice of a cut, and how it ended when not well."""
+    """Returns what the agent sees of a result: body, notice of dropped bytes and, unless it succeeded, its status."""
     bodies = [result.head, result.tail] if result.dropped_bytes else [result.head + result.tail]
     parts = [Part(body.decode("utf-8", "surrogateescape"), Role.OBSERVATION) for body in bodies]
     if result.dropped_bytes:
@@ -201,7 +201,7 @@ def observation_parts(result: CommandResult) -> list[Part]:
 
 
 def _observe(episode: Episode, parts: list[Part], tool: int = 0) -> Episode:
-    """Appends an observation, unless the episode ends for want of room."""
+    """Appends an observation or, if it does not fit, ends the episode."""
     if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1 and not episode.pending:
         parts = [*parts, Part("last turn", Role.WARNING)]
     observation = episode.renderer.observation(parts, first=not episode.answered, last=not episode.pending)
@@ -216,7 +216,7 @@ def _note(episode: Episode, status: str, tool: str = "", *details) -> Episode:
 
 
 def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
-    """Adds what was not sampled; of it, the tool wrote its output and what its wrapper adds to that."""
+    """Adds tokens that were not sampled. Counts as written by `tool`: its output, and what its wrapper adds to that."""
     by_tool = (Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION)
     zeros = (0.0,) * len(new.ids)
     return dataclasses.replace(

@@ -1,6 +1,6 @@
-"""What a set of rollouts looks like, in numbers.
+"""Statistics of a set of rollouts.
 
-In: trajectories. Out: a few numbers on each, which processes can exchange; and from those of all, the metrics under
+In: trajectories. Out: a `Summary` of each, for processes to exchange; and, from all summaries, the metrics under
 `rollout/` and `eval/`.
 """
 
@@ -19,7 +19,7 @@ from echo_jax.tools.sandbox import Status
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What the metrics need of one rollout."""
+    """The data of one rollout that the metrics need."""
 
     group: int
     scored: bool
@@ -27,13 +27,13 @@ class Summary:
     solved: bool
     turns: int
     tokens: int
-    actions: int  # tokens
+    actions: int  # number of action tokens
     imagined: int  # action tokens that spell the header of an observation
     calls: dict[str, int]  # status -> attempts
 
     @classmethod
     def of(cls, t: Trajectory, header: tuple[int, ...]) -> "Summary":
-        """`header`: the ids that an observation begins with."""
+        """`header`: the ids that start an observation."""
         return cls(
             group=t.group,
             scored=t.scored,
@@ -48,13 +48,13 @@ class Summary:
 
 
 def summaries(trajectories: Sequence[Trajectory], header: tuple[int, ...], peers: Peers) -> list[Summary]:
-    """Returns the summaries of this process's rollouts and of all the others'."""
-    own = [dataclasses.asdict(Summary.of(t, header)) for t in trajectories]
-    return [Summary(**fields) for fields in peers.join(own, "summaries of rollouts")]
+    """Returns the summaries of the rollouts of all processes."""
+    local = [dataclasses.asdict(Summary.of(t, header)) for t in trajectories]
+    return [Summary(**fields) for fields in peers.join(local, "summaries of rollouts")]
 
 
 def _imagined(t: Trajectory, header: tuple[int, ...]) -> int:
-    """The policy writes what only the environment should."""
+    """Returns how many action tokens spell `header`, which only the environment should write."""
     places = len(t.ids) - len(header) + 1
     if places < 1:
         return 0
@@ -64,7 +64,7 @@ def _imagined(t: Trajectory, header: tuple[int, ...]) -> int:
 
 
 def rollout_metrics(rollouts: Sequence[Summary], prefix: str) -> dict[str, float]:
-    """Returns what a set of rollouts looks like; rewards are averaged over those that were scored."""
+    """Returns metrics of a set of rollouts; averages rewards over the scored ones."""
     scored = [r.reward for r in rollouts if r.scored]
     statuses = sum((collections.Counter(r.calls) for r in rollouts), collections.Counter())
     groups: dict[int, list[float]] = {}
@@ -76,13 +76,13 @@ def rollout_metrics(rollouts: Sequence[Summary], prefix: str) -> dict[str, float
         "tokens": float(np.mean([r.tokens for r in rollouts])),
         "submitted": len(rollouts),
         "accepted": len(scored),
-        "rejected": len(rollouts) - len(scored),  # faults of the machine
+        "rejected": len(rollouts) - len(scored),  # not scored
         "imagined_observations": sum(r.imagined for r in rollouts) / max(sum(r.actions for r in rollouts), 1),
     }
     if scored:
         metrics["solve_rate"] = float(np.mean([r.solved for r in rollouts if r.scored]))
         metrics["reward"] = float(np.mean(scored))
-        if len(scored) > len(groups):  # else no group has two to compare
+        if len(scored) > len(groups):  # else no group has two scores to compare
             metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))
     for status in (*Status, *MALFORMED, "submit"):
         metrics[f"calls_{status}"] = statuses[status]

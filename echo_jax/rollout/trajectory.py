@@ -1,7 +1,7 @@
-"""One rollout, as tokens with their writers; and rollouts on disk.
+"""A rollout as tokens with their writers, and files of rollouts.
 
-In: what episode.py built. Out: what packing.py lays in rows, or a `.jsonl.gz` file with everything needed to train
-on them.
+In: a finished episode. Out: a `Trajectory`, for packing.py to lay in rows, or a `.jsonl.gz` file with everything needed
+to train on it.
 """
 
 import collections
@@ -27,29 +27,29 @@ ENDED_BY_BUDGET = ("max_turns", "max_tokens", "max_seconds")  # outcomes of an o
 
 
 class TrajectoryError(UserError, ValueError):
-    """A saved-rollouts file that cannot be used."""
+    """A file of saved rollouts cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """What the policy wrote in one turn."""
+    """The policy's tokens of one turn."""
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # under the tempered, untruncated distribution each was drawn from
-    entropies: tuple[float, ...]  # of that distribution, nats; nan where there was none, as for a script
-    versions: tuple[int, ...]  # of the policy that sampled each id, as a step of the run; -1: a script
-    stopped: bool  # ended by a stop token, which is the last of `ids`; else its budget ran out
+    logprobs: tuple[float, ...]  # under the tempered, untruncated distributions that they were sampled from
+    entropies: tuple[float, ...]  # of those distributions, nats; nan if there is none, as for a script
+    versions: tuple[int, ...]  # step of the run whose policy sampled each id; -1: a script
+    stopped: bool  # True: by a stop token, the last of `ids`; False: the budget ran out
 
 
 class Attempt(NamedTuple):
     """One attempt at a tool call."""
 
     turn: int  # from 1
-    tool: str  # "" where none was named that exists
+    tool: str  # "" unless an existing tool was named
     status: str  # of `Status`, of `calls.MALFORMED`, or "submit"
     exit_code: int | None = None
-    limit: str = ""  # which one it met, as in `CommandResult`
-    dropped_bytes: int = 0  # of its output, in the middle
+    limit: str = ""  # the limit that the call hit, as in `CommandResult`
+    dropped_bytes: int = 0  # from the middle of its output
 
 
 DTYPES = {
@@ -64,25 +64,26 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Token ids are the truth: sampled ids are kept as sampled and never encoded again."""
+    """One rollout, or one branch of it. Token ids are the truth: sampled ids stay as sampled and are never
+    re-encoded."""
 
     ids: np.ndarray  # int32 [T]
     role: np.ndarray  # int8 [T] Role
-    tool: np.ndarray  # int8 [T] which tool wrote it: `tools[i - 1]`; 0: none did
-    logprob: np.ndarray  # f32 [T] under the distribution it was sampled from; 0 where not sampled
+    tool: np.ndarray  # int8 [T] tool that wrote the token: `tools[i - 1]`; 0: none
+    logprob: np.ndarray  # f32 [T] under the distribution that the token was sampled from; 0 where not sampled
     entropy: np.ndarray  # f32 [T] of that distribution, nats; 0 where not sampled, nan where not recorded
-    version: np.ndarray  # int32 [T] step of the run whose policy sampled it; -1 where no policy did
+    version: np.ndarray  # int32 [T] step of the run whose policy sampled the token; -1 where none did
     task: str  # name of the task
     group: int  # rollouts of one group share their task and their baseline
-    rollout: int  # global index; branches of one rollout share it, and count as one in every normaliser
-    shared: int  # leading tokens that an earlier branch of this rollout has too, which is where they are trained
+    rollout: int  # global index; branches of one rollout share it and count as one in every normaliser
+    shared: int  # leading tokens shared with an earlier branch of this rollout, which already trains them
     reward: float
-    scored: bool  # False: nobody's success or failure, left out of the group's baseline
-    outcome: str  # why it ended
+    scored: bool  # False: neither success nor failure, left out of the group's baseline
+    outcome: str  # why the episode ended
     turns: int
     attempts: tuple[Attempt, ...]  # at tool calls, in order
-    limits_by: str  # how the sandbox held its limits, as `Sandbox.limits_by`; "" where there was none
-    tools: tuple[str, ...]  # names of the run's tools, which `tool` counts from 1
+    limits_by: str  # how the sandbox enforced its limits, as `Sandbox.limits_by`; "" without a sandbox
+    tools: tuple[str, ...]  # names of the run's tools, in the order in which `tool` numbers them
     reward_range: tuple[float, float] = (0.0, 1.0)  # lowest and highest reward of its task
 
     def __post_init__(self):
@@ -92,29 +93,29 @@ class Trajectory:
 
     @property
     def policy_version(self) -> int:
-        """The newest policy that sampled a token of it, as a step of its run; -1 for a script's."""
+        """The step of the newest policy that sampled one of its tokens; -1 for a script."""
         return int(self.version.max(initial=-1))
 
     @property
     def solved(self) -> bool:
-        """Whether it earned the highest reward."""
+        """Whether the rollout earned the highest reward."""
         return self.reward >= self.reward_range[1]
 
     @property
     def calls(self) -> dict[str, int]:
-        """How many attempts had each status."""
+        """{status: number of attempts}."""
         return dict(collections.Counter(attempt.status for attempt in self.attempts))
 
     def count(self, *roles: Role) -> int:
-        """Returns how many tokens have one of these roles, the first token (never predicted) left out."""
+        """Returns how many tokens have one of these roles, without the first token, which is never predicted."""
         return int(np.isin(self.role[1:], roles).sum())
 
 
 def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> None:
-    """Writes a gzipped JSON-lines file, whole or not at all: one header, one line a trajectory.
+    """Writes a gzipped JSON-lines file, whole or not at all: one header, one line per trajectory.
 
     Raises:
-      TrajectoryError: the file cannot be written, as on a full disk.
+      TrajectoryError: the file cannot be written, for example on a full disk.
     """
     scratch = path.with_name(path.name + ".tmp")
     trajectories = list(trajectories)
@@ -130,19 +131,19 @@ def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> 
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise TrajectoryError(
-            f"{path} could not be written: {error.strerror or error}. Free some space or mend the cause, "
+            f"{path} could not be written: {error.strerror or error}. Free some space or fix the cause, "
             "then run the same command again: it resumes from the last checkpoint"
         ) from error
 
 
-def save_shares(path: Path, own: Sequence[Trajectory], *, vocab_size: int, peers: Peers) -> None:
-    """Saves the trajectories of all processes in one file, by group and rollout: each writes its own beside it, process
-    0 joins them. The folder is one that all see."""
+def save_shares(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int, peers: Peers) -> None:
+    """Saves the trajectories of all processes in one file, sorted by group and rollout. Each process writes its share
+    to a file in the same folder, which all must see; process 0 joins them."""
     if peers.count == 1:
-        save(path, own, vocab_size=vocab_size)
+        save(path, trajectories, vocab_size=vocab_size)
         return
     parts = [path.with_name(f".{i}-{path.name}") for i in range(peers.count)]
-    save(parts[peers.index], own, vocab_size=vocab_size)
+    save(parts[peers.index], trajectories, vocab_size=vocab_size)
     peers.gather(None, f"{path.name} written by all")
     if peers.is_first:
         everyone = [t for part in parts for t in load(part, vocab_size=vocab_size)]
@@ -153,28 +154,28 @@ def save_shares(path: Path, own: Sequence[Trajectory], *, vocab_size: int, peers
 
 
 def remove_shares(folder: Path) -> None:
-    """Removes what `save_shares` left of files that were never joined."""
+    """Removes the shares that `save_shares` wrote but never joined."""
     for part in folder.glob(".*-*.jsonl.gz"):
         part.unlink()
 
 
 def load(path: Path, *, vocab_size: int, padded: bool = False) -> list[Trajectory]:
-    """Reads what `save` wrote, also by an earlier version that knew fewer roles, tools or columns.
+    """Reads a file that `save` wrote, also in an earlier version with fewer roles, tools or columns.
 
     Args:
-      padded: whether it may have been written with more ids than `vocab_size`, as of an embedding that has more rows
-        than its tokenizer has pieces.
+      padded: accepts a file with more ids than `vocab_size`, as from an embedding with more rows than its tokenizer
+        has pieces.
 
     Raises:
-      TrajectoryError: the file is damaged, of another format, or of another vocabulary.
+      TrajectoryError: the file is damaged, or has another format or vocabulary.
     """
     try:
         with gzip.open(path, "rt") as file:
             header, *records = [json.loads(line) for line in file]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise TrajectoryError(
-            f"{path} is not a saved-rollouts file or is damaged ({error}). In the workdir of a run: delete it, "
-            "then run the same command again, which makes it anew"
+            f"{path} is not a file of saved rollouts or is damaged ({error}). If it is in a run's workdir, delete it "
+            "and run the same command again to recreate it"
         ) from error
     reader = _Reader(path, header, vocab_size, padded)
     trajectories = []
@@ -182,26 +183,27 @@ def load(path: Path, *, vocab_size: int, padded: bool = False) -> list[Trajector
         try:
             trajectories.append(reader.trajectory(record))
         except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
-            raise TrajectoryError(f"{path} holds something else than trajectories ({error})") from error
+            raise TrajectoryError(f"{path} does not hold trajectories ({error})") from error
         if wrong := _wrong(trajectories[-1], reader.vocab_size):
             raise TrajectoryError(f"{path}: {trajectories[-1].task}: {wrong}")
     return trajectories
 
 
 class _Reader:
-    """Reads the records under one header: numbers of roles and tools are the file's own, and become today's by name."""
+    """Reads the records under one header. Maps the file's numbers of roles and tools to those of this version, by
+    name."""
 
     def __init__(self, path: Path, header: Any, vocab_size: int, padded: bool):
-        said = str(header)[:200]
+        start = str(header)[:200]
         if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise TrajectoryError(f"{path} begins with {said}; a file of saved rollouts has the format {FORMAT!r}")
+            raise TrajectoryError(f"{path} begins with {start}; a file of saved rollouts has the format {FORMAT!r}")
         rows = header.get("vocab_size")
         self.vocab_size = rows if padded and isinstance(rows, int) and rows >= vocab_size else vocab_size
         if rows != self.vocab_size:
-            raise TrajectoryError(f"{path} was saved with a vocabulary of {rows!r}; this run's has {vocab_size}")
+            raise TrajectoryError(f"{path} was saved with a vocabulary of {rows!r} ids; this run has {vocab_size}")
         roles, tools = header.get("roles"), header.get("tools")
         if not (_is_numbering(roles, first=0) and _is_numbering(tools, first=1)):
-            raise TrajectoryError(f"{path} begins with {said}, which does not number roles from 0 and tools from 1")
+            raise TrajectoryError(f"{path} begins with {start}, which does not number roles from 0 and tools from 1")
         if unknown := [name for name in roles if name not in Role.__members__]:
             raise TrajectoryError(f"{path} has tokens of the roles {', '.join(unknown)}, which this version lacks")
         self._roles = np.asarray([Role[name] for name in sorted(roles, key=roles.get)], np.int8)
@@ -209,7 +211,7 @@ class _Reader:
 
     def trajectory(self, record: dict) -> Trajectory:
         fields = dict(record)
-        # Before there was a version for each token, there was one for the rollout.
+        # Older files have one version per rollout, not one per token.
         version = fields.pop("policy_version", -1)
         fields = {name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in fields.items()}
         if fields["role"].size and not 0 <= fields["role"].min() <= fields["role"].max() < len(self._roles):
@@ -224,21 +226,21 @@ class _Reader:
 
 
 def _is_numbering(numbers: Any, *, first: int) -> bool:
-    """Whether it is {name: number}, each number from `first` on once."""
+    """Returns whether it is {name: number}, with each number from `first` on used once."""
     if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
         return False
     return sorted(numbers.values()) == list(range(first, first + len(numbers)))
 
 
 def _wrong(t: Trajectory, vocab_size: int) -> str:
-    """Returns what cannot be in a trajectory; "" for nothing."""
+    """Returns what is wrong with a trajectory; "" if nothing is."""
     if any(getattr(t, name).ndim != 1 for name in DTYPES):
         return "its arrays must have one dimension"
     for name, values, end in (("ids", t.ids, vocab_size), ("tool", t.tool, len(t.tools) + 1)):
         if len(values) and not 0 <= values.min() <= values.max() < end:
             return f"{name} must be from 0 to {end - 1}"
     if isinstance(t.reward, bool) or not isinstance(t.reward, int | float) or not math.isfinite(t.reward):
-        return f"reward {t.reward!r} is no finite number"
+        return f"reward {t.reward!r} is not a finite number"
     if not (isinstance(t.shared, int) and 0 <= t.shared <= len(t.ids)):
         return f"shared {t.shared!r} must be from 0 to {len(t.ids)}"
     return ""
@@ -255,16 +257,16 @@ def _header(vocab_size: int, tools: Sequence[str]) -> dict:
 
 def _to_record(trajectory: Trajectory, tools: Sequence[str]) -> dict:
     record = dataclasses.asdict(trajectory)
-    del record["tools"]  # stands in the header
+    del record["tools"]  # it is in the header
     for name in DTYPES:
         record[name] = getattr(trajectory, name).tolist()
     record["tool"] = renumbered(trajectory, tools).tolist()
-    record["entropy"] = [None if np.isnan(x) else x for x in record["entropy"]]  # JSON knows no nan
+    record["entropy"] = [None if np.isnan(x) else x for x in record["entropy"]]  # JSON has no nan
     return record
 
 
 def renumbered(trajectory: Trajectory, tools: Sequence[str]) -> np.ndarray:
-    """Returns `trajectory.tool` counted by other names: int8 [T], 0 also where the tool is not among them."""
+    """Returns `trajectory.tool` renumbered for `tools`: int8 [T], 0 also where the tool is not among them."""
     if trajectory.tools == tuple(tools):
         return trajectory.tool
     numbers = {name: i for i, name in enumerate(tools, start=1)}

@@ -1,4 +1,4 @@
-"""Trajectories as text for people, each stretch with its writer.
+"""Trajectories as readable text, each part with its writer.
 
 In: a `Trajectory`. Out: a heading, and its tokens as text on a console.
 """
@@ -28,7 +28,7 @@ def heading(trajectory: Trajectory) -> str:
 
 
 def stretches(trajectory: Trajectory, tokenizer: Tokenizer) -> Iterator[tuple[Role, str, float]]:
-    """Yields (role, text, mean log-prob) of each stretch of tokens with one writer."""
+    """Yields (role, text, mean log-prob) of each part with one writer."""
     at = 0
     for role, members in itertools.groupby(trajectory.role.tolist()):
         end = at + len(list(members))
@@ -40,5 +40,5 @@ def show(trajectory: Trajectory, tokenizer: Tokenizer, console: Console) -> None
     console.rule(Text(heading(trajectory)))
     for role, text, logprob in stretches(trajectory, tokenizer):
         note = f"{role.name.lower()}, log-prob {logprob:.2f}" if role == Role.ACTION else role.name.lower()
-        printable = text.encode("utf-8", "backslashreplace").decode()  # bytes that are no text stand as surrogates
+        printable = text.encode("utf-8", "backslashreplace").decode()  # surrogates stand for bytes that are not UTF-8
         console.print(Text(f"{note:>28} | "), Text(printable, style=STYLES.get(role, OTHER_STYLE)), sep="", end="\n")

@@ -1,7 +1,7 @@
-"""What one episode acts on, a sandbox or a world that its task makes: from the start to the score.
+"""The world of one episode, a sandbox or a world that its task makes, from setup to scoring.
 
 In: a task and the tool calls of its agent. Out: results, and in the end a reward. Setup, calls and scoring have
-separate budgets. A failure of the machine is told apart from one that the agent caused.
+separate budgets. Faults of the machine are kept apart from those that the agent caused.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ from echo_jax.tasks.task import CannotScore, FinishedEpisode, Message, Task
 from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
 from echo_jax.tools.tool import Tool, World
 
-START_ATTEMPTS = 3  # of a sandbox, before its rollout is given up as a fault of the machine
+START_ATTEMPTS = 3  # at starting a sandbox; then its rollout counts as a fault of the machine
 
 
 class ScoreError(UserError, ValueError):
-    """A task returned a score outside the range of rewards that it declares."""
+    """A task returned a score outside its declared range of rewards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How sandboxes are made, and the seconds that the harness's own commands in them may take."""
+    """How sandboxes are made, and time-outs of the commands that the harness runs in them."""
 
     limits: Limits
     backend: str = "auto"
@@ -37,12 +37,12 @@ class EpisodeWorld:
         self._task = task
         self._machine = machine
         self._world: World | None = None
-        self.fault = ""  # why it could not be made, or not be scored
-        self.unscored = False  # whether the task itself could not say how the episode went
+        self.fault = ""  # why the world could not be made or scored
+        self.unscored = False  # whether the task raised `CannotScore`
         self.limits_by = ""
 
     def open(self) -> bool:
-        """Starts the world; returns whether it stands. Faults of the machine are tried again."""
+        """Starts the world; returns whether it is ready. Retries after faults of the machine."""
         self._world = self._task.world()
         if self._world is not None:
             return True
@@ -69,7 +69,7 @@ class EpisodeWorld:
         return self._world.run(self._task.setup, timeout=self._machine.setup_seconds) if self._task.setup else None
 
     def run(self, tool: Tool, arguments: Mapping[str, Any], seconds: float) -> CommandResult:
-        """Runs a call for at most `seconds`, and no longer than the limits say."""
+        """Runs a call for at most `seconds`, and at most the time-out of the limits."""
         self._world.timeout = min(self._machine.limits.timeout_seconds, seconds)
         result = tool.run(self._world, arguments)
         if result.status is Status.INFRA:
@@ -84,10 +84,10 @@ class EpisodeWorld:
         turns: int = 0,
         read_transcript: Callable[[], tuple[Message, ...]] = tuple,
     ) -> float | None:
-        """Ends the agent's processes, scores what it did and closes.
+        """Ends the agent's processes, scores the episode and closes the world.
 
         Returns:
-          The reward; None where the machine failed meanwhile, or where the task cannot say (`unscored`).
+          The reward; None if the machine failed meanwhile, or if the task cannot score it (`unscored`).
 
         Raises:
           ScoreError: the reward is outside the range that the task declares.
@@ -110,7 +110,9 @@ class EpisodeWorld:
         finally:
             self.close()
         if not low <= reward <= high:
-            raise ScoreError(f"the score of task {self._task.name} is {reward}; its rewards lie in [{low:g}, {high:g}]")
+            raise ScoreError(
+                f"the score of task {self._task.name} is {reward}, outside its reward_range [{low:g}, {high:g}]"
+            )
         return float(reward)
 
     def close(self) -> None:

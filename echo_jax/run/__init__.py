@@ -1,4 +1,4 @@
-"""One run from start to end: its parts, its checks, its workdir, training, evaluation, export.
+"""One run from start to end: building, checks, workdir, training, evaluation, export.
 
 In: a config and a workdir. Out: metrics, rollouts, checkpoints, exported weights.
 """

@@ -1,6 +1,6 @@
-"""The programs of a run, compiled ahead of time for TPUs that are not here.
+"""Compiles the programs of a run ahead of time for TPUs, without a TPU.
 
-In: a config and a topology. Out: bytes a chip, collectives, FLOPs, and whether it fits.
+In: a config and a topology. Out: bytes per chip, collectives, FLOPs, and whether it fits.
 """
 
 import collections
@@ -31,19 +31,21 @@ HBM_BYTES = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, 
 
 
 class CompileError(UserError, RuntimeError):
-    """There is no compiler or no such topology."""
+    """The compiler is missing or does not know the topology."""
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
     """Returns the devices of a topology such as `v5e:16x16`.
 
     Raises:
-      CompileError: there is no TPU compiler, or it knows no such topology.
+      CompileError: the TPU compiler is missing, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise CompileError("the TPU compiler is missing: pip install -e '.[tpu]'")
     if topology.partition(":")[0] not in HBM_BYTES:
-        raise CompileError(f"--topology={topology}: a chip of {', '.join(HBM_BYTES)} and a shape, as v5e:16x16")
+        raise CompileError(
+            f"--topology={topology}: write a chip of {', '.join(HBM_BYTES)} and a shape, such as v5e:16x16"
+        )
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except (RuntimeError, ValueError) as error:
@@ -51,10 +53,10 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 
 def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict:
-    """Compiles the update that `train` would run there; returns what it takes.
+    """Compiles the update that `train` would run on this topology; returns its cost.
 
     Raises:
-      ConfigError, CompileError: the config, or the topology, cannot be.
+      ConfigError, CompileError: the config or the topology cannot work.
     """
     validate(config)
     devices = tpu_devices(topology)
@@ -62,7 +64,9 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
     learner = build_learner(config, vocab_size, devices)
     if learner.mesh.size != len(devices):
         shape = dict(learner.mesh.shape)
-        raise ConfigError(f"a mesh of {shape} has {learner.mesh.size} chips, {topology} has {len(devices)}")
+        raise ConfigError(
+            f"the mesh {shape} has {learner.mesh.size} chips, but {topology} has {len(devices)}; change config.mesh"
+        )
     start = time.perf_counter()
     try:
         compiled = lower_train_step(learner).compile()
@@ -84,7 +88,7 @@ def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict
 
 
 def lower_train_step(learner: Learner) -> jax.stages.Lowered:
-    """Returns the update of an RL step, lowered for the devices of its mesh."""
+    """Lowers the update of an RL step for the devices of its mesh."""
     config = learner.config
     rows = sharding_of(learner.mesh, ("micro", "batch", "time"))
     shape = (learner.capacity(learner.rollouts_at_once), learner.rows, config.pack.length)
@@ -109,13 +113,13 @@ def _described(learner: Learner, topology: str, seconds: float) -> dict:
 
 
 def _too_large(learner: Learner, topology: str, message: str, seconds: float) -> dict:
-    """The compiler refuses a program that needs more memory than the chip has, and says how much."""
-    said = next((line for line in message.splitlines() if "hbm" in line.lower()), message.splitlines()[0])
-    return _described(learner, topology, seconds) | {"fits": False, "compiler": said.strip()[:300]}
+    """Returns the result for a program that the compiler refuses because the chip lacks memory, with its message."""
+    reason = next((line for line in message.splitlines() if "hbm" in line.lower()), message.splitlines()[0])
+    return _described(learner, topology, seconds) | {"fits": False, "compiler": reason.strip()[:300]}
 
 
 def by_kind(text: str) -> dict[str, dict[str, int]]:
-    """Returns kind -> its number, bytes, and bytes of those inside loops; each counts once (see hlo.py)."""
+    """Returns kind -> number of collectives, their bytes, and bytes inside loops; each counts once (see hlo.py)."""
     found: dict[str, collections.Counter] = {}
     for collective in hlo.collectives(text):
         counts = found.setdefault(collective.kind, collections.Counter())

@@ -1,7 +1,6 @@
-"""The parts of a run, built from its config and checked before any work starts.
+"""Builds the parts of a run from its config and checks them before any work starts.
 
-In: a config. Out: `Parts`: the learner, and what the host needs beside it: tokenizer, tasks, engine, collector, saved
-rollouts.
+In: a config. Out: `Parts`: the learner and everything on the host: tokenizer, tasks, engine, collector, saved rollouts.
 """
 
 import dataclasses
@@ -38,22 +37,22 @@ from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import make_tools, sandbox
 from echo_jax.tools.tool import Tool
 
-CHECKED_TASKS = 16  # of the mixture, before a run starts
+CHECKED_TASKS = 16  # tasks of the mixture to check before a run starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What train and evaluate share."""
+    """The parts that training and evaluation share."""
 
     learner: Learner
     renderer: Renderer
     rules: Rules  # of every episode
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
-    imitated: list[Trajectory]  # of warm_start.trajectories; empty: scripted demonstrations
-    replay: list[Trajectory]  # of rollout.replay; empty: the policy samples
-    transcripts: list[Trajectory]  # of eval.trajectories; empty: demonstrators write them
-    source: Source | None  # of model.weights; None: weights are random
+    imitated: list[Trajectory]  # from warm_start.trajectories; empty: scripted demonstrations
+    replay: list[Trajectory]  # from rollout.replay; empty: the policy samples
+    transcripts: list[Trajectory]  # from eval.trajectories; empty: demonstrators write them
+    source: Source | None  # the published weights of model.weights; None: random weights
     peers: Peers
 
     @property
@@ -96,15 +95,15 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
     """Checks some tasks of the mixture.
 
     Raises:
-      ConfigError: one names a tool that does not exist, does not fit the budgets of an episode, or has no demonstrator
-        though the warm start imitates it.
+      ConfigError: a task names a tool that does not exist, does not fit the budgets of an episode, or has no
+        demonstrator for the warm start to imitate.
     """
     needs_script = config.warm_start.num_steps > 0 and not config.warm_start.trajectories
     for task in tasks:
         if unknown := [name for name in task.tools if name not in rules.tools]:
             raise ConfigError(
-                f"task {task.name} names the tools {', '.join(unknown)}; choose from {', '.join(rules.tools)}, or add "
-                "yours to config.tools"
+                f"task {task.name} names unknown tools: {', '.join(unknown)}; choose from {', '.join(rules.tools)}, or "
+                "add yours to config.tools"
             )
         try:
             episode = start(renderer, rules, task.prompt, task.tools)
@@ -114,8 +113,8 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
         if script is None:
             if needs_script:
                 raise ConfigError(
-                    f"task {task.name} has no demonstrator, and config.warm_start.num_steps = "
-                    f"{config.warm_start.num_steps} would imitate one: set it to 0, or config.warm_start.trajectories "
+                    f"task {task.name} has no demonstrator for config.warm_start.num_steps = "
+                    f"{config.warm_start.num_steps} to imitate: set num_steps to 0, or config.warm_start.trajectories "
                     "to a file of saved rollouts"
                 )
             continue
@@ -123,17 +122,17 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
         length = len(renderer.action(turn).ids)
         if length > episode.sample_budget:
             raise ConfigError(
-                f"the turn {turn!r}, which solves task {task.name}, has {length} tokens: more than "
-                f"config.rollout.max_turn_tokens = {config.rollout.max_turn_tokens} or than a prompt of "
+                f"the demonstrator of task {task.name} begins with the turn {turn!r} of {length} tokens: more than "
+                f"config.rollout.max_turn_tokens = {config.rollout.max_turn_tokens}, or than the prompt of "
                 f"{len(episode.ids)} tokens leaves of config.rollout.max_tokens = {config.rollout.max_tokens}"
             )
 
 
 def sandboxes(config: ml_collections.ConfigDict) -> Machine:
-    """Returns how this config's sandboxes are made.
+    """Returns how to make this config's sandboxes.
 
     Raises:
-      ValueError: its limits cannot hold.
+      ValueError: the limits are impossible.
     """
     box = config.sandbox
     names = [field.name for field in dataclasses.fields(sandbox.Limits)]
@@ -146,15 +145,15 @@ def sandboxes(config: ml_collections.ConfigDict) -> Machine:
 
 
 def _saved(path: str, field: str, config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
-    """Returns the scored rollouts of a file that a field of the config names; none for no file."""
+    """Returns the scored rollouts of the file that a config field names; an empty list without a file."""
     if not path:
         return []
     trajectories = [t for t in load_trajectories(Path(path), vocab_size=vocab_size) if t.scored]
     longest = max((len(t.ids) for t in trajectories), default=0)
     if not 0 < longest <= config.rollout.max_tokens:
         raise ConfigError(
-            f"config.{field} = {path}: {len(trajectories)} scored rollouts, the longest of {longest} tokens; there "
-            f"must be some, of at most config.rollout.max_tokens = {config.rollout.max_tokens}"
+            f"config.{field} = {path} has {len(trajectories)} scored rollouts, the longest of {longest} tokens; it "
+            f"must have at least one, and none longer than config.rollout.max_tokens = {config.rollout.max_tokens}"
         )
     return trajectories
 
@@ -170,7 +169,7 @@ def _replay(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajecto
     if any(t.policy_version < 0 for t in trajectories):
         raise ConfigError(
             f"config.rollout.replay = {config.rollout.replay} has rollouts that no policy sampled: without log-probs "
-            "there is no ratio; imitate them with config.warm_start.trajectories"
+            "they have no importance ratio; imitate them with config.warm_start.trajectories"
         )
     return trajectories
 
@@ -182,17 +181,17 @@ def _imitated(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajec
     chosen = [t for t in trajectories if t.reward >= least]
     if trajectories and len(chosen) < warm.batch:
         raise ConfigError(
-            f"config.warm_start.trajectories = {warm.trajectories} has {len(chosen)} rollouts with a reward of "
-            f"warm_start.min_reward = {least} or more: less than a batch of warm_start.batch = {warm.batch}"
+            f"config.warm_start.trajectories = {warm.trajectories} has {len(chosen)} rollouts with a reward of at "
+            f"least warm_start.min_reward = {least}: fewer than one batch of warm_start.batch = {warm.batch}"
         )
     return chosen
 
 
 def _weights(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[Source | None, int]:
-    """Returns the published weights that a config names, and the rows of the embedding.
+    """Returns the published weights that a config names, and the number of rows of the embedding.
 
     Raises:
-      WeightsError: they are of another model than the config's, or of another vocabulary than the tokenizer's.
+      WeightsError: the weights do not match the config's model or the tokenizer's vocabulary.
     """
     if not config.model.weights:
         return None, tokenizer.vocab_size
@@ -201,20 +200,21 @@ def _weights(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[S
     rows = check_fields(source, path, config.model)
     if rows < tokenizer.vocab_size:
         raise WeightsError(
-            f"{path}: model.embed_tokens.weight has {rows} rows, the tokenizer {config.tokenizer.path or '(built-in)'} "
-            f"has {tokenizer.vocab_size} pieces: it is of another vocabulary"
+            f"{path}: model.embed_tokens.weight has {rows} rows, but the tokenizer "
+            f"{config.tokenizer.path or '(built-in)'} has {tokenizer.vocab_size} pieces; choose the tokenizer of these "
+            "weights"
         )
     return source, rows
 
 
 def start_peers(config: ml_collections.ConfigDict) -> Peers:
-    """Joins the other processes of this run; comes before any use of JAX's devices."""
+    """Joins the other processes of this run. Call it before any use of JAX's devices."""
     limits = {name: config.system[name] for name in ("silence_seconds", "barrier_seconds")}
     return peers_lib.start(**limits)
 
 
 def _code(peers: Peers) -> dict[str, str | None]:
-    """What has to be the same for all processes beside the config."""
+    """Returns what must be the same in all processes, besides the config."""
     if peers.count == 1:
         return {}
     commit, diff = provenance.source()
@@ -222,15 +222,15 @@ def _code(peers: Peers) -> dict[str, str | None]:
 
 
 def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Parts:
-    """Builds the parts. Everything that can be wrong with a config or a host is found here.
+    """Builds the parts. Finds everything that can be wrong with a config or a host.
 
     Raises:
-      PeerError: the processes have not got the same config or the same JAX.
+      PeerError: the processes differ in config, code or JAX version.
       ConfigError: a field's value cannot work.
-      TokenizerError: the tokenizer cannot be used, or not with these weights.
-      WeightsError: the weights are damaged, or of another model than the config's.
+      TokenizerError: the tokenizer cannot be used at all, or not with these weights.
+      WeightsError: the weights are damaged, or do not match the config or the tokenizer.
       RenderError: the tokenizer does not fit the chat format.
-      TrajectoryError: saved rollouts that are to be used are damaged.
+      TrajectoryError: a file of saved rollouts is damaged.
       SandboxUnavailable: no sandbox works on this host.
     """
     peers = peers or Peers()

@@ -1,4 +1,4 @@
-"""How well a policy acts on held-out tasks, and how well it predicts what the tools write there.
+"""How well a policy acts on held-out tasks, and how well it predicts the tool output there.
 
 In: parameters. Out: metrics under `eval/`.
 """
@@ -24,16 +24,16 @@ from echo_jax.run.joint import JointCollector
 from echo_jax.run.workdir import check_workdir
 from echo_jax.tasks.task import Task
 
-FIRST_EVAL_ROLLOUT = 1 << 30  # sampling keys of evaluation: away from training's, the same at every evaluation
+FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation
 SHUFFLE_SEED = 21
 NO_TRANSCRIPTS = (
-    "the held-out tasks have no demonstrators; name a file of saved rollouts in config.eval.trajectories to have it"
+    "the held-out tasks have no demonstrators; to get it, set config.eval.trajectories to a file of saved rollouts"
 )
 TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
 
 
 class Evaluator:
-    """Evaluates parameters of one run: make it once, use it at every evaluation."""
+    """Evaluates parameters of one run; one object serves all its evaluations."""
 
     def __init__(self, parts: Parts, collector: JointCollector, engine: Engine, workdir: Path):
         self._parts = parts
@@ -69,15 +69,15 @@ class Evaluator:
         return metrics
 
     def observation_ce(self, params) -> float | None:
-        """Returns the mean cross-entropy, in nats a token, of the tool output in the fixed held-out transcripts; None
-        where there are none."""
+        """Returns the mean cross-entropy, in nats per token, of the tool output in the fixed held-out transcripts; None
+        without transcripts."""
         if self._transcripts is None:
             self._transcripts = self._find_transcripts()
         return self._score(params, self._transcripts)["ce"] if self._transcripts else None
 
     def _find_transcripts(self) -> list[Trajectory]:
-        """Returns those that the config names, or half right, half flawed demonstrations on held-out tasks: the same
-        for every run of a config's tasks."""
+        """Returns the transcripts that the config names, or demonstrations on held-out tasks, half right and half
+        flawed: the same for every run on a config's tasks."""
         parts, peers = self._parts, self._parts.peers
         if parts.transcripts:
             return parts.transcripts
@@ -121,12 +121,12 @@ def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
 def evaluate(
     parts: Parts, workdir: Path, *, episodes: int | None = None, samples: int = 1, trajectories: str | None = None
 ) -> dict[str, Any]:
-    """Returns what `echo_jax.evaluate` prints of a run's newest checkpoint.
+    """Returns the results that `echo_jax.evaluate` prints for a run's newest checkpoint.
 
     Args:
-      episodes: held-out tasks; None: as many as the config says.
-      samples: rollouts of each task.
-      trajectories: a file of saved rollouts to score, in place of sampling.
+      episodes: number of held-out tasks; None: eval.episodes of the config.
+      samples: rollouts per task.
+      trajectories: a file of saved rollouts to score instead of sampling.
     """
     config = parts.config
     check_workdir(config, workdir)

@@ -1,6 +1,6 @@
-"""A run's trained weights as files that other software loads.
+"""Exports a run's trained weights as files that other software loads.
 
-In: the newest checkpoint of a run. Out: a folder, complete as soon as it has its name.
+In: the newest checkpoint of a run. Out: a folder that gets its name once it is complete.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ GENERATION = "generation_config.json"
 
 
 class ExportError(UserError, RuntimeError):
-    """There is no place for the export, or nothing of the kind to write."""
+    """The output folder is taken, or the run has nothing of the requested kind to export."""
 
 
 @contextlib.contextmanager
 def complete(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which gets its name when all is written, and is removed after an error."""
+    """Yields a temporary folder to write into; renames it when all is written, removes it after an error."""
     scratch = folder.with_name(folder.name + ".tmp")
     try:
         scratch.mkdir(parents=True)
     except FileExistsError as error:
         raise ExportError(
-            f"{scratch} exists: another export is at work, or was killed; remove it if it is of no use"
+            f"{scratch} exists: another export is running or was killed; if none is running, remove it"
         ) from error
     try:
         yield scratch
@@ -58,7 +58,7 @@ def export(
     adapter: bool,
     peers: Peers | None = None,
 ) -> str:
-    """Writes the newest checkpoint of a run to `output`; returns what to tell the user.
+    """Writes the newest checkpoint of a run to `output`; returns a message for the user.
 
     Raises:
       UserError, OSError: before anything is written.
@@ -68,7 +68,7 @@ def export(
     if adapter and not (config.lora.rank and config.model.weights):
         raise ExportError(
             f"config.lora.rank = {config.lora.rank}, config.model.weights = {config.model.weights!r}: this run has no "
-            "adapters of published weights; leave --adapter out"
+            "adapters on published weights; remove --adapter"
         )
     check_workdir(config, workdir)
     if peers.first(output.exists):
@@ -91,27 +91,27 @@ def export(
             with Progress("writing tensors", total=total, console=console) as progress:
                 write_weights(policy.params, model_config, folder, dtype=dtype, on_tensor=progress.update)
         if peers.is_first:
-            for name, said in {} if adapter else described.items():
-                (folder / name).write_text(json.dumps(said, indent=2) + "\n")
+            for name, content in {} if adapter else described.items():
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
             parts.renderer.tokenizer.save(folder)
     peers.gather(None, "export")
-    return f"step {policy.step} of {workdir} is in {output}"
+    return f"wrote step {policy.step} of {workdir} to {output}"
 
 
 def _described(parts: Parts, dtype: str) -> dict[str, Any]:
-    """Returns the config.json: that of the published weights, with what this run's model says of itself."""
-    theirs = dict(parts.source.config) if parts.source else {}
-    length = theirs.get("max_position_embeddings", parts.config.rollout.max_tokens)
-    for key in ("rope_parameters", "rope_scaling", "dtype"):  # said again, in the form that all versions read
-        theirs.pop(key, None)
-    return theirs | published_config(parts.learner.model_config, max_length=length) | {"torch_dtype": dtype}
+    """Returns the config.json: that of the published weights, updated with this run's model."""
+    published = dict(parts.source.config) if parts.source else {}
+    length = published.get("max_position_embeddings", parts.config.rollout.max_tokens)
+    for key in ("rope_parameters", "rope_scaling", "dtype"):  # written again below, in the form that all versions read
+        published.pop(key, None)
+    return published | published_config(parts.learner.model_config, max_length=length) | {"torch_dtype": dtype}
 
 
 def _generation(parts: Parts) -> dict[str, Any]:
-    """Returns the generation_config.json of the published weights or, without one, what this run sampled with."""
-    theirs = Path(parts.config.model.weights) / GENERATION
-    if parts.source and theirs.is_file():
-        return read_json(theirs)
+    """Returns the generation_config.json of the published weights or, without one, this run's sampling settings."""
+    path = Path(parts.config.model.weights) / GENERATION
+    if parts.source and path.is_file():
+        return read_json(path)
     return {
         "do_sample": True,
         "temperature": parts.config.rollout.temperature,

@@ -1,4 +1,4 @@
-"""Collections by all processes of a run: they stop together and fail together.
+"""Collections by all processes of a run, which stop together and fail together.
 
 In: this process's share of the jobs. Out: its trajectories; or, in every process, the same exception.
 """
@@ -12,7 +12,7 @@ from echo_jax.system.peers import Peers
 
 
 class JointCollector:
-    """A `Collector` whose collections all processes of a run make at the same time, each with its share of the jobs."""
+    """A `Collector` that all processes of a run use at the same time, each with its share of the jobs."""
 
     def __init__(self, collector: Collector, peers: Peers):
         self._collector = collector
@@ -20,22 +20,22 @@ class JointCollector:
 
     @property
     def retried(self) -> int:
-        """Rollouts of the last collection that were made again, in all processes."""
+        """Number of rollouts that the last collection repeated, over all processes."""
         return sum(self._peers.gather(self._collector.retried))
 
     def rollouts(self, *arguments: Any, **options: Any) -> list[Trajectory]:
-        """As `Collector.rollouts`.
+        """Like `Collector.rollouts`.
 
         Raises:
-          Interrupted: this process, or another, was asked to stop; it holds what this one had finished.
-          RolloutError: in all processes together, no rollout could be scored.
+          Interrupted: this process, or another, was asked to stop; it holds the rollouts that this process finished.
+          RolloutError: no rollout could be scored, in any process.
         """
         trajectories = self._together(lambda: self._collector.rollouts(*arguments, **options))
         self._check_scored(trajectories)
         return trajectories
 
     def scripted(self, *arguments: Any, **options: Any) -> list[Trajectory]:
-        """As `Collector.scripted`.
+        """Like `Collector.scripted`.
 
         Raises:
           Interrupted: this process, or another, was asked to stop.
@@ -64,6 +64,6 @@ class JointCollector:
         if any(made) and not any(scored):
             causes = "; ".join(dict.fromkeys(filter(None, faults)))
             raise RolloutError(
-                f"none of {sum(made)} rollouts could be scored; remove the cause, then run the same command again. The "
-                f"last one: {causes or 'no cause is known'}"
+                f"none of {sum(made)} rollouts could be scored; fix the cause, then run the same command again. Last "
+                f"cause: {causes or 'unknown'}"
             )

@@ -1,6 +1,6 @@
 """One start of a run, from claiming its workdir to DONE: signals, resuming, exit statuses.
 
-In: a config and a workdir. Out: the exit status, as train.py lists them.
+In: a config and a workdir. Out: the exit status, one of those that train.py lists.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from echo_jax.system.peers import AGAIN, TAKEN, Peers
 
 @contextlib.contextmanager
 def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
-    """Turns the first SIGINT or SIGTERM, of this process or another of the run, into `collector.stop`; a second one
+    """Turns the first SIGINT or SIGTERM, to this process or another of the run, into `collector.stop`; a second one
     ends the process as usual.
 
-    Yields a list that then holds the signal's number.
+    Yields a list; the signal's number is appended to it.
     """
     received: list[int] = []
 
@@ -39,7 +39,7 @@ def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
         stop(number)
         peers.stop(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        os.write(1, b"\nstopping: saving a checkpoint (once more to stop at once)\n")  # print is not reentrant
+        os.write(1, b"\nstopping: saving a checkpoint (repeat to stop at once)\n")  # print is not reentrant
 
     peers.on_stop(stop)
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -51,10 +51,10 @@ def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", peers: Peers | None = None) -> int:
-    """Runs or resumes a run; returns the exit status, see above.
+    """Starts or resumes a run; returns the exit status, see above.
 
     Raises:
-      UserError, OSError: what is wrong and what to do, before work is lost.
+      UserError, OSError: the message says what is wrong and what to do; no work is lost.
     """
     parts = build(config, peers)
     peers = parts.peers
@@ -91,8 +91,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
 
 @contextlib.contextmanager
 def _closing(trainer: Trainer, peers: Peers) -> Iterator[None]:
-    """Closes the trainer, which waits for a save under way, and so for the other processes: they may not come to it
-    where one of them failed."""
+    """Closes the trainer. Closing waits for a save in progress and so for the other processes, which may never arrive
+    after an error: then a trainer of several processes is left open."""
     try:
         yield
     except BaseException:
@@ -116,7 +116,7 @@ def _run(parts: Parts, workdir: Path) -> int:
             try:
                 trainer.run()
             except Interrupted:
-                if trainer.recorded_step == trainer.step:  # else its metrics are not written: it is made again
+                if trainer.recorded_step == trainer.step:  # else its metrics are not written yet: the step is repeated
                     trainer.save()
                 stopped = f"stopped; run the same command again to resume from step {trainer.saved_step or 0}"
                 say(f"{stopped} of {trainer.last_step}")
@@ -126,7 +126,7 @@ def _run(parts: Parts, workdir: Path) -> int:
 
 
 def summary(workdir: Path) -> str:
-    """Returns the first and the last evaluation of a run, from its metrics."""
+    """Returns a text with the first and the last evaluation of a run, from its metrics."""
     lines = [f"complete: {workdir}"]
     evaluations = [r for r in read_metrics(workdir / "metrics.jsonl") if r.get("eval/pass@1") is not None]
     for record in evaluations[:1] + evaluations[1:][-1:]:

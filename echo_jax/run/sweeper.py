@@ -1,6 +1,6 @@
-"""The runs of a sweep, one after the other, each a process of its own; and the table of their results.
+"""Runs a sweep, one process after the other, and tabulates the results.
 
-In: a config file with a `sweep()`. Out: a workdir a run, results.csv.
+In: a config file with a `sweep()`. Out: a workdir per run, results.csv.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ from echo_jax.system.peers import AGAIN, TAKEN
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
 TRAIN = (sys.executable, "-m", "echo_jax.train")
 _TAIL_LINES = 20
-_KILL_SECONDS = 15.0  # after a second interruption, for what is left of a run
+_KILL_SECONDS = 15.0  # after a second interruption, before a run is killed
 _LONGEST_NAME = 150
-_PLAIN_WIDTH = 240  # of the table where there is no terminal to ask
+_PLAIN_WIDTH = 240  # of the table if the output is not a terminal
 
 
 class SweepError(UserError, ValueError):
-    """The sweep cannot be run as it is written; the message names the run and the field."""
+    """The sweep cannot run as written; the message names the run and the field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +74,24 @@ def run_sweep(
     """Runs the sweep; see sweep.py.
 
     Args:
-      config: path of the config file, with `:arg` behind it if `get_config` takes one.
+      config: path of the config file, followed by `:arg` if `get_config` takes an argument.
       workdir: parent of the runs' workdirs.
-      common: overrides for every run; they do not show in the names.
-      only: a regular expression; only runs in whose name it is found are started.
-      dry_run: print the commands of all these runs, and do nothing.
-      report: start nothing, only print the table and write results.csv from what is there.
-      train: the program that runs one, as a command without arguments.
-      launcher: a command that is used in its place, and whose status 0 says that the run is done.
+      common: overrides for every run; not part of the names.
+      only: a regular expression; start only the runs whose name matches it.
+      dry_run: print the commands of these runs and do nothing else.
+      report: start nothing; print the table and write results.csv from the existing results.
+      train: the program that runs one run, as a command without arguments.
+      launcher: a command to use instead; its exit status 0 means that the run is done.
       owner: runs that another owner has taken are left alone.
       logs: folder for the runs' logs and results.csv; None: the workdirs.
-      table: a command that prints the table, in place of what is done here.
+      table: a command that prints the table instead of this function.
       output: where to print; stdout if None.
 
     Returns:
       The exit status: 0 if every run is done or another owner's, 1 if one failed, 130 after an interruption.
 
     Raises:
-      SweepError: before anything is started, if one of the runs cannot be.
+      SweepError: one of the runs is invalid; nothing was started.
     """
     output = sys.stdout if output is None else output
     command = (*(launcher or train), *([f"--owner={owner}"] if owner else []))
@@ -119,7 +119,7 @@ def run_sweep(
                 elif ended != TAKEN:
                     status = 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=output, flush=True)
+        print("interrupted; run the same command again to continue", file=output, flush=True)
         status = 130
     if table is None:
         _report(runs, done, Path(logs or workdir) / "results.csv", output)
@@ -131,21 +131,21 @@ def run_sweep(
 def plan(
     config: str, workdir: Path, common: Mapping[str, Any], train: Sequence[str], logs: Path | None = None
 ) -> list[Run]:
-    """All runs of the sweep, checked: each field exists and takes its value, and no two runs have one name."""
+    """Returns all runs of the sweep. Checks that each field exists and takes its value, and that names are unique."""
     path, *arg = config.split(":", 1)
     try:
         module = load_config_file(Path(path))
     except ConfigError as error:
         raise SweepError(str(error)) from error
     if not hasattr(module, "sweep"):
-        raise SweepError(f"{path} has no sweep(); to run it as it is: python -m echo_jax.train --config={config} …")
+        raise SweepError(f"{path} has no sweep(); to train one run of it: python -m echo_jax.train --config={config} …")
     runs: dict[str, Run] = {}
     for overrides in map(dict, module.sweep()):
         name = run_name(overrides)
         if name in runs:
             raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
         if twice := common.keys() & overrides.keys():
-            raise SweepError(f"run {name}: {', '.join(sorted(twice))} is set by the sweep and on the command line")
+            raise SweepError(f"run {name}: {', '.join(sorted(twice))} is set both by the sweep and on the command line")
         arguments = [f"--config.{field}={_argument(value)}" for field, value in (common | overrides).items()]
         _check(module.get_config(*arg), name, common | overrides, arguments)
         command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
@@ -177,7 +177,7 @@ def _argument(value: Any) -> str:
 def _check(
     config: ml_collections.ConfigDict, name: str, overrides: Mapping[str, Any], arguments: Sequence[str]
 ) -> None:
-    """Reads the arguments back as the train program will, and compares: a wrong type shows as another value."""
+    """Reads the arguments back as the train program will, and compares: a wrong type shows as a changed value."""
     values = flags.FlagValues()
     argv = ["train", *arguments]
     try:
@@ -195,9 +195,9 @@ def _check(
 
 
 def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
-    """Runs one and returns its status, 0 if it is done: if there is DONE, or status 0 is to be believed.
+    """Runs one run and returns its status; 0 means done: it exited with 0 and, unless `believe`, wrote DONE.
 
-    An interruption is passed on to it once, then waited for.
+    Passes an interruption on to the run once, then waits for it.
     """
     if run.done:
         print(f"{title}: done before", file=output, flush=True)
@@ -206,14 +206,14 @@ def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with run.log.open("ab") as file:
-        # A session of its own: a terminal's Ctrl-C would otherwise reach it twice.
+        # In a new session, or a terminal's Ctrl-C would reach it twice.
         child = subprocess.Popen(
             run.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status = child.wait()
         except KeyboardInterrupt:
-            print(f"{title}: interrupted, waiting for it to stop (once more to kill it)", file=output, flush=True)
+            print(f"{title}: interrupted, waiting for it to stop (repeat to kill it)", file=output, flush=True)
             child.send_signal(signal.SIGINT)
             try:
                 child.wait()
@@ -225,15 +225,15 @@ def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
         print(f"{title}: done in {seconds:.0f} s", file=output, flush=True)
         return 0
     if status == TAKEN:
-        print(f"{title}: another owner's, left alone", file=output, flush=True)
+        print(f"{title}: belongs to another owner, left alone", file=output, flush=True)
         return TAKEN
     if status == 0:
         reason = "ended without writing DONE"
     else:
         reason = f"FAILED with status {status}"
         if status == AGAIN:
-            reason += " (the same command goes on)"
-    print(f"{title}: {reason} after {seconds:.0f} s; the end of {run.log}:", file=output)
+            reason += " (the same command resumes it)"
+    print(f"{title}: {reason} after {seconds:.0f} s; last lines of {run.log}:", file=output)
     for line in run.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
         print(f"    {line}", file=output)
     output.flush()
@@ -241,7 +241,7 @@ def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
 
 
 def _kill(child: subprocess.Popen) -> None:
-    """Ends it by a second interruption, which lets a launcher end what it started elsewhere, or else by force."""
+    """Sends a second interruption, which lets a launcher end what it started elsewhere; kills the child if it stays."""
     child.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         child.wait(_KILL_SECONDS)
@@ -252,7 +252,7 @@ def _kill(child: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop the sweep as Ctrl-C does, or they would leave the run behind without its sweep."""
+    """Makes SIGTERM and SIGHUP stop the sweep as Ctrl-C does; otherwise the run would go on without its sweep."""
     previous = {
         number: signal.signal(number, signal.default_int_handler)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -273,7 +273,7 @@ def _print_table(command: Sequence[str], output: TextIO) -> None:
 
 
 def _report(runs: Sequence[Run], done: Set[str], path: Path, output: TextIO) -> None:
-    """Writes and prints one row a run: its overrides, whether it is done, the last value of each metric it has."""
+    """Writes and prints one row per run: its overrides, whether it is done, the last value of each of its metrics."""
     last = {run.name: _last_values(run.workdir / "metrics.jsonl") for run in runs}
     fields = sorted({field for run in runs for field in run.overrides})
     metrics = [metric for metric in METRICS if any(metric in values for values in last.values())]
@@ -288,7 +288,7 @@ def _report(runs: Sequence[Run], done: Set[str], path: Path, output: TextIO) -> 
     with temporary.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     os.replace(temporary, path)
-    # The name repeats the overrides: the table on the screen does without it.
+    # The name repeats the overrides, so the printed table omits it.
     first = 1 if fields else 0
     table = Table(*header[first:])
     for row in rows:
@@ -298,7 +298,7 @@ def _report(runs: Sequence[Run], done: Set[str], path: Path, output: TextIO) -> 
 
 
 def _last_values(path: Path) -> dict[str, float]:
-    """Metric -> its value in the last record that has it; null reads as nan."""
+    """Returns metric -> its value in the last record that has it; null becomes nan."""
     latest: dict[str, float] = {}
     for record in read_metrics(path):
         latest |= {name: float("nan") if value is None else value for name, value in record.items()}

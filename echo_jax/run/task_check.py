@@ -1,4 +1,4 @@
-"""A look at tasks: what they hold, whether a script solves them, and that doing nothing does not.
+"""Shows tasks, and checks that a script solves them and that an empty answer does not.
 
 In: a family's name and parameters. Out: text on the terminal.
 """
@@ -23,10 +23,10 @@ THREADS = 4
 
 
 def make_family(name: str, settings: Sequence[str]) -> Family:
-    """Returns a family, one of FAMILIES or "module:Class", with its parameters, integers given as `name=value`.
+    """Returns a family, a key of FAMILIES or "module:Class", with integer parameters given as `name=value`.
 
     Raises:
-      ConfigError: the family or a parameter does not exist, is missing, or cannot work.
+      ConfigError: the family or a parameter does not exist, a parameter is missing, or its value cannot work.
     """
     given = {}
     for setting in settings:
@@ -56,7 +56,7 @@ def check(tasks: Sequence[Task]) -> None:
             trajectories = collector.scripted(jobs, solve=[True] * len(jobs), seed=0)
         seconds = (time.monotonic() - started) / len(scripted)
         print(f"solved by the script: {sum(t.solved for t in trajectories)} of {len(scripted)}")
-        print(f"turns: {np.mean([t.turns for t in trajectories]):.1f}, seconds an episode: {seconds:.3f}")
+        print(f"turns: {np.mean([t.turns for t in trajectories]):.1f}, seconds per episode: {seconds:.3f}")
     else:
         print("these tasks have no demonstrator")
     solved = sum(idle_reward(task, machine) >= task.reward_range[1] for task in tasks)
@@ -64,7 +64,7 @@ def check(tasks: Sequence[Task]) -> None:
 
 
 def idle_reward(task: Task, machine: Machine) -> float:
-    """Returns what an empty answer earns that is submitted at once."""
+    """Returns the reward of an empty answer, submitted at once."""
     environment = EpisodeWorld(task, machine)
     reward = environment.finish("") if environment.open() else None
     if reward is None:

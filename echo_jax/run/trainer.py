@@ -1,7 +1,7 @@
 """One run: a warm start on scripted demonstrations, then ECHO on its own rollouts.
 
-In: the parts of a run, and its workdir, which may hold the beginning of it. Out: the workdir's metrics, rollouts and
-checkpoints. What surrounds it, runner.py, claims the workdir and handles signals.
+In: the parts of a run, and its workdir, which may hold an unfinished run. Out: the workdir's metrics, rollouts and
+checkpoints. The caller, runner.py, claims the workdir and handles signals.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ DEMONSTRATION_ORDER_SEED = 11
 
 
 class TrainError(UserError, RuntimeError):
-    """The run cannot go on; what was saved before is intact."""
+    """The run cannot continue; earlier checkpoints are intact."""
 
 
 class Trainer:
-    """One run. Everything random in it is a function of (seed, step), so a checkpoint needs no random state."""
+    """One run. All its randomness is a function of (seed, step), so a checkpoint needs no random state."""
 
     def __init__(self, parts: Parts, collector: Collector, workdir: Path):
         self.parts = parts
@@ -75,7 +75,7 @@ class Trainer:
         return lora.join(self.state.params, self.frozen)
 
     def run(self) -> None:
-        """Goes from wherever the workdir stands to the end of the run."""
+        """Trains from the state of the workdir to the end of the run."""
         if self.step < self.warm_steps:
             self._warm_start()
         elif self.step == 0:
@@ -93,7 +93,7 @@ class Trainer:
     # Phases.
 
     def _warm_start(self) -> None:
-        """Imitates scripted demonstrations, with cross-entropy on what the tools answered them."""
+        """Imitates demonstrations, with cross-entropy on the tool output in them."""
         warm = self.config.warm_start
         learner = self.learner
         demonstrations = self._demonstrations()
@@ -107,9 +107,9 @@ class Trainer:
                 self.collector.check_stop()
                 start = time.perf_counter()
                 first = self.step * warm.batch
-                own = self.peers.share(range(first, first + warm.batch))
-                # A demonstration that comes twice in a batch is two sequences, not branches of one rollout.
-                chosen = [dataclasses.replace(stream[i], rollout=i) for i in own]
+                indices = self.peers.share(range(first, first + warm.batch))
+                # A demonstration drawn twice in a batch counts as two sequences, not as branches of one rollout.
+                chosen = [dataclasses.replace(stream[i], rollout=i) for i in indices]
                 weights = weigh(chosen, np.zeros(len(chosen)), objective)
                 metrics = self._updated(update, chosen, weights, at_most=at_most)
                 metrics["time/step"] = time.perf_counter() - start
@@ -119,7 +119,7 @@ class Trainer:
                 self._finish_step(metrics, progress)
 
     def _reinforce(self) -> None:
-        """ECHO: sample rollouts, then one update on actions and observations alike."""
+        """ECHO: samples rollouts, then makes one update on both actions and observations."""
         rollout, optimizer, loss = self.config.rollout, self.config.optimizer, self.config.loss
         learner = self.learner
         update = Update(
@@ -131,7 +131,7 @@ class Trainer:
             reference=self._reference() if loss.kl_weight else None,
             frozen=self.frozen,
         )
-        if self.step == self.warm_steps:  # the phase begins with a fresh optimizer, also when it begins by resuming
+        if self.step == self.warm_steps:  # RL starts with a fresh optimizer, also when it starts by resuming
             fresh = learner.make_optimizer(optimizer.learning_rate)
             self.state = init_state(self.state.params, fresh, learner.mesh, self.step)
         done = self.step - self.warm_steps
@@ -171,22 +171,22 @@ class Trainer:
     # Parts of a step.
 
     def _updated(self, update: Update, trajectories: list[Trajectory], weights, **options) -> dict[str, float]:
-        """Advances state and step by an update; returns its metrics."""
+        """Advances state and step by one update; returns its metrics."""
         try:
             self.state, metrics = update(self.state, trajectories, weights, **options)
         except UpdateError as error:
             raise TrainError(
-                f"step {self.step + 1}: {error}. Nothing of it was saved; the last checkpoint is of step "
+                f"step {self.step + 1}: {error}. This step was not saved; the last checkpoint is of step "
                 f"{self.saved_step}. Try a smaller optimizer.learning_rate, in another --workdir"
             ) from error
         self.step += 1
         return metrics
 
     def _reference(self):
-        """Returns the parameters that RL began with, which the KL is taken to; the workdir keeps them."""
+        """Returns the parameters at the start of RL, the reference of the KL; the workdir keeps them."""
         with Checkpointer(self.workdir / "reference", keep=1) as saved:
             if self.step == self.warm_steps and saved.latest_step() is None:
-                self.checkpointer.wait()  # orbax knows saves of one step apart by nothing else: one at a time
+                self.checkpointer.wait()  # orbax tells saves apart by their step alone: one at a time
                 saved.save(self.step, self.state.params, {})
             return saved.restore(self.learner.abstract_trained)[0]
 
@@ -200,10 +200,10 @@ class Trainer:
         tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
         jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
         self.engine.set_params(self.params, self.step)
-        name = f"interrupted_{self.step:06d}"  # what was made of this step's rollouts when the run was stopped
+        name = f"interrupted_{self.step:06d}"  # rollouts of this step that were finished when the run was stopped
         path = self._rollouts_file(name)
-        kept = self.peers.first(path.exists)
-        finished = trajectory_lib.load(path, vocab_size=self.learner.vocab_size) if kept else []
+        found = self.peers.first(path.exists)
+        finished = trajectory_lib.load(path, vocab_size=self.learner.vocab_size) if found else []
         try:
             trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
         except Interrupted as interrupted:
@@ -214,7 +214,7 @@ class Trainer:
         return trajectories
 
     def _replayed(self) -> list[Trajectory]:
-        """Returns the groups of saved rollouts that this step trains on, in turn."""
+        """Returns the groups of saved rollouts that this step trains on; the steps cycle through all groups."""
         groups = list(groups_of(self.parts.replay).values())
         first = (self.step - self.warm_steps) * self.config.rollout.groups
         chosen = [
@@ -223,11 +223,11 @@ class Trainer:
             for i in groups[(first + k) % len(groups)]
         ]
         rollouts = list(dict.fromkeys((t.group, t.rollout) for t in chosen))  # with all their branches
-        own = set(self.peers.share(rollouts))
-        return [t for t in chosen if (t.group, t.rollout) in own]
+        share = set(self.peers.share(rollouts))
+        return [t for t in chosen if (t.group, t.rollout) in share]
 
     def _demonstrations(self) -> list[Trajectory]:
-        """Returns what the warm start imitates: rollouts that were saved, or scripted ones, made once a run."""
+        """Returns the rollouts that the warm start imitates: saved ones, or scripted ones, made once per run."""
         warm = self.config.warm_start
         if self.parts.imitated:
             return self.parts.imitated
@@ -235,10 +235,10 @@ class Trainer:
         if not self.peers.first(path.exists):
             seed = _fold(self.config.seed, DEMONSTRATION_SEED)
             solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
-            own = self.peers.share(range(warm.demonstrations))
-            jobs = [Job(self.parts.train_tasks[i], group=i, rollout=i) for i in own]
+            indices = self.peers.share(range(warm.demonstrations))
+            jobs = [Job(self.parts.train_tasks[i], group=i, rollout=i) for i in indices]
             with Progress("demonstrations", total=len(jobs), console=self.console) as progress:
-                made = self.collector.scripted(jobs, solve[own].tolist(), seed, progress.update)
+                made = self.collector.scripted(jobs, solve[indices].tolist(), seed, progress.update)
             self._save_rollouts("demonstrations", made)
         return trajectory_lib.load(path, vocab_size=self.learner.vocab_size)
 
@@ -259,7 +259,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Saves a checkpoint of this step, in the background, unless there is one."""
+        """Saves a checkpoint of this step, in the background, unless it exists."""
         if self.saved_step != self.step:
             parameters.save(self.checkpointer, self.step, self.state, self.frozen)
             self.saved_step = self.step
@@ -273,7 +273,7 @@ class Trainer:
 
     def _restore_or_init(self) -> tuple[TrainState, dict]:
         newest = self.checkpointer.latest_step()
-        self.peers.same({f"the newest checkpoint of {self.workdir}": newest}, "all must see one and the same workdir")
+        self.peers.same({f"the newest checkpoint of {self.workdir}": newest}, "all processes must see the same workdir")
         if newest is not None:
             restored = parameters.restore(
                 self.checkpointer, self.learner, self.parts.source, quiet=not self.peers.is_first

@@ -1,7 +1,7 @@
-"""The checks of a config's values: what cannot work is found here, before any work starts.
+"""Checks the values of a config before any work starts.
 
-In: a config. Out: nothing, or a `ConfigError` that names field, value and choices. What only shows when the parts are
-made (a task that does not fit its budgets, a size that the mesh does not divide) is checked where they are made.
+In: a config. Out: nothing, or a `ConfigError` that names field, value and choices. Errors that only show when the parts
+are made (a task that does not fit its budgets, a size that the mesh does not divide) are found there.
 """
 
 import math
@@ -25,9 +25,9 @@ from echo_jax.rollout.engine import find_engine
 from echo_jax.system import named
 from echo_jax.system.errors import ConfigError
 
-RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has a phase to itself, the warm start
+RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has its own phase, the warm start
 
-# Every field that is one of a few values.
+# The fields with a fixed set of values.
 CHOICES = {
     "rollout.grammar": GRAMMARS,
     "render.format": ("builtin", *FORMATS),
@@ -43,7 +43,7 @@ CHOICES = {
     "loss.observation_schedule": SCHEDULES,
     "loss.observation_normalizer": OBSERVATION_NORMALIZERS,
 }
-# Whole numbers are at least 1, but for these.
+# All other integers are at least 1.
 MAY_BE_ZERO = (
     "model.vocab_size",
     "model.num_experts",
@@ -103,7 +103,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks all values of a config.
 
     Raises:
-      ConfigError: one cannot work in any run, or would do nothing in this one.
+      ConfigError: a value cannot work in any run, or would have no effect in this one.
     """
     fields = flat(config)
     _check_ranges(fields)
@@ -137,29 +137,34 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
         _require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
     for name in (*SHARES, *SHARES_ABOVE_ZERO):
         in_range = 0 <= fields[name] <= 1 and (fields[name] > 0 or name in SHARES)
-        _require(in_range, f"config.{name} = {fields[name]}: it must lie between 0 and 1")
+        _require(
+            in_range,
+            f"config.{name} = {fields[name]}: it must be {'at least' if name in SHARES else 'above'} 0 and at most 1",
+        )
     for name in POSITIVE:
         _require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
     for name in ("optimizer.b1", "optimizer.b2"):
-        _require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must lie in [0, 1)")
+        _require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must be at least 0 and below 1")
 
 
 def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
-    """Whether a field is one of the default config, not an option that a user's function or family declares."""
+    """Returns whether a field belongs to the default config, not to a user's function or family."""
     return name in defaults and not name.startswith(OPEN_SECTIONS)
 
 
 def _check_sizes(config: ml_collections.ConfigDict) -> None:
-    """Checks fields that must fit one another."""
+    """Checks fields that must fit together."""
     tokens, length = config.rollout.max_tokens, config.pack.length
     _require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
     made, batch = config.warm_start.demonstrations, config.warm_start.batch
     _require(
         config.warm_start.num_steps == 0 or made >= batch,
-        f"config.warm_start.demonstrations = {made} is less than one batch of config.warm_start.batch = {batch}",
+        f"config.warm_start.demonstrations = {made} is fewer than one batch of config.warm_start.batch = {batch}",
     )
     model = config.model
-    _require(model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even one")
+    _require(
+        model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even number"
+    )
     _require(
         model.num_heads % model.num_kv_heads == 0,
         f"config.model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.num_kv_heads}",
@@ -172,8 +177,8 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Checks the fields of the model and its adapters. An option that would do nothing is an error: its run would not
-    be what its name says."""
+    """Checks the fields of the model and its adapters. An option without effect is an error: the run's name would be
+    misleading."""
     defaults = default_config()
     targets = config.lora.targets
     known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
@@ -184,7 +189,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     unused = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
     _require(
         bool(config.lora.rank) or not unused,
-        f"config.lora sets {_listed(unused)}, but lora.rank = 0 means no adapters: set lora.rank, or leave these out",
+        f"config.lora sets {_listed(unused)}, but lora.rank = 0 means no adapters: set lora.rank, or remove these",
     )
     scaling = config.model.rope_scaling
     others = set(scaling) - {"kind", *SCALINGS[scaling.kind]}
@@ -212,13 +217,13 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     else:
         _require(
             not per_token and config.model.normalize_experts,
-            f"config.model.experts_per_token = {per_token} and normalize_experts = {config.model.normalize_experts} do "
-            "nothing with num_experts = 0: set num_experts, or leave them at 0 and True",
+            f"config.model.experts_per_token = {per_token} and normalize_experts = {config.model.normalize_experts} "
+            "have no effect with num_experts = 0: set num_experts, or leave them at 0 and True",
         )
 
 
 def _check_loss(config: ml_collections.ConfigDict) -> None:
-    """Checks the fields of the objective, and finds what they name."""
+    """Checks the fields of the objective, and finds the functions that they name."""
     loss = config.loss
     for change in loss.mode_changes:
         pair = isinstance(change, tuple) and len(change) == 2
@@ -231,17 +236,18 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
     trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
     _require(
         "env_only" not in modes or trains_observations,
-        f"config.loss: env_only trains observations alone, and observation_weight = {loss.observation_weight} with "
-        "these class_weights trains none",
+        f"config.loss: env_only trains only observations, but observation_weight = {loss.observation_weight} with "
+        "these class_weights trains none; set them above 0",
     )
     _require(
         "env_only" in modes or not (loss.min_valid_calls or loss.clean_parse),
-        f"config.loss.min_valid_calls = {loss.min_valid_calls} and clean_parse = {loss.clean_parse} do nothing without "
-        "the mode env_only: only env_only uses them",
+        f"config.loss.min_valid_calls = {loss.min_valid_calls} and clean_parse = {loss.clean_parse} have no effect "
+        "without the mode env_only, the only one that uses them",
     )
     _require(
         not loss.kl_weight or modes != {"env_only"},
-        f"config.loss.kl_weight = {loss.kl_weight}: the KL is a part of the policy term, which env_only does not have",
+        f"config.loss.kl_weight = {loss.kl_weight}: the KL is part of the policy term, which env_only lacks; set "
+        "kl_weight to 0",
     )
     for name, weight in loss.class_weights.items():
         _require(
@@ -259,7 +265,7 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
     )
     _require(
         loss.dual_clip == 0 or loss.dual_clip > 1,
-        f"config.loss.dual_clip = {loss.dual_clip}: it must be above 1, or 0 for none",
+        f"config.loss.dual_clip = {loss.dual_clip}: it must be above 1, or 0 to turn it off",
     )
     policy = find_policy_loss(loss.policy)
     clips = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
@@ -267,7 +273,7 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
     if unused := {name: value for name, value in clips.items() if name not in policy.hyperparameters}:
         takes = ", ".join(policy.hyperparameters) or "no hyperparameter"
         raise ConfigError(
-            f"config.loss sets {_listed(unused)}, but the policy loss {loss.policy!r} takes {takes}: leave these out"
+            f"config.loss sets {_listed(unused)}, but the policy loss {loss.policy!r} takes {takes}: remove these"
         )
     named.check_options(
         policy.surrogate, dict(policy.options) | dict(loss.policy_options), "loss.policy_options", given=1
@@ -277,8 +283,8 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
     if loss.advantage == "auto":
         _require(
             not loss.advantage_options,
-            f"config.loss.advantage_options = {dict(loss.advantage_options)} needs config.loss.advantage to name whose "
-            "they are",
+            f"config.loss.advantage_options = {dict(loss.advantage_options)} has no effect with advantage = "
+            "'auto': set config.loss.advantage to the estimator that takes these options",
         )
         find_estimator(policy.advantage, {})
     else:
@@ -286,7 +292,7 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
 
 
 def check_tools(config: ml_collections.ConfigDict, tools: Mapping[str, Any]) -> None:
-    """Checks the fields that name tools, once these are made.
+    """Checks the fields that name tools, once the tools are made.
 
     Raises:
       ConfigError: a weight is for a tool that does not exist.

@@ -1,6 +1,6 @@
 """Who may train in a workdir: one config, one run at a time, one owner.
 
-In: a config and a folder. Out: the folder's `config.json`, `.lock` and `owner`, or an error that says whose it is.
+In: a config and a folder. Out: the folder's `config.json`, `.lock` and `owner`, or an error that says who has it.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     os.replace(scratch, path)
 
 
-# Where and how it is computed, not what: a run may go on with other values, equal up to rounding.
+# These fields decide where and how a run is computed, not its results, which stay equal up to rounding. A run may
+# resume with other values.
 _PLACEMENT = ("mesh.", "system.", "pack.rows", "rollout.tool_threads", "model.remat", "model.attention", "checkpoint.")
 
 
@@ -40,39 +41,40 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     can move to other machines.
 
     Raises:
-      ConfigError: it holds no run, or one of another config, which is listed: going on would mix two experiments.
+      ConfigError: it holds no run, or a run with a different config (the message lists the differences); resuming would
+        mix two experiments.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
-    ours = _plain(flat(config))
+    current = _plain(flat(config))
     try:
-        theirs = json.loads(path.read_text())
-        theirs = _later_fields(theirs) | theirs
+        recorded = json.loads(path.read_text())
+        recorded = _later_fields(recorded) | recorded
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
     missing = "(no such field)"
     differing = [
-        f"  {name}: there {theirs.get(name, missing)!r}, here {ours.get(name, missing)!r}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name, missing) != theirs.get(name, missing) and not name.startswith(_PLACEMENT)
+        f"  {name}: the run has {recorded.get(name, missing)!r}, this config {current.get(name, missing)!r}"
+        for name in sorted(current.keys() | recorded.keys())
+        if current.get(name, missing) != recorded.get(name, missing) and not name.startswith(_PLACEMENT)
     ]
     if differing:
         raise ConfigError(
-            f"workdir {workdir} holds a run of another config:\n"
+            f"workdir {workdir} holds a run with a different config:\n"
             + "\n".join(differing)
             + "\nUse the same config to resume it, or another --workdir for a new run."
         )
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields as JSON gives them back."""
+    """Returns fields as they are after a round trip through JSON."""
     return json.loads(json.dumps(fields))
 
 
 def _later_fields(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the default of each field that a recorded config lacks. Entries of a section that configs fill themselves
-    are not fields: what such a section does not name, it leaves out."""
+    """Returns the default of each field that a recorded config lacks. Entries of an open section are not fields: if it
+    lacks one, the config left it out."""
     sections = [section for section in OPEN_SECTIONS if any(name.startswith(f"{section}.") for name in recorded)]
     return {
         name: value
@@ -82,12 +84,12 @@ def _later_fields(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Taken(UserError):
-    """Another process trains in the workdir, or another owner does from time to time."""
+    """Another process is training in the workdir, or another owner has taken it."""
 
 
 @contextlib.contextmanager
 def only_process_in(workdir: Path) -> Iterator[None]:
-    """Holds the workdir's lock; raises `Taken` if another run has it. A killed process leaves none."""
+    """Holds the workdir's lock; raises `Taken` if another process has it. A killed process releases it."""
     with (workdir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,9 +99,9 @@ def only_process_in(workdir: Path) -> Iterator[None]:
 
 
 def claim_for(owner: str, workdir: Path) -> None:
-    """Makes the workdir the owner's; raises `Taken` if it is another's. Of two that try at once one gets it."""
+    """Gives the workdir to the owner; raises `Taken` if another has it. If two try at once, one of them gets it."""
     path = workdir / "owner"
     with contextlib.suppress(FileExistsError), path.open("x") as file:
         file.write(owner)
     if (found := path.read_text()) != owner:
-        raise Taken(f"{workdir} belongs to the owner {found!r}, not to {owner!r}; if that one is gone, delete {path}")
+        raise Taken(f"{workdir} belongs to the owner {found!r}, not to {owner!r}; if {found!r} is gone, delete {path}")

@@ -53,7 +53,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         path = Path(value.split(":")[0])
         if name.lstrip("-") == "config":
             if not path.is_file():
-                sys.exit(f"error: there is no config file {path}")
+                sys.exit(f"error: config file {path} does not exist")
             named.add_to_path(path)
     try:
         return flags.FLAGS(argv)

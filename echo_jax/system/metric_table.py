@@ -1,8 +1,8 @@
-"""Every metric that runs write: its unit and what it means.
+"""Every metric that runs write: its unit and meaning.
 
 In: nothing. Out: `METRICS`. A name may have a placeholder: CLASS is a class of environment tokens, TOOL a tool, STATUS
-how an attempt at a tool call went, K a number of samples, LOSS what a policy loss of yours reports. Means over tokens
-are over the tokens that the LM head is run for (`loss.score_all`).
+the status of an attempt at a tool call, K a number of samples, LOSS a metric that your policy loss reports. Means over
+tokens cover the tokens that the LM head is run for (`loss.score_all`).
 """
 
 import re
@@ -14,48 +14,48 @@ class Metric(NamedTuple):
     meaning: str
 
 
-_TOKENS, _NATS, _SHARE, _COUNT = "tokens", "nats a token", "share, 0 to 1", "count"
+_TOKENS, _NATS, _SHARE, _COUNT = "tokens", "nats per token", "share, 0 to 1", "count"
 
 _EPISODES = {
     "submitted": Metric(_COUNT, "rollouts started"),
-    "accepted": Metric(_COUNT, "rollouts that were scored and, in training, have a token that some term trains"),
-    "rejected": Metric(_COUNT, "rollouts without a score: the machine failed, or the task could not say"),
+    "accepted": Metric(_COUNT, "scored rollouts; in training, only those with a token that some term trains"),
+    "rejected": Metric(_COUNT, "rollouts without a score: the machine failed, or the task could not score them"),
     "solve_rate": Metric(_SHARE, "scored rollouts that earned their task's highest reward"),
     "reward": Metric("reward", "mean over scored rollouts"),
-    "mixed_groups": Metric(_SHARE, "groups whose rollouts did not all earn the same"),
-    "turns": Metric(_COUNT, "mean turns a rollout"),
+    "mixed_groups": Metric(_SHARE, "groups whose rollouts did not all earn the same reward"),
+    "turns": Metric(_COUNT, "mean turns per rollout"),
     "tokens": Metric(_TOKENS, "mean length of a rollout, prompt included"),
     "calls_STATUS": Metric(_COUNT, "attempts at tool calls that ended with this status"),
     "imagined_observations": Metric(_SHARE, "action tokens that spell the header of an observation"),
 }
 
 METRICS = {
-    "step": Metric("steps", "updates done since the run began, warm start included"),
+    "step": Metric("steps", "updates since the run began, warm start included"),
     # The loss.
-    "loss/total": Metric(_NATS, "the loss that is minimised, all terms"),
+    "loss/total": Metric(_NATS, "the minimised loss: the sum of all terms"),
     "loss/observation": Metric(_NATS, "the observation term, lambda included"),
-    "loss/observation_weight": Metric("factor", "lambda of this step; 0 in a mode without observation term"),
+    "loss/observation_weight": Metric("factor", "lambda of this step; 0 in a mode without an observation term"),
     "loss/kl": Metric(_NATS, "the KL term, its weight included"),
     "loss/active_fraction": Metric(_SHARE, "packed tokens whose log-prob a term reads"),
-    "loss/gradient_cosine": Metric("cosine", "between the gradients of the policy and the observation term"),
+    "loss/gradient_cosine": Metric("cosine", "between the gradients of the policy term and the observation term"),
     "loss/gradient_ratio": Metric("ratio", "norm of the observation term's gradient over that of the policy term"),
     # The policy term.
     "policy/loss": Metric(_NATS, "the policy term; in the warm start, cross-entropy of the demonstrated actions"),
     "policy/entropy": Metric(_NATS, "mean entropy of the trainer's distributions at the actions"),
-    "policy/tokens": Metric(_TOKENS, "actions that the LM head was run for"),
-    "policy/clip_fraction": Metric(_SHARE, "actions whose gradient the clip stopped or whose weight it bounded"),
+    "policy/tokens": Metric(_TOKENS, "action tokens that the LM head was run for"),
+    "policy/clip_fraction": Metric(_SHARE, "action tokens whose gradient the clip stopped or whose weight it bounded"),
     "policy/sampler_gap": Metric(_NATS, "mean |log-prob of the trainer - log-prob of the sampler| over actions"),
     "policy/sampler_gap_max": Metric("nats", "the largest such difference"),
-    "policy/mismatch_kl": Metric(_NATS, "mean ratio - log ratio - 1 over actions, trainer to sampler"),
-    "policy/reference_kl": Metric(_NATS, "mean KL estimate to the policy that RL began with"),
-    "policy/reference_tokens": Metric(_TOKENS, "actions in the KL"),
+    "policy/mismatch_kl": Metric(_NATS, "mean of ratio - log ratio - 1 over actions; ratio: trainer over sampler"),
+    "policy/reference_kl": Metric(_NATS, "mean estimate of the KL to the policy that RL started from"),
+    "policy/reference_tokens": Metric(_TOKENS, "action tokens in the KL"),
     "policy/gradient_norm": Metric("norm", "of the policy term's gradient alone, with loss.gradient_metrics_every"),
-    "policy/LOSS": Metric("its own", "mean over actions of what a policy loss of yours reports under this name"),
+    "policy/LOSS": Metric("as reported", "mean over actions of a metric that your policy loss reports"),
     # The observation term.
     "observation/loss": Metric(_NATS, "the observation term without lambda"),
-    "observation/ce": Metric(_NATS, "mean cross-entropy of bodies of tool output, at temperature 1"),
-    "observation/accuracy": Metric(_SHARE, "body tokens that were the most likely one"),
-    "observation/tokens": Metric(_TOKENS, "bodies of tool output that the LM head was run for"),
+    "observation/ce": Metric(_NATS, "mean cross-entropy of the bodies of tool output, at temperature 1"),
+    "observation/accuracy": Metric(_SHARE, "body tokens that the policy found the most likely"),
+    "observation/tokens": Metric(_TOKENS, "body tokens that the LM head was run for"),
     "observation/ce_CLASS": Metric(_NATS, "the same for another class of environment tokens"),
     "observation/accuracy_CLASS": Metric(_SHARE, "the same for another class of environment tokens"),
     "observation/tokens_CLASS": Metric(_TOKENS, "the same for another class of environment tokens"),
@@ -65,8 +65,8 @@ METRICS = {
     "observation/gradient_norm": Metric("norm", "of the observation term's gradient alone"),
     # Rollouts of the step, and evaluations.
     **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
-    "rollout/filtered": Metric(_COUNT, "scored rollouts of which no term trains a token"),
-    "rollout/retried": Metric(_COUNT, "rollouts that were made again since the machine failed them"),
+    "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
+    "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed"),
     "rollout/tokens_per_second": Metric("tokens/s", "tokens of the rollouts, prompts included, over time/rollout"),
     **{f"eval/{name}": metric for name, metric in _EPISODES.items()},
     "eval/pass@K": Metric(_SHARE, "held-out tasks solved by at least one of K samples, estimated without bias"),
@@ -74,17 +74,17 @@ METRICS = {
     "eval/observation_ce": Metric(_NATS, "mean cross-entropy of tool output in fixed held-out transcripts"),
     # Packing.
     "pack/tokens": Metric(_TOKENS, "predicted tokens of the batch"),
-    "pack/slots": Metric(_TOKENS, "places of the rows that hold anything"),
+    "pack/slots": Metric(_TOKENS, "slots of the rows in use"),
     "pack/efficiency": Metric(_SHARE, "pack/tokens over pack/slots"),
-    "pack/pairs": Metric(_COUNT, "pairs of a token and one that it attends to"),
+    "pack/pairs": Metric(_COUNT, "pairs of a token and a token it attends to"),
     # The update.
-    "train/gradient_norm": Metric("norm", "of the whole gradient, before it is clipped"),
-    "train/update_norm": Metric("norm", "of the change of the parameters"),
+    "train/gradient_norm": Metric("norm", "of the whole gradient, before clipping"),
+    "train/update_norm": Metric("norm", "of the parameter change"),
     "train/tokens_per_second": Metric("tokens/s", "pack/tokens over time/train"),
     "train/flops_per_second": Metric("FLOP/s", "analytic FLOPs of the update on real tokens, over time/train"),
-    "train/mfu": Metric(_SHARE, "that over the peak of the devices, where it is known"),
+    "train/mfu": Metric(_SHARE, "train/flops_per_second over the peak of the devices, if known"),
     # Seconds.
-    "time/step": Metric("s", "the whole step, evaluations apart"),
+    "time/step": Metric("s", "the whole step, without evaluations"),
     "time/rollout": Metric("s", "sampling and tools"),
     "time/train": Metric("s", "packing and the update"),
     "time/evaluate": Metric("s", "evaluations of this step"),
@@ -92,10 +92,10 @@ METRICS = {
 
 
 def describe(name: str, placeholders: dict[str, str]) -> Metric | None:
-    """Returns what a metric of this name is; None for one that the table lacks.
+    """Returns the metric of this name; None if the table lacks it.
 
     Args:
-      placeholders: placeholder -> regular expression of what may stand for it.
+      placeholders: placeholder -> regular expression of its possible values.
     """
     if name in METRICS:
         return METRICS[name]

@@ -1,6 +1,6 @@
-"""Things that a config names: an entry of a built-in table, or `module:attribute` of the user's own.
+"""Look-up of what a config names: an entry of a built-in table, or the user's `module:attribute`.
 
-In: a name, the table, and the field that holds the name. Out: what it names, with the options that it takes checked.
+In: a name, the table, and the field that holds the name. Out: the object, with its options checked.
 """
 
 import importlib
@@ -14,35 +14,36 @@ from echo_jax.system.errors import ConfigError
 
 
 def add_to_path(config_file: Path) -> None:
-    """Lets Python find the modules beside a config file, after all others: the config may name what they hold."""
+    """Lets Python find modules in a config file's folder, after all others, so that the config can name their
+    contents."""
     folder = str(config_file.absolute().parent)
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def find(name: str, table: Mapping[str, Any], field: str) -> Any:
-    """Returns `table[name]`, or what `module:attribute` names. Python finds the module as it finds any other.
+    """Returns `table[name]`, or the object that `module:attribute` names, imported the usual way.
 
     Raises:
-      ConfigError: the table has no such entry, or the module or its attribute does not exist.
+      ConfigError: the table has no such entry, or the module or attribute does not exist.
     """
     if name in table:
         return table[name]
     module, colon, attribute = str(name).partition(":")
     if not colon:
-        choices = f"choose one of {', '.join(table)}, or name" if table else "name"
-        raise ConfigError(f"config.{field} = {name!r}: {choices} yours as module:function")
+        choices = f"choose one of {', '.join(table)}, or write" if table else "write"
+        raise ConfigError(f"config.{field} = {name!r}: {choices} your own as module:function")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"config.{field} = {name!r}: {error}. Write it as module:function; the module lies in the folder of "
-            "the config file or the one you start from, or is installed"
+            f"config.{field} = {name!r}: {error}. Write it as module:function; the module must be in the config "
+            "file's folder or the current one, or installed"
         ) from error
 
 
 def check_callable(found: Any, name: str, field: str) -> None:
-    """Raises `ConfigError` if what a field names cannot be called."""
+    """Raises `ConfigError` if the object that a field names is not callable."""
     if not callable(found):
         raise ConfigError(f"config.{field} = {name!r} is a {type(found).__name__}; it must be a function or a class")
 
@@ -59,8 +60,10 @@ def check_options(function: Callable, options: Mapping[str, Any], field: str, *,
         return
     named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if unknown := sorted(options.keys() - named.keys()):
-        takes = f"takes {', '.join(named)}" if named else "takes none"
-        raise ConfigError(f"config.{field} has {', '.join(unknown)}; {getattr(function, '__name__', function)} {takes}")
+        takes = f"takes {', '.join(named)}" if named else "takes no options"
+        raise ConfigError(
+            f"config.{field} has {', '.join(unknown)}, but {getattr(function, '__name__', function)} {takes}"
+        )
     if missing := [name for name, p in named.items() if p.default is p.empty and name not in options]:
         name = getattr(function, "__name__", function)
         raise ConfigError(f"config.{field} lacks {', '.join(missing)}, which {name} needs")

@@ -1,8 +1,8 @@
-"""Task families: each makes endless tasks from seeds, split into train and held-out.
+"""Task families: each makes unlimited tasks from seeds, split into train and held-out.
 
-In: a family's parameters, a split and an index. Out: a `Task`: what the agent reads, the files it finds, how its work
-is scored, and perhaps a scripted demonstrator. A new family is one module with a class like `LookupFamily` and a line
-in `FAMILIES`, or is named as `module:Class` in its section of `config.task`.
+In: a family's parameters, a split and an index. Out: a `Task`: its prompt, its files, its scoring and,
+optionally, a scripted demonstrator. To add a family, write a module with a class like `LookupFamily`; add a line to
+`FAMILIES`, or name the class as `module:Class` in its section of `config.task`.
 """
 
 from echo_jax.tasks.lookup import LookupFamily

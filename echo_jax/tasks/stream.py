@@ -1,4 +1,4 @@
-"""Which task comes when: a pure function of the split, the seed and a global index, so a run resumes at any step."""
+"""The order of tasks: a pure function of the split, the seed and a global index, so a run resumes at any step."""
 
 import math
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from echo_jax.system.errors import ConfigError
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.task import Family, Split
 
-TASKS_PER_SEED = 10**9  # train tasks of seed s have the indices from s × this; no two seeds share one
+TASKS_PER_SEED = 10**9  # train tasks of seed s have indices from s × this; no two seeds share an index
 
 
 def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Family]:
-    """Returns the families of a mixture by the names of its entries.
+    """Returns {entry: its family} for the entries of a mixture.
 
     Args:
       mixture: entry -> weight.
-      sections: entry -> the parameters of its family. `family`, "module:Class" or a key of FAMILIES, says which that
-        is; without it, the entry's name does.
+      sections: entry -> the parameters of its family. `family` names it: "module:Class" or a key of FAMILIES; without
+        `family`, the entry's name does.
 
     Raises:
       ConfigError: a family does not exist, no weight is above 0, or a family does not take its parameters.
@@ -28,7 +28,9 @@ def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[s
     if not mixture:
         raise ConfigError(f"config.task.mixture is empty; choose from {', '.join(FAMILIES)}")
     if min(mixture.values()) < 0 or not 0 < sum(mixture.values()) < math.inf:
-        raise ConfigError(f"config.task.mixture = {dict(mixture)}: no weight may be negative, and one must be above 0")
+        raise ConfigError(
+            f"config.task.mixture = {dict(mixture)}: no weight may be negative, and at least one must be above 0"
+        )
     families = {}
     for name in mixture:
         parameters = dict(sections.get(name, {}))

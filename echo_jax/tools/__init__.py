@@ -1,7 +1,8 @@
-"""What an agent may call, and the sandbox that it runs in.
+"""The tools that an agent may call, and the sandbox that they run in.
 
-In: a call of a tool. Out: its capped output and status. A task names the tools that its agent has; `submit` comes with
-all. A new tool is a class like those beside this file and a line in `TOOLS`.
+In: a call of a tool. Out: its capped output and status. A task names the tools of its agent; `submit` is always
+included. To add a tool, write a class like those in this folder and add a line to `TOOLS`, or name it in
+`config.tools`.
 """
 
 from collections.abc import Mapping
@@ -28,24 +29,26 @@ TOOLS: dict[str, Tool] = {
 
 
 def make_tools(added: Mapping[str, Any]) -> dict[str, Tool]:
-    """Returns the built-in tools and, after them by name, those that `config.tools` adds.
+    """Returns the built-in tools and, after them in order of name, those that `config.tools` adds.
 
     Args:
       added: name -> "module:Class", or {"tool": "module:Class", **its keyword arguments}.
 
     Raises:
-      ConfigError: a name is taken, or what it names is no tool.
+      ConfigError: a name is taken, or its class is not a tool.
     """
     tools = dict(TOOLS)
     for name in sorted(added):
         field = f"tools.{name}"
         if name in TOOLS:
-            raise ConfigError(f"config.{field}: there is a built-in tool of this name; choose another")
+            raise ConfigError(f"config.{field}: a built-in tool has this name; choose another")
         options = {"tool": added[name]} if isinstance(added[name], str) else dict(added[name])
         make = named.find(options.pop("tool", ""), {}, field)
         named.check_callable(make, name, field)
         named.check_options(make, options, field)
         tools[name] = make(**options)
         if lacking := [part for part in ("description", "parameters", "run") if not hasattr(tools[name], part)]:
-            raise ConfigError(f"config.{field}: {type(tools[name]).__name__} lacks {', '.join(lacking)} of a tool")
+            raise ConfigError(
+                f"config.{field}: {type(tools[name]).__name__} lacks {', '.join(lacking)}, which a tool must have"
+            )
     return tools

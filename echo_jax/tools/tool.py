@@ -1,4 +1,4 @@
-"""What a tool is: a name, a description, the JSON schema of its arguments, and how a call of it runs."""
+"""The interface of a tool: a name, a description, the JSON schema of its arguments, and a method that runs a call."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -9,23 +9,23 @@ STRING = {"type": "string"}
 
 
 class World(Protocol):
-    """What tools act on and scores look at: a `Sandbox`, or a task's own world that runs no process."""
+    """What tools act on and scoring inspects: a `Sandbox`, or a world that a task defines and that runs no process."""
 
     timeout: float  # seconds that the next call may take
     cwd: str
 
     def kill_processes(self) -> None:
-        """Ends everything that the agent has running; its traces stay."""
+        """Kills all of the agent's processes; its files stay."""
         ...
 
     def close(self) -> None: ...
 
 
 class Tool(Protocol):
-    """A tool. It keeps no state: that is the world's. A new one is a class like this and a line in `TOOLS`, or is named
-    in `config.tools`. A call of `submit` runs nothing: it is the agent's answer."""
+    """A tool. It keeps no state: the world does. To add a tool, write a class like this and add a line to `TOOLS`, or
+    name it in `config.tools`. A call of `submit` runs nothing: it is the agent's answer."""
 
-    description: ClassVar[str]  # what the agent reads about it
+    description: ClassVar[str]  # shown to the agent
     parameters: ClassVar[Mapping[str, Any]]  # JSON schema of its arguments, an object
 
     def run(self, world: World, arguments: Mapping[str, Any]) -> CommandResult: ...

@@ -113,7 +113,7 @@ def test_newest_are_kept_and_any_of_them_can_be_restored(tmp_path: Path):
         assert sorted(os.listdir(tmp_path)) == ["20", "30"]
         _, metadata = checkpointer.restore(abstract(state), step=20)
         assert metadata == {"step": 20}
-        with pytest.raises(CheckpointError, match=r"no checkpoint of step 10 .*steps there: \[20, 30\]"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 10 .*its steps are: \[20, 30\]"):
             checkpointer.restore(abstract(state), step=10)
 
 
@@ -122,7 +122,7 @@ def test_reading_leaves_the_disk_as_it_is(tmp_path: Path):
     half_written.mkdir()
     with Checkpointer(tmp_path / "new") as checkpointer:
         assert checkpointer.latest_step() is None
-        with pytest.raises(CheckpointError, match="steps there: none"):
+        with pytest.raises(CheckpointError, match="its steps are: none"):
             checkpointer.restore({})
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() is None
@@ -207,7 +207,7 @@ def test_another_shape_dtype_or_tree_is_named_and_not_cast(tmp_path: Path, two_c
     assert "params/layers/0/w: float32[8, 300] in the checkpoint, float32[8, 301] in this run" in complaint(
         lambda state: state["params"]["layers"][0].update(w=leaf(8, 301))
     )
-    assert "params/layers/0/bias: in the checkpoint only, float32[8]" in complaint(
+    assert "params/layers/0/bias: only in the checkpoint, float32[8]" in complaint(
         lambda state: state["params"]["layers"][0].pop("bias")
     )
     assert "params/head: not in the checkpoint, this run has float32[2]" in complaint(

@@ -217,7 +217,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine").write_text("")
-    with pytest.raises(ExportError, match=r"out\.tmp exists: another export is at work, or was killed"):
+    with pytest.raises(ExportError, match=r"out\.tmp exists: another export is running or was killed"):
         complete(tmp_path / "out").__enter__()
     assert (tmp_path / "out.tmp" / "mine").exists()
     shutil.rmtree(tmp_path / "out.tmp")

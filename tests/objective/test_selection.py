@@ -54,7 +54,7 @@ def test_a_filter_narrows_the_mask():
         (lambda t, mask: mask[1:], r"bool \(4,\).*must be bool \(5,\)"),
         (lambda t, mask: mask.astype(float), r"float64 \(5,\)"),
         (lambda t, mask: mask.tolist(), "list"),
-        (lambda t, mask: np.ones_like(mask), "more than it was given"),
+        (lambda t, mask: np.ones_like(mask), "tokens outside its mask"),
     ],
 )
 def test_a_filter_that_returns_no_narrower_mask_is_an_error(keep, complaint):

@@ -267,21 +267,21 @@ def test_a_template_without_tools_gets_their_answers_as_a_users(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("", "comes with no chat template"),
+        ("", "has no chat template"),
         ("{% for %}", "is no Jinja"),
-        ("{{ raise_exception('never') }}", "takes no answer to a turn, .*: never"),
-        ("{{ 1 / 0 }}", "takes no answer to a turn, .*division by zero"),
-        (CHATML + "{{ strftime_now('%d') }}", "takes no answer to a turn, .*'strftime_now' is undefined"),
+        ("{{ raise_exception('never') }}", "accepts no answer to a turn, .*: never"),
+        ("{{ 1 / 0 }}", "accepts no answer to a turn, .*division by zero"),
+        (CHATML + "{{ strftime_now('%d') }}", "accepts no answer to a turn, .*'strftime_now' is undefined"),
         (
             CHATML.replace("message.content", "message.content | urlencode"),
-            "takes no answer.*leaves out or moves parts",
+            "accepts no answer.*drops or moves parts",
         ),
         (CHATML.replace("add_generation_prompt", "false"), "adds no generation prompt"),
-        (CHATML.replace("message.content", "message.content | upper"), "takes no answer to a turn|changes a turn"),
-        (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "ends a turn of the agent without a token"),
+        (CHATML.replace("message.content", "message.content | upper"), "accepts no answer to a turn|changes a turn"),
+        (CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"), "does not end the agent's turn with a special token"),
         (
             CHATML.replace("{{ message.content }}", "{{ message.content }}{% if loop.index > 4 %} !{% endif %}"),
-            "is not stable",
+            "depending on the others",
         ),
     ],
     ids=[
@@ -409,14 +409,14 @@ def test_formats_and_tokenizers_must_fit(tmp_path):
     options = {"grammar": "plain", "thinking": True, "system": ""}
     with pytest.raises(RenderError, match="lacks a token of this chat format: .*<tool_call>"):
         make_renderer(chatml, "qwen3", **options)
-    with pytest.raises(RenderError, match=r"config\.render\.format = 'qwen3' is a published model's"):
+    with pytest.raises(RenderError, match=r"config\.render\.format = 'qwen3' needs a published model's tokenizer"):
         make_renderer(tokenizers.load(), "qwen3", **options)
     with pytest.raises(RenderError, match="'builtin' has symbols that a published tokenizer lacks"):
         make_renderer(chatml, "builtin", **options)
-    with pytest.raises(RenderError, match="mean nothing to .*'builtin'"):
+    with pytest.raises(RenderError, match="'builtin' does not support"):
         make_renderer(tokenizers.load(), "builtin", **options | {"system": "Be kind."})
     for tokenizer, format in ((llama, "llama_3"), (chatml, "template")):
-        with pytest.raises(RenderError, match=f"thinking = False means nothing to .*'{format}'"):
+        with pytest.raises(RenderError, match=f"'{format}' does not support .*thinking = False"):
             make_renderer(tokenizer, format, **options | {"thinking": False})
 
 

@@ -421,7 +421,7 @@ def test_an_event_out_of_turn_is_refused():
 def test_a_turn_that_nobody_asked_for_is_refused():
     asked = start(RENDERER, ROOMY, "value of oak").sample_budget
     for ids, logprobs in (((), ()), ((5,), ()), ((5,) * (asked + 1), (-1.0,) * (asked + 1))):
-        with pytest.raises(ValueError, match=f"as many of each, 1 to {asked}"):
+        with pytest.raises(ValueError, match=f"must be equal, from 1 to {asked}"):
             play(Sampled(ids, logprobs, (0.0,) * len(ids), (0,) * len(ids), False))
 
 

@@ -91,7 +91,7 @@ def test_what_the_agent_left_running_is_ended_before_it_is_scored():
 def test_a_score_that_is_no_reward_is_an_error_that_names_the_task(score):
     own = EpisodeWorld(Judged(judge=lambda answer, world: score), MACHINE)
     assert own.open()
-    with pytest.raises(ScoreError, match=r"judged/train/0 is .*its rewards lie in \[0, 1\]"):
+    with pytest.raises(ScoreError, match=r"judged/train/0 is .*outside its reward_range \[0, 1\]"):
         own.finish("")
 
 

@@ -134,8 +134,8 @@ def run(*arguments):
     ("arguments", "named"),
     [
         (["--config=configs/tiny.py", "--topology=v5litepod-16"], "a chip of v4, v5e"),
-        (["--topology=v5e:2x2"], "give --config, or --table"),
-        (["--table=configs/none.py", "--topology=v5e:2x2"], "there is no config file configs/none.py"),
+        (["--topology=v5e:2x2"], "set either --config, or --table"),
+        (["--table=configs/none.py", "--topology=v5e:2x2"], "config file configs/none.py does not exist"),
     ],
 )
 def test_what_cannot_be_compiled_is_one_line(arguments, named):

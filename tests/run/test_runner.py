@@ -368,7 +368,7 @@ def test_saved_rollouts_can_be_imitated(finished, tmp_path):
         ("rollout.replay", "demonstrations", "no policy sampled"),
         ("rollout.replay", "nowhere", "nowhere.jsonl.gz"),
         ("rollout.replay", "heldout_transcripts", "no policy sampled"),
-        ("warm_start.trajectories", "heldout_transcripts", "less than a batch of warm_start.batch = 8"),
+        ("warm_start.trajectories", "heldout_transcripts", "fewer than one batch of warm_start.batch = 8"),
         ("warm_start.trajectories", "nowhere", "nowhere.jsonl.gz"),
     ],
 )
@@ -384,7 +384,7 @@ def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
     (tmp_path / "other").write_text("text")
     run = evaluate(finished, f"--trajectories={tmp_path / 'other'}")
     assert run.returncode == 1
-    assert "is not a saved-rollouts file" in run.stderr
+    assert "is not a file of saved rollouts" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -140,13 +140,13 @@ def test_run_of_another_owner_is_left_alone_and_one_that_stopped_is_a_failure(tm
     sandbox = Sandbox(tmp_path, [{"seed": 69}, {"seed": 1}])
     status, output = sandbox.run(owner="me")
     assert status == 0
-    assert "[1/2] seed=69: another owner's, left alone\n" in output
+    assert "[1/2] seed=69: belongs to another owner, left alone\n" in output
     assert "--owner=me" in (sandbox.workdir / "seed=1" / "log.txt").read_text()
     assert [row["done"] for row in sandbox.results()] == ["no", "yes"]
     sandbox = Sandbox(tmp_path, [{"seed": 75}])
     status, output = sandbox.run(owner="me")
     assert status == 1
-    assert "[1/1] seed=75: FAILED with status 75 (the same command goes on) after" in output
+    assert "[1/1] seed=75: FAILED with status 75 (the same command resumes it) after" in output
 
 
 def test_launcher_is_believed_where_the_workdirs_are_not_seen(tmp_path: Path):
@@ -201,7 +201,7 @@ def test_only_starts_the_runs_it_matches(tmp_path: Path):
         ({"seed": 0.5}, "invalid literal for int"),
         ({"loss.kind": 3}, "loss.kind is of type str and does not take 3"),
         ({"seed": 1}, r"two runs would have the name seed=1"),
-        ({"fast": False, "seed": 2}, "fast is set by the sweep and on the command line"),
+        ({"fast": False, "seed": 2}, "fast is set both by the sweep and on the command line"),
     ],
 )
 def test_a_bad_run_stops_the_sweep_before_the_first_one_starts(tmp_path: Path, bad: dict, message: str):
@@ -241,7 +241,7 @@ def test_config_without_a_sweep_or_a_file_is_refused(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [])
     with pytest.raises(SweepError, match="yields no run"):
         sandbox.run()
-    with pytest.raises(SweepError, match="there is no config file"):
+    with pytest.raises(SweepError, match="does not exist"):
         sandbox.run(config=str(tmp_path / "none.py"))
     sandbox.config.write_text("def get_config(arg=None): ...\n")
     with pytest.raises(SweepError, match=r"config\.py has no sweep\(\)"):
@@ -263,7 +263,7 @@ def test_interruption_reaches_the_run_once_and_stops_the_sweep(tmp_path: Path, n
     assert process.returncode == 130
     assert (sandbox.workdir / "seed=7" / "signals").read_text() == "1"
     assert not (sandbox.workdir / "seed=1").exists()
-    assert "run the same command again to go on" in output
+    assert "run the same command again to continue" in output
     assert [row["done"] for row in sandbox.results()] == ["no", "no"]
 
 

@@ -67,5 +67,5 @@ def test_processes_with_unequal_shares_are_refused(grid):
 def test_every_process_must_be_in_the_mesh():
     built = learner_lib.build_learner(tiny.get_config(), 1280, jax.devices())
     others = [Device(i, i // 4) for i in range(8)]
-    with pytest.raises(ConfigError, match="those of 1 of 2 processes"):
+    with pytest.raises(ConfigError, match="from only 1 of 2 processes"):
         learner_lib._check_processes(built, others)

@@ -729,7 +729,7 @@ def test_two_pods_share_a_sweep_and_run_nothing_twice(cloud: Cloud):
             assert f"--owner={owners[seed]}" in arguments
             assert override == f"--config.seed={seed}"
     for pod, output in zip("ab", outputs, strict=True):
-        skipped = output.count("another owner's, left alone") + output.count("done before")
+        skipped = output.count("belongs to another owner, left alone") + output.count("done before")
         assert skipped == owners.count("b" if pod == "a" else "a")
         logs = cloud.repository / "runs" / "pods" / pod / cloud.workdir.name
         for seed in range(4):
@@ -744,7 +744,7 @@ def test_sweep_finds_its_own_runs_again(cloud: Cloud):
     cloud.plan("if starts == 1 and 'config.seed' in flags and flags['config.seed'] == '1': sys.exit(75)")
     status, output = cloud.launch("--sweep", "--restarts=0", "--only=seed=[01]")
     assert status == 1
-    assert "[2/2] seed=1: FAILED with status 75 (the same command goes on)" in output
+    assert "[2/2] seed=1: FAILED with status 75 (the same command resumes it)" in output
     assert cloud.launch("--sweep", "--only=seed=[01]")[0] == 0
     assert [len(cloud.started(0, f"seed={seed}")) for seed in (0, 1, 2)] == [1, 2, 0]
 

@@ -1,7 +1,7 @@
-"""Sampling: a policy decodes many sessions at once.
+"""Sampling: an engine decodes many sessions of a policy at once.
 
-In: the new ids of each session. Out: sampled ids, their log-probs, entropies and policy versions. `interface.py` says
-what an engine is; a new one is a class and a line in `ENGINES`, or is named as `module:Class` in
+In: the new ids of each session. Out: sampled ids, their log-probs, entropies and policy versions. `interface.py`
+defines an engine. To add one, write a class and a line in `ENGINES`, or name it as `module:Class` in
 `config.rollout.engine`.
 """
 
@@ -18,10 +18,10 @@ ENGINES: dict[str, Callable[..., Engine]] = {"dense": LaneSessions}
 
 
 def find_engine(name: str, options: Mapping[str, Any]) -> Callable[..., Engine]:
-    """Returns what makes an engine of an `EngineSetup` and these options.
+    """Returns the class or function that makes an engine from an `EngineSetup` and these options.
 
     Raises:
-      ConfigError: there is no such engine, or it does not take these options.
+      ConfigError: the engine does not exist, or does not take these options.
     """
     make = named.find(name, ENGINES, "rollout.engine")
     named.check_callable(make, name, "rollout.engine")

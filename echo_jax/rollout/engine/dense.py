@@ -1,12 +1,12 @@
-"""A dense KV-cache engine: every session owns one lane of a fixed batch.
+"""A dense KV-cache engine: every session has one lane of a fixed batch.
 
-In: the new ids of some sessions. Out: sampled ids and their log-probs. The host owns the ids; the device owns the
-cache. One program does everything: each step feeds one token to every running lane, a known one (prompt, observation)
-or the one just sampled, so each token is computed once in its life and by the same program, whatever else runs beside
-it. That makes results independent of when tools answer. One thread owns an engine.
+In: the new ids of some sessions. Out: sampled ids and their log-probs. The ids are on the host, the cache is on the
+device. One program does everything: each step feeds one token to every running lane, either a known one (prompt,
+observation) or the one just sampled. So each token is computed once, by the same program, whatever other lanes do, and
+results do not depend on when tools answer. Use an engine from one thread.
 
-Each process has an engine on its own devices, so that no process waits for another's tools: the model's matrices are
-spread over as many of them as divide its heads, the lanes over the rest.
+Each process has an engine on its local devices, so that no process waits for another's tools. The model's matrices are
+sharded over as many of these devices as divide its heads, FFN and vocabulary; the lanes are sharded over the others.
 """
 
 import functools
@@ -27,35 +27,37 @@ CACHE_AXES = ("layers", "batch", "time", "kv_heads", "head_dim")
 
 
 class Placement:
-    """Brings parameters from the mesh of the training to that of the engine: one jitted cast and reshard. What is
-    frozen is brought once."""
+    """Brings parameters from the training mesh to the engine's mesh: one jitted cast and reshard. Brings frozen
+    parameters only once."""
 
     def __init__(self, mesh: Mesh, config: ModelConfig):
-        devices = list(mesh.devices.flat)  # each process's side by side
-        own = [d for d in devices if d.process_index == jax.process_index()]
+        devices = list(mesh.devices.flat)  # those of a process are adjacent
+        local_devices = [d for d in devices if d.process_index == jax.process_index()]
         sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
-        tensor = math.gcd(len(own), *sizes)
-        self.local = make_mesh(len(own) // tensor, 1, tensor, own)  # this process's: `data` over lanes and `tensor`
-        # On the devices of all processes, each laid out like `local`, and of the dtype that the model uses.
+        tensor = math.gcd(len(local_devices), *sizes)
+        self.local = make_mesh(
+            len(local_devices) // tensor, 1, tensor, local_devices
+        )  # lanes over `data`, model over `tensor`
+        # On the devices of all processes, each laid out like `local`, in the dtype that the model uses.
         everywhere = abstract_params(config, make_mesh(len(devices) // tensor, 1, tensor, devices))[1]
         placed = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, used_dtype(path, x.dtype, config), sharding=x.sharding),
             everywhere,
         )
         self._bring_trained, self._bring_frozen = map(_bring, lora.split(placed))
-        self._frozen: tuple[dict, dict] = {}, {}  # as given, and here
+        self._frozen: tuple[dict, dict] = {}, {}  # as given, and on `local`
 
     def __call__(self, params: dict) -> dict:
         trained, frozen = lora.split(params)
         given = self._frozen[0]
         if not given or any(a is not b for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(given), strict=True)):
-            self._frozen = frozen, self._own(self._bring_frozen(frozen))
-        return lora.join(self._own(self._bring_trained(trained)), self._frozen[1])
+            self._frozen = frozen, self._to_local(self._bring_frozen(frozen))
+        return lora.join(self._to_local(self._bring_trained(trained)), self._frozen[1])
 
-    def _own(self, tree: dict) -> dict:
-        return jax.tree.map(self._own_shards, tree)
+    def _to_local(self, tree: dict) -> dict:
+        return jax.tree.map(self._shards_to_local, tree)
 
-    def _own_shards(self, x: jax.Array) -> jax.Array:
+    def _shards_to_local(self, x: jax.Array) -> jax.Array:
         shards = [shard.data for shard in x.addressable_shards]
         sharding = NamedSharding(self.local, x.sharding.spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
@@ -70,13 +72,13 @@ def _bring(placed: dict):
 
 @flax.struct.dataclass
 class Lanes:
-    """The host's view of all lanes, B lanes of S slots."""
+    """The host's view of all lanes: B lanes of S slots."""
 
     ids: np.ndarray  # int32 [B, S]
     logprob: np.ndarray  # f32 [B, S] of sampled ids
-    entropy: np.ndarray  # f32 [B, S] of the distributions they were drawn from
-    known: np.ndarray  # int32 [B] ids that exist
-    fed: np.ndarray  # int32 [B] ids whose keys and values are in the cache
+    entropy: np.ndarray  # f32 [B, S] of the distributions that they were sampled from
+    known: np.ndarray  # int32 [B] number of ids that exist
+    fed: np.ndarray  # int32 [B] number of ids whose keys and values are in the cache
     budget: np.ndarray  # int32 [B] tokens still to sample in this turn; 0: the lane is idle
     rollout: np.ndarray  # int32 [B] global rollout index: the root of its sampling keys
 
@@ -99,9 +101,9 @@ class DenseEngine:
     ):
         """
         Args:
-          lanes: sessions at once, rounded up to what the devices share evenly.
+          lanes: sessions at once, rounded up so that the devices share them evenly.
           stop_ids: any of them ends a turn.
-          mesh: of the training; the engine uses those of its devices that are this process's.
+          mesh: of training; the engine uses the devices of it that belong to this process.
         """
         self._placement = Placement(mesh or make_mesh(1, 1, 1, jax.local_devices()), model_config)
         local = self._placement.local
@@ -135,18 +137,18 @@ class DenseEngine:
             stop_ids=stop_ids,
             max_steps=steps_per_call,
         )
-        # Placed like what comes out of the program, the cache goes in always alike: one program serves all calls.
+        # The cache is placed like the program's output, so its sharding never changes and one program serves all calls.
         self.compiled = jax.jit(program, donate_argnums=2, out_shardings=(everywhere, spread))
 
     def set_params(self, params, version: int) -> None:
-        """Uses new weights from here on. Sessions that are open would mix two policies, so there must be none."""
+        """Uses new weights from now on. No session may be open, since it would mix two policies."""
         if self._host.known.any():
             lanes = np.flatnonzero(self._host.known).tolist()
-            raise RuntimeError(f"weights may only change while no session is open; there are some in the lanes {lanes}")
+            raise RuntimeError(f"weights may only change while no session is open, but the lanes {lanes} have one")
         self._params, self._version = self._placement(params), version
 
     def open(self, lane: int, rollout: int) -> None:
-        """Starts an empty session in a lane, forgetting what was there."""
+        """Starts an empty session in a lane and drops its previous one."""
         for field in (self._host.known, self._host.fed, self._host.budget):
             field[lane] = 0
         self._host.rollout[lane] = rollout
@@ -172,7 +174,7 @@ class DenseEngine:
         return bool(self._host.budget.any())
 
     def step(self) -> dict[int, Sampled]:
-        """Runs a few decoding steps; returns {lane: its turn} for the lanes that finished one."""
+        """Runs a few decoding steps; returns {lane: turn} for the lanes that finished one."""
         running = self._host.budget > 0
         host, self._cache = self.compiled(self._params, self._host, self._cache, self._key)
         self._host = jax.tree.map(np.array, host)
@@ -193,7 +195,7 @@ class DenseEngine:
 
 
 def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, mesh, temperature, stop_ids, max_steps):
-    """Up to `max_steps` tokens for every lane with a budget. Returns the lanes and the cache."""
+    """Decodes up to `max_steps` tokens for every lane with a budget. Returns the lanes and the cache."""
     slots = lanes.ids.shape[1]
     rows = jnp.arange(lanes.ids.shape[0])
     rollout_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes.rollout)
@@ -205,7 +207,7 @@ def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, mesh, temperature,
     def one_token(carry):
         i, lanes, cache = carry
         running = lanes.budget > 0
-        position = jnp.where(running, lanes.fed, slots)  # an idle lane writes past the end: nowhere
+        position = jnp.where(running, lanes.fed, slots)  # an idle lane writes past the end, which is dropped
         token = lanes.ids[rows, lanes.fed]
         model = bind(graphdef, params)
         hidden, cache = model.decode(token, position, cache, mesh)
@@ -217,7 +219,7 @@ def _run_lanes(params, lanes: Lanes, cache, key, *, graphdef, mesh, temperature,
         logprobs = jax.nn.log_softmax(logits)
         logprob = jnp.take_along_axis(logprobs, sampled[:, None], axis=-1)[:, 0]
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-        samples = running & (fed == lanes.known)  # else the next id is known already
+        samples = running & (fed == lanes.known)  # else the next id is already known
         at = jnp.where(samples, fed, slots)
         stops = jnp.isin(sampled, jnp.asarray(stop_ids))
         budget = jnp.where(samples & stops, 0, lanes.budget - samples)

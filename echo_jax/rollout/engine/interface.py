@@ -1,4 +1,4 @@
-"""What the collector asks of an engine, and what it gets.
+"""The interface between the collector and an engine.
 
 An engine decodes many sessions at once. A session is one rollout: the ids that it holds so far, whoever wrote them.
 """
@@ -14,12 +14,12 @@ from echo_jax.rollout.trajectory import Sampled
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSetup:
-    """What every engine is made from."""
+    """The arguments that every engine gets."""
 
     graphdef: Any  # of the transformer, see `bind`
     model_config: ModelConfig
-    mesh: Mesh  # of the training; an engine uses those of its devices that belong to this process
-    sessions: int  # rollouts of one step that this process samples: more need not be open at once
+    mesh: Mesh  # of training; an engine uses the devices of it that belong to this process
+    sessions: int  # rollouts per step of this process, the most that need be open at once
     max_tokens: int  # of one session
     temperature: float
     stop_ids: tuple[int, ...]  # any of them ends a turn
@@ -27,20 +27,20 @@ class EngineSetup:
 
 
 class Engine(Protocol):
-    """Samples turns. One thread uses it. To add one, write a class that takes an `EngineSetup` and, as keyword
-    arguments, its options; name it in `ENGINES`, or as `module:Class` in `config.rollout.engine`.
+    """Samples turns, in one thread. To add one, write a class that takes an `EngineSetup` and, as keyword arguments,
+    its options; name it in `ENGINES`, or as `module:Class` in `config.rollout.engine`.
 
-    What a session samples depends on the weights, the seed, its rollout and its ids alone, never on other sessions or
-    on time.
+    A session's samples depend only on the weights, the seed, its rollout and its ids, never on other sessions or on
+    time.
     """
 
-    sessions: int  # how many can be open at once
+    sessions: int  # number of sessions that can be open at once
 
     def set_params(self, params: dict, version: int) -> None:
-        """Uses these weights from here on. `version`: the step of the run that they come from.
+        """Uses these weights from now on. `version`: the step of the run that they come from.
 
         Raises:
-          RuntimeError: a session is open, and would mix two policies.
+          RuntimeError: a session is open and would mix two policies.
         """
         ...
 
@@ -49,7 +49,7 @@ class Engine(Protocol):
 
         Args:
           rollout: global index, the root of the session's sampling keys.
-          group: rollouts of one group begin with the same prompt.
+          group: rollouts of one group start with the same prompt.
 
         Raises:
           RuntimeError: `sessions` are open already.
@@ -70,9 +70,9 @@ class Engine(Protocol):
         ...
 
     def step(self) -> dict[int, Sampled]:
-        """Decodes for a while; returns {session: its turn} for those that finished one."""
+        """Decodes a few tokens; returns {session: turn} for the sessions that finished one."""
         ...
 
     def close(self, session: int) -> None:
-        """Ends a session, whatever it is doing. Its handle may be given out again."""
+        """Ends a session in any state. `open` may reuse its handle."""
         ...

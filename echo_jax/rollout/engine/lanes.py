@@ -8,14 +8,14 @@ from echo_jax.rollout.trajectory import Sampled
 class LaneSessions:
     """An `Engine` in which a session is a lane.
 
-    The lane freed last is the first to be taken. So a rollout that begins as another ends has its lane, and which one
-    that is does not depend on how long tools take.
+    The lane freed last is taken first. So a rollout that starts when another ends gets the other's lane, and the choice
+    of lanes does not depend on how long tools take.
     """
 
     def __init__(self, setup: EngineSetup, *, steps_per_call: int = 8):
         """
         Args:
-          steps_per_call: tokens that each session may sample in one `step`.
+          steps_per_call: maximum number of tokens that each session decodes in one `step`.
         """
         self._lanes = DenseEngine(
             setup.graphdef,
@@ -58,7 +58,7 @@ class LaneSessions:
     def close(self, session: int) -> None:
         if session in self._free:
             raise ValueError(f"session {session} is not open")
-        self._lanes.open(session, rollout=0)  # which forgets what was there
+        self._lanes.open(session, rollout=0)  # this empties the lane
         self._free.append(session)
-        if len(self._free) == self.sessions:  # the order in which they ended is gone with them
+        if len(self._free) == self.sessions:  # reset the order of lanes, which depended on how the sessions ended
             self._free = self._all()

@@ -568,9 +568,10 @@ def recorded_run(tmp_path_factory):
         patch.setattr(runner.Trainer, "__init__", remember)
         patch.setattr(Collector, "rollouts", remember_jobs)
         # These two read every leaf, to write config.json and to check values: that does not count as use.
+        flat, validate = _on(config, config_lib.flat), _on(config, build_lib.validate)
         for module in (build_lib.config_lib, workdir_lib):
-            patch.setattr(module, "flat", _on(config, config_lib.flat))
-        patch.setattr(build_lib, "validate", _on(config, build_lib.validate))
+            patch.setattr(module, "flat", flat)
+        patch.setattr(build_lib, "validate", validate)
         workdir = tmp_path_factory.mktemp("recorded") / "w"
         with build_lib.start_peers(recording) as peers:
             assert runner.train(recording, workdir, peers=peers) == 0

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from echo_jax.run.build import start_peers
-from echo_jax.run.runner import train
+from echo_jax.run.lifecycle import train
 from echo_jax.system.cli import run_program
 
 

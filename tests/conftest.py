@@ -43,7 +43,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 LONGEST = (
     "models/test_smollm2.py",
     "system/test_peers.py",
-    "run/test_runner.py",
+    "run/test_lifecycle.py",
     "tpu_scripts/test_local_runs.py",
     "models/test_parity.py",
     "objective/test_loss.py",

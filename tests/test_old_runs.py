@@ -31,7 +31,7 @@ from echo_jax.rollout.transcripts import show
 from echo_jax.run.build import build
 from echo_jax.run.evaluator import evaluate
 from echo_jax.run.exporter import export
-from echo_jax.run.runner import train
+from echo_jax.run.lifecycle import train
 
 workdir, output, fields = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 config = tiny.get_config()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from echo_jax.learner.checkpoint import Checkpointer, fingerprint
+from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, fingerprint
 from echo_jax.learner.learner import Learner
 from echo_jax.learner.step import TrainState
 from echo_jax.models import lora
@@ -63,6 +63,11 @@ def restore(checkpointer: Checkpointer, learner: Learner, source: Source | None,
     state, saved = checkpointer.restore(learner.abstract_state())
     frozen = {}
     if learner.model_config.lora.rank:
+        if "frozen" not in saved:
+            raise CheckpointError(
+                f"the checkpoint of step {saved['step']} is of an earlier version, which kept no fingerprint of the frozen "
+                "weights; choose a new --workdir"
+            )
         frozen = begin(learner, None)[1] if source is None else _published(learner, source, quiet)
     # Checkpoints from before adapters existed have no entry for frozen parameters: there were none.
     if fingerprint(frozen) != saved.get("frozen", ""):

@@ -20,7 +20,7 @@ from echo_jax.rollout.engine import Engine
 from echo_jax.rollout.summary import Summary, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
-from echo_jax.run.joint import JointCollector
+from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_workdir
 from echo_jax.tasks.task import Task
 

@@ -1,7 +1,7 @@
 """One run: a warm start on scripted demonstrations, then ECHO on its own rollouts.
 
 In: the parts of a run, and its workdir, which may hold an unfinished run. Out: the workdir's metrics, rollouts and
-checkpoints. The caller, runner.py, claims the workdir and handles signals.
+checkpoints. The caller, lifecycle.py, claims the workdir and handles signals.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from echo_jax.rollout.summary import rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.evaluator import Evaluator
-from echo_jax.run.joint import JointCollector
+from echo_jax.run.joint_collector import JointCollector
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import MetricsWriter
 from echo_jax.system.profiler import Profiler

@@ -24,7 +24,7 @@ from echo_jax.models.sources import SINGLE, WeightsError
 from echo_jax.run.build import build
 from echo_jax.run.evaluator import Evaluator
 from echo_jax.run.exporter import ExportError, complete, export
-from echo_jax.run.runner import train
+from echo_jax.run.lifecycle import train
 from echo_jax.system.metrics import read_metrics
 from echo_jax.tokenizer import TokenizerError
 
@@ -184,6 +184,13 @@ def test_a_checkpoint_without_a_fingerprint_is_refused(adapted, monkeypatch):
         restored(config, workdir)
 
 
+def test_a_checkpoint_from_before_adapters_existed_is_read(monkeypatch):
+    plain = Checkpointer.restore
+    monkeypatch.setattr(Checkpointer, "restore", lambda *given: (plain(*given)[0], {"step": 32}))
+    _, found = restored(tiny.get_config(), ROOT / "tests" / "fixtures" / "workdirs" / "tiny")
+    assert (found.step, found.frozen) == (32, {})
+
+
 def test_adapters_of_random_weights_are_no_export(tmp_path):
     config = tiny.get_config()
     config.lora.rank = 2
@@ -278,7 +285,7 @@ def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
         build(small(weights, **{"tokenizer.path": other}))
     (weights / "tokenizer.model").unlink()
     build(small(weights, **{"tokenizer.path": str(own)}))
-    with pytest.raises(TokenizerError, match=rf"{weights} has no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(TokenizerError, match=rf"{weights} has neither tokenizer\.json nor tokenizer\.model"):
         build(small(weights))
 
 

@@ -12,7 +12,7 @@ from echo_jax.models.sources import SINGLE, open_source
 from echo_jax.roles import Role
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.run.exporter import export
-from echo_jax.run.runner import train
+from echo_jax.run.lifecycle import train
 from echo_jax.system.metrics import read_metrics
 
 

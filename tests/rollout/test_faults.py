@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from configs import tiny
-from echo_jax.run import runner
+from echo_jax.run import lifecycle
 from echo_jax.system.metrics import read_metrics
 from echo_jax.tools.sandbox import Sandbox, Status
 from echo_jax.tools.shell import Bash
@@ -23,7 +23,7 @@ def faulty_run(tmp_path_factory):
     """Returns (config, metrics of the RL steps, faults injected by kind)."""
     injected = collections.Counter()
     lock, numbers, faulty = threading.Lock(), itertools.count(), threading.Event()
-    run_bash, make_rollouts = Bash.run, runner.Trainer._rollouts
+    run_bash, make_rollouts = Bash.run, lifecycle.Trainer._rollouts
 
     def run(self, world: Sandbox, arguments):
         if not faulty.is_set():  # the warm start and the evaluations
@@ -56,8 +56,8 @@ def faulty_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("faulty") / "w"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bash, "run", run)
-        patch.setattr(runner.Trainer, "_rollouts", rollouts)
-        assert runner.train(config, workdir) == 0
+        patch.setattr(lifecycle.Trainer, "_rollouts", rollouts)
+        assert lifecycle.train(config, workdir) == 0
     return config, read_metrics(workdir / "metrics.jsonl")[config.warm_start.num_steps :], injected
 
 

@@ -12,10 +12,10 @@ from echo_jax.config import load_config_file
 from echo_jax.objective.weights import weigh
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import load
-from echo_jax.run import runner
+from echo_jax.run import lifecycle
 from echo_jax.run.build import build
 from echo_jax.run.evaluator import Evaluator
-from echo_jax.run.joint import JointCollector
+from echo_jax.run.joint_collector import JointCollector
 from echo_jax.system.errors import ConfigError
 from echo_jax.system.metrics import read_metrics
 
@@ -33,7 +33,7 @@ def config(**fields):
 def finished(tmp_path_factory) -> Path:
     """The workdir of a whole run with all of them."""
     workdir = tmp_path_factory.mktemp("outside") / "run"
-    assert runner.train(config(), workdir) == 0
+    assert lifecycle.train(config(), workdir) == 0
     return workdir
 
 

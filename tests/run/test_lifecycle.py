@@ -24,7 +24,7 @@ from echo_jax.roles import ENVIRONMENT_CLASSES, Role
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.collector import Collector, Job
 from echo_jax.run import build as build_lib
-from echo_jax.run import runner
+from echo_jax.run import lifecycle
 from echo_jax.run import workdir as workdir_lib
 from echo_jax.run.build import build
 from echo_jax.system import metric_table
@@ -315,7 +315,7 @@ def retrained(tmp_path, **fields) -> tuple[list[dict], list]:
         patch.setattr(
             Collector, "rollouts", lambda self, jobs, *a, **k: sampled.append(jobs) or original(self, jobs, *a, **k)
         )
-        assert runner.train(config, tmp_path / "w") == 0
+        assert lifecycle.train(config, tmp_path / "w") == 0
     return read_metrics(tmp_path / "w" / "metrics.jsonl"), sampled
 
 
@@ -376,7 +376,7 @@ def test_rollouts_that_cannot_be_trained_on_are_refused_before_any_work(finished
     config = tiny.get_config()
     config.update_from_flattened_dict({field: str(finished / "rollouts" / f"{file}.jsonl.gz")})
     with pytest.raises(ValueError, match=named):
-        runner.train(config, tmp_path / "w")
+        lifecycle.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
@@ -420,7 +420,7 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_on(finished, tmp_path):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"checkpoints/34.*delete") as error:
-        runner.train(tiny.get_config(), workdir)
+        lifecycle.train(tiny.get_config(), workdir)
     assert "step 30" in str(error.value)
     assert len(read_metrics(workdir / "metrics.jsonl")) == 34
 
@@ -430,7 +430,7 @@ def test_without_a_sandbox_nothing_starts(tmp_path, monkeypatch):
     sandbox._accepted.cache_clear()
     try:
         with pytest.raises(sandbox.SandboxUnavailable, match="apt install bubblewrap"):
-            runner.train(tiny.get_config(), tmp_path / "w")
+            lifecycle.train(tiny.get_config(), tmp_path / "w")
     finally:
         sandbox._accepted.cache_clear()
     assert not (tmp_path / "w").exists()
@@ -455,7 +455,7 @@ def test_a_value_that_cannot_work_is_named_before_any_work(field, value, tmp_pat
     config = tiny.get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=str(value)):
-        runner.train(config, tmp_path / "w")
+        lifecycle.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 
@@ -500,7 +500,7 @@ def test_a_run_of_another_owner_is_left_alone(tmp_path):
     with pytest.raises(workdir_lib.Taken, match="belongs to the owner 'pod-a', not to 'pod-b'"):
         workdir_lib.claim_for("pod-b", workdir)
     status, output = finish(start(workdir, "--owner=pod-b"))
-    assert status == runner.TAKEN == 69
+    assert status == lifecycle.TAKEN == 69
     assert f"delete {workdir}/owner" in output
     assert "Traceback" not in output
     assert not (workdir / "metrics.jsonl").exists()
@@ -511,7 +511,7 @@ def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
     workdir_lib.claim_workdir(tiny.get_config(), workdir)
     with workdir_lib.only_process_in(workdir):
         status, output = finish(start(workdir))
-    assert status == runner.TAKEN
+    assert status == lifecycle.TAKEN
     assert f"another process is training in {workdir}" in output
     assert "Traceback" not in output
     assert not (workdir / "metrics.jsonl").exists()
@@ -532,7 +532,7 @@ def recorded_run(tmp_path_factory):
     """A run in this process over a 2 × 2 × 2 mesh."""
     compiled, jobs = [], []
     trainer = None
-    original = runner.Trainer.__init__
+    original = lifecycle.Trainer.__init__
 
     def remember(self, *arguments):
         nonlocal trainer
@@ -565,7 +565,7 @@ def recorded_run(tmp_path_factory):
     recording = _recording(config, "", reads)
     jax.monitoring.register_event_duration_secs_listener(on_event)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Trainer, "__init__", remember)
+        patch.setattr(lifecycle.Trainer, "__init__", remember)
         patch.setattr(Collector, "rollouts", remember_jobs)
         # These two read every leaf, to write config.json and to check values: that does not count as use.
         flat, validate = _on(config, config_lib.flat), _on(config, build_lib.validate)
@@ -574,7 +574,7 @@ def recorded_run(tmp_path_factory):
         patch.setattr(build_lib, "validate", validate)
         workdir = tmp_path_factory.mktemp("recorded") / "w"
         with build_lib.start_peers(recording) as peers:
-            assert runner.train(recording, workdir, peers=peers) == 0
+            assert lifecycle.train(recording, workdir, peers=peers) == 0
     jax.monitoring.clear_event_listeners()
     return Recorded(config, reads, compiled, jobs, workdir)
 

@@ -6,7 +6,7 @@ import pytest
 from synthetic import make_trajectory
 
 from echo_jax.rollout.collector import Interrupted, RolloutError
-from echo_jax.run.joint import JointCollector
+from echo_jax.run.joint_collector import JointCollector
 from echo_jax.system.peers import Peers
 
 

@@ -65,7 +65,7 @@ def restore(checkpointer: Checkpointer, learner: Learner, source: Source | None,
     if learner.model_config.lora.rank:
         if "frozen" not in saved:
             raise CheckpointError(
-                f"the checkpoint of step {saved['step']} is of an earlier version, which kept no fingerprint of the frozen "
+                f"the checkpoint of step {saved['step']} is of an earlier version, which kept no fingerprint of frozen "
                 "weights; choose a new --workdir"
             )
         frozen = begin(learner, None)[1] if source is None else _published(learner, source, quiet)

@@ -139,7 +139,7 @@ def test_adapters_of_other_weights_are_refused(adapted, weights, tmp_path):
 def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
     config, workdir = adapted
     said = export(config, workdir, tmp_path / "merged", dtype="bfloat16", adapter=False)
-    assert said == f"step 5 of {workdir} is in {tmp_path / 'merged'}"
+    assert said == f"wrote step 5 of {workdir} to {tmp_path / 'merged'}"
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", SINGLE, "tokenizer.model"} == names
     modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir() if path.name != "tokenizer.model"}
@@ -311,5 +311,5 @@ def test_weights_that_cannot_be_used_are_one_message(tmp_path, weights, message)
 
 def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):
     weights = resized(published(tmp_path / "model", tiny.get_config()), 1000)
-    with pytest.raises(WeightsError, match=r"embed_tokens\.weight has 1000 rows, the tokenizer .* has 1280 pieces"):
+    with pytest.raises(WeightsError, match=r"embed_tokens\.weight has 1000 rows, but the tokenizer .* has 1280 pieces"):
         build(small(weights))

@@ -51,9 +51,7 @@ def conversations(grammar: str, *, spelled: bool, most_calls: int = 3, count: in
     def text():
         chosen = [*rng.choice(BODIES, 2), *(rng.choice(SPELLED, 2) if spelled else ())]
         text = "".join(rng.permutation(chosen))
-        return (
-            f"so {text} it is" if spelled else text
-        )  # text on both sides: a token at the end of a body might merge with its successor
+        return f"so {text} it is" if spelled else text  # plain text at both ends, where tokens might merge
 
     def turn():
         calls = [

@@ -1,6 +1,6 @@
 """Three updates on recorded trajectories, with any number of processes and devices.
 
-For each mesh: loss, gradients and parameters, which are to be the same for all of them.
+For each mesh: loss, gradients and parameters, which must be equal for all of them.
 """
 
 import dataclasses

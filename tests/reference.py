@@ -1,8 +1,8 @@
 """The papers' equations in float64 numpy, written as loops over sequences: no packing, no masks, no JAX.
 
 It shares no code with the package and reads trajectories by their plain fields (roles as numbers). A sequence's logits
-come from outside; everything after them is here, gradient by logits included, so that a test can push it through the
-model. Roles: 3 action, 4 body, 5 boilerplate, 6 truncation, 7 feedback, 8 warning.
+are an input; everything after them is computed here, including the gradient by the logits, which a test can
+backpropagate through the model. Roles: 3 action, 4 body, 5 boilerplate, 6 truncation, 7 feedback, 8 warning.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Runs of an earlier version resume in a later one with an additional field, tool, role and metric.
 
-The later version is made here, from a copy of the package: what was numbered is numbered anew, so that whatever is read
-by number and not by name shows.
+This module makes the later version from a copy of the package and renumbers everything numbered, so that reading
+anything by number instead of by name shows.
 """
 
 import json

@@ -98,9 +98,7 @@ def test_run_with_adapters_trains_and_saves_only_them(adapted, weights):
     assert last["policy/sampler_gap_max"] < 1e-4  # the sampler has the adapters too
     assert last["train/gradient_norm"] > 0
     divergences = [record.get("policy/reference_kl") for record in read_metrics(workdir / "metrics.jsonl")]
-    assert divergences[3] == pytest.approx(
-        0.0, abs=1e-9
-    )  # the first RL step starts at the reference, adapters included
+    assert divergences[3] == pytest.approx(0.0, abs=1e-9)  # RL starts at the reference, adapters included
 
 
 def test_stopped_run_with_adapters_resumes_exactly(adapted, tmp_path):

@@ -1,8 +1,8 @@
 """The packed, micro-batched, sharded loss and its gradient equal the papers' equations written out in float64.
 
-Seen to fail when broken on purpose: |O'| for |O| in one normaliser; class weights left out of the numerator or put
-into a denominator; one denominator for both terms; the shared prefix of a branch trained twice; one clip bound for the
-other; the ratio taken to the sampler where old log-probs are given; the importance weight on observations too.
+Seen to fail when broken on purpose: |O'| for |O| in one normaliser; class weights missing in the numerator or put into
+a denominator; one denominator for both terms; the shared prefix of a branch trained twice; the two clip bounds swapped;
+the ratio to the sampler although old log-probs are given; the importance weight on observations too.
 """
 
 import dataclasses

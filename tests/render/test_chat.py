@@ -175,7 +175,7 @@ def test_each_parts_tokens_have_its_role(renderer, format, parts):
     if format == "template" and len(parts) == 1 and parts[0].role == Role.OBSERVATION and parts[0].text.strip():
         assert normal(said.lstrip()).startswith(
             normal(parts[0].text.lstrip())
-        )  # an initial newline merges with the one before it
+        )  # a first newline joins the token before it
     order = [r for r in rendered.roles if r != Role.SCAFFOLD]
     stretches = [r for k, r in enumerate(order) if k == 0 or order[k - 1] != r]
     wanted = [p.role for p in parts if p.text or p.role != Role.OBSERVATION]

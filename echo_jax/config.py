@@ -105,7 +105,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout = ml_collections.ConfigDict()
     c.rollout.groups = 8  # tasks per step
     c.rollout.group_size = 8  # rollouts per task
-    c.rollout.max_turns = 3  # of one rollout
+    c.rollout.max_turns = 3
     c.rollout.max_tokens = 96  # of a whole rollout, prompt and tool output included
     c.rollout.max_turn_tokens = 24  # sampled in one turn
     c.rollout.warn_last_turn = False  # tell the agent when its last turn comes

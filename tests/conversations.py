@@ -1,4 +1,4 @@
-"""Conversations with tools, as messages that templates render at once and as the steps of an episode."""
+"""Conversations with tools, as messages for templates and as the steps of an episode."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ BODIES = (
 class Conversation:
     system: str
     prompt: str
-    turns: tuple[tuple[str, tuple[str, ...]], ...]  # what the agent wrote, and the answers to it
+    turns: tuple[tuple[str, tuple[str, ...]], ...]  # (the agent's text, its answers)
 
     def messages(self) -> list[dict]:
         found = [{"role": "system", "content": self.system}] if self.system else []
@@ -33,7 +33,7 @@ class Conversation:
         return found
 
     def rendered(self, renderer: Renderer) -> Rendered:
-        """What an episode makes of it, up to the prompt of the next turn."""
+        """Returns the conversation as an episode renders it, up to the prompt of the next turn."""
         made = renderer.prompt(self.prompt, TOOLS) + renderer.generation_prompt()
         for said, answers in self.turns:
             made += renderer.action(said)
@@ -45,13 +45,13 @@ class Conversation:
 
 
 def conversations(grammar: str, *, spelled: bool, most_calls: int = 3, count: int = 30) -> list[Conversation]:
-    """Returns different conversations; with `spelled`, in all of which somebody spells special tokens."""
+    """Returns different conversations; with `spelled`, each spells special tokens somewhere."""
     rng = np.random.default_rng(0)
 
     def text():
         chosen = [*rng.choice(BODIES, 2), *(rng.choice(SPELLED, 2) if spelled else ())]
         text = "".join(rng.permutation(chosen))
-        return f"so {text} it is" if spelled else text  # a token that ends a body would merge with what follows, or not
+        return f"so {text} it is" if spelled else text  # plain text at both ends, where tokens might merge
 
     def turn():
         calls = [

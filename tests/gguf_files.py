@@ -30,7 +30,7 @@ def write_model(
     keys: Mapping[str, Any] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes the weights that a folder has as safetensors, with other `keys` and `more` tensors."""
+    """Writes the safetensors weights of a folder as GGUF, with the given `keys` replaced and `more` tensors added."""
     family = family_of(config)
     writer = gguf.GGUFWriter(path, family)
     said = {
@@ -60,7 +60,7 @@ def write_model(
         stem, _, kind = name.rpartition(".")
         layer, _, own = stem.removeprefix("model.layers.").partition(".")
         short = NAMES[own if layer.isdigit() else stem]
-        if short in heads:  # halves of a head that rotate together stand side by side
+        if short in heads:  # entries of a head that rotate together are adjacent
             split = values.reshape(heads[short], 2, -1, values.shape[-1])
             values = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
         writer.add_tensor(f"blk.{layer}.{short}.{kind}" if layer.isdigit() else f"{short}.{kind}", values)
@@ -70,7 +70,7 @@ def write_model(
 
 
 def write_tokenizer(path: Path, tokenizer: BytePairs, definition: Mapping[str, Any], *, pre: str, unused: int) -> Path:
-    """Writes the lists of a tokenizer, of which `definition` is the tokenizer.json, and unused entries behind them."""
+    """Writes the lists of a tokenizer, whose tokenizer.json is `definition`, followed by unused entries."""
     writer = gguf.GGUFWriter(path, "llama")
     special = {a["content"]: a["special"] for a in definition["added_tokens"]}
     names = sorted(tokenizer.vocabulary, key=tokenizer.vocabulary.__getitem__)

@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers in the files of published models, with their special tokens and ways to cut words."""
+"""Small byte-level BPE tokenizers in the files of published models, with their special tokens and word splitting."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ CHATML = (
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# kind -> (special tokens, tokens that are text to a reader, end of a turn)
+# kind -> (special tokens, added tokens that decode as text, end of a turn)
 KINDS = {
     "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], "<|im_end|>"),
     "qwen3": (

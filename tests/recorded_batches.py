@@ -1,6 +1,6 @@
-"""Three updates on recorded trajectories, by however many processes and devices there are.
+"""Three updates on recorded trajectories, with any number of processes and devices.
 
-For each mesh: loss, gradients and parameters, which are to be the same for all of them.
+For each mesh: loss, gradients and parameters, which must be equal for all of them.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from echo_jax.system.sharding import make_mesh, processes_of, replicated
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2))
 ROWS, LENGTH, MICRO_BATCHES = 8, 48, 4
-# Every rule that looks beyond one rollout: uncertain turns of the update, rewards of a group, repetitions in it.
+# All rules that look beyond one rollout: uncertain turns of the update, rewards of a group, repetitions in it.
 OBJECTIVE = dataclasses.replace(
     ECHO, selection=Selection(top_entropy=0.6, dedupe=True), reward_adaptive=True, observation_weight=0.5
 )
@@ -33,7 +33,7 @@ OBJECTIVE = dataclasses.replace(
 def three_updates(mesh, peers: Peers) -> dict[str, np.ndarray]:
     """Returns loss and gradients of the first update, and the parameters after three of plain gradient descent."""
     recorded = varied()
-    # Uneven, and groups are split: rollouts 1 and 7 for process 1, all else for process 0.
+    # Uneven, and splits groups: process 1 gets rollouts 1 and 7, process 0 all others.
     own = recorded if peers.count == 1 else [t for t in recorded if (t.rollout in (1, 7)) == (peers.index == 1)]
     weights = weigh(own, advantages_of(own, pool=peers.join), OBJECTIVE, peers.join)
     rows = ROWS // processes_of(mesh)

@@ -1,8 +1,8 @@
 """The papers' equations in float64 numpy, written as loops over sequences: no packing, no masks, no JAX.
 
 It shares no code with the package and reads trajectories by their plain fields (roles as numbers). A sequence's logits
-come from outside; everything after them is here, gradient by logits included, so that a test can push it through the
-model. Roles: 3 action, 4 body, 5 boilerplate, 6 truncation, 7 feedback, 8 warning.
+are an input; everything after them is computed here, including the gradient by the logits, which a test can
+backpropagate through the model. Roles: 3 action, 4 body, 5 boilerplate, 6 truncation, 7 feedback, 8 warning.
 """
 
 import numpy as np
@@ -17,7 +17,8 @@ def log_softmax(logits):
 
 
 def advantages(trajectories, estimator):
-    """One number a trajectory: GRPO, Dr. GRPO, RLOO or the plain reward; a rollout's branches are one sample."""
+    """Returns one number per trajectory: GRPO, Dr. GRPO, RLOO or the plain reward; a rollout's branches are one
+    sample."""
     result = []
     for t in trajectories:
         rewards = {o.rollout: o.reward for o in trajectories if o.group == t.group and o.scored}
@@ -37,7 +38,7 @@ def advantages(trajectories, estimator):
 
 
 def surrogate(policy, ratio, logp, advantage, low, high, dual):
-    """(loss, d loss / d log p) of one token or, for GSPO, of one sequence ratio."""
+    """Returns (loss, d loss / d log p) of one token or, for GSPO, of one sequence ratio."""
     if policy == "imitation":
         return -logp, -1.0
     if policy in ("rloo", "reinforce"):
@@ -53,7 +54,7 @@ def surrogate(policy, ratio, logp, advantage, low, high, dual):
 
 
 def kl(estimator, logp, reference):
-    """(estimate, d / d log p)"""
+    """Returns (estimate, d estimate / d log p)."""
     if estimator == "k1":
         return logp - reference, 1.0
     if estimator == "k2":
@@ -90,8 +91,8 @@ def loss(
 
     Args:
       logits: float64 [T - 1, V] of each trajectory: row t scores token t + 1.
-      old: log-probs [T] of each trajectory that the ratio is taken to; the sampler's if None.
-      reference: the same for the KL.
+      old: old log-probs [T] of each trajectory, for the ratio; the sampler's if None.
+      reference: log-probs [T] of each trajectory under the reference of the KL.
     """
     gradients = [np.zeros_like(z) for z in logits]
     rollouts = []
@@ -114,13 +115,13 @@ def loss(
         return use_policy and not (zero_variance_filter and len(rewards) < 2)
 
     def score(i, p, temperature):
-        """log p of token p, and its gradient by the logits"""
+        """Returns log p of token p, and its gradient by the logits."""
         row = log_softmax(logits[i][p - 1] / temperature)
         slope = -np.exp(row)
         slope[trajectories[i].ids[p]] += 1.0
         return row[trajectories[i].ids[p]], slope / temperature
 
-    # The policy term: a list of (coefficient, trajectory, place), the coefficient without the batch's denominator.
+    # The policy term: a list of (coefficient, trajectory, position), without the batch's denominator.
     all_advantages = advantages(trajectories, advantage)
     total, denominator, parts = 0.0, 0.0, []
     for rollout in rollouts:
@@ -145,7 +146,7 @@ def loss(
         importance = min(np.exp(before - trajectories[i].logprob[p]), cap) if cap else 1.0
         coefficient = coefficient / denominator
         policy_term += coefficient * importance * value
-        if policy == "gspo":  # the sequence's ratio moves with each of its tokens
+        if policy == "gspo":  # the sequence's ratio depends on each of its tokens
             for q in own:
                 gradients[i][q - 1] += coefficient * importance * by_logp / len(own) * score(i, q, temperature)[1]
         else:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: how tests start them, wait for them and compare what they wrote."""
+"""Runs in separate processes: starting them, waiting for them and comparing their results."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ from echo_jax.system.metrics import read_metrics
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """That of a process of so many devices, which compiles as the tests do."""
+    """Returns the environment of a process with `devices` devices that compiles as the tests do."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def patched(patch: str, *flags: str) -> list[str]:
-    """Returns the arguments of Python for a training run with these flags in which something else happens."""
+    """Returns Python's arguments for a training run with these flags, after executing `patch`."""
     run = f"""
 import runpy, sys
 sys.argv[1:] = {list(flags)!r}
@@ -25,7 +25,7 @@ runpy.run_module("echo_jax.train", run_name="__main__", alter_sys=True)
 
 
 def after_step(step: int, deed: str, *, process: int = 0) -> str:
-    """Returns a patch: one process does something when it has made a step and all that it saved is on the disk."""
+    """Returns a patch: one process executes `deed` after a step, once everything it saved is on disk."""
     return f"""
 import os, signal
 from echo_jax.run.trainer import Trainer
@@ -40,7 +40,7 @@ Trainer._finish_step = finish_and
 
 
 def raise_signal(name: str) -> str:
-    """Returns what sends a signal to the process itself."""
+    """Returns code that sends a signal to its process."""
     return f"os.kill(os.getpid(), signal.{name})"
 
 

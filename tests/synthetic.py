@@ -44,7 +44,7 @@ ROLES = (Role.SCAFFOLD, Role.ACTION, *ENVIRONMENT_ROLES)
 def trajectory(
     rng: np.random.Generator, length: int, *, group: int = 0, rollout: int = 0, reward: float = 0.0
 ) -> Trajectory:
-    """A prompt of three tokens, then random writers; log-probs near those of an untrained model."""
+    """Returns a prompt of three tokens, then random roles; log-probs near those of an untrained model."""
     role = np.concatenate([[Role.SCAFFOLD, Role.PROMPT, Role.PROMPT], rng.choice(ROLES, length - 3)]).astype(np.int8)
     sampled = role == Role.ACTION
     return make_trajectory(
@@ -60,7 +60,7 @@ def trajectory(
 
 
 def make_trajectory(ids, role=None, **fields) -> Trajectory:
-    """A trajectory of these tokens; what is not said is plain."""
+    """Returns a trajectory of these tokens, with defaults for all other fields."""
     role = np.full(len(ids), Role.PROMPT) if role is None else role
     arrays = {"ids": ids, "role": role} | {name: np.zeros(len(ids)) for name in ("tool", "logprob", "entropy")}
     plain = dict(
@@ -83,7 +83,7 @@ def trajectories(seed: int, count: int = 7, longest: int = 30) -> list[Trajector
 
 
 def varied(seed: int = 0) -> list[Trajectory]:
-    """Every case that an objective has to get right, with log-probs that a clip of 0.2 takes some of.
+    """Returns every case that an objective must handle; a clip of 0.2 affects some of the log-probs.
 
     Rollouts with no, one and many observations; without actions; ended by a budget; an all-fail group; one that was not
     scored; and rollout 8, in three branches that share its first 9 and 12 tokens.
@@ -124,7 +124,7 @@ def gradient(
 ):
     """Returns (metric sums, gradients, parameters) of one update over packed trajectories.
 
-    `old` and `reference`: log-probs of each trajectory [T] that the ratio and the KL are taken to.
+    `old` and `reference`: log-probs [T] of each trajectory under the old policy of the ratio and the KL's reference.
     """
     mesh = mesh or MESH
     _, params = initial(config, mesh)
@@ -150,13 +150,13 @@ def gradient(
 
 @functools.cache
 def initial(config, mesh):
-    """`init_params`, once a configuration."""
+    """Returns `init_params`, cached per configuration."""
     return init_params(config, 0, mesh)
 
 
 @functools.cache
 def _jitted(config, mesh, options):
-    """One function a configuration, so that tests share its compilations."""
+    """Returns one function per configuration, so that tests share compilations."""
     graphdef, _ = abstract_params(config, mesh)
     return jax.jit(lambda params, batch: loss_and_grads(graphdef, params, {}, batch, mesh, options))
 

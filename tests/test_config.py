@@ -46,8 +46,8 @@ def test_an_ablation_differs_from_its_base_in_one_declared_place(name, base, var
     assert len({tuple(run.items()) for run in runs}) == len(runs)
 
 
-def test_a_released_default_does_not_change():
-    """A run made before a field existed goes on with its default, so a default is a promise."""
+def test_released_default_does_not_change():
+    """A run from before a field existed resumes with its default, so a default must not change."""
     released = json.loads((Path(__file__).parent / "fixtures" / "released_defaults.json").read_text())
     today = json.loads(json.dumps(flat(default_config())))
     assert {name: today.get(name) for name in released} == released
@@ -61,21 +61,21 @@ def test_a_workdir_from_before_a_field_existed_is_the_same_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     claim_workdir(config, tmp_path)
     config.loss.kl_weight = 0.5
-    with pytest.raises(ConfigError, match=r"loss.kl_weight: there 0.0, here 0.5"):
+    with pytest.raises(ConfigError, match=r"loss.kl_weight: the run has 0.0, this config 0.5"):
         claim_workdir(config, tmp_path)
 
 
-def test_an_entry_that_a_recorded_mixture_lacks_is_no_field_that_came_later(tmp_path):
+def test_entry_missing_from_a_recorded_mixture_is_not_filled_in(tmp_path):
     config = default_config()
     config.task.mixture = {"maze": 1.0}
     claim_workdir(config, tmp_path)
     claim_workdir(config, tmp_path)
     config.task.mixture = {"maze": 1.0, "lookup": 1.0}
-    with pytest.raises(ConfigError, match=r"task.mixture.lookup: there '\(no such field\)', here 1.0"):
+    with pytest.raises(ConfigError, match=r"task.mixture.lookup: the run has '\(no such field\)', this config 1.0"):
         claim_workdir(config, tmp_path)
 
 
-def test_a_section_for_an_entry_of_the_mixture_needs_no_unlocking():
+def test_section_for_a_mixture_entry_needs_no_unlocking():
     config = default_config()
     config.task.sums = {"family": "somewhere:SumFamily", "numbers": 0}
     config.task.mixture = {"sums": 1.0}
@@ -84,7 +84,7 @@ def test_a_section_for_an_entry_of_the_mixture_needs_no_unlocking():
         config.task.lookup.wrods = 3
 
 
-def test_a_field_that_does_not_exist_cannot_be_set():
+def test_unknown_field_cannot_be_set():
     with pytest.raises((AttributeError, KeyError), match="observation_weight"):
         default_config().loss.observation_wieght = 1.0
 
@@ -146,14 +146,14 @@ def test_a_bad_value_is_named(field, value, named):
         validate(config)
 
 
-def test_a_hyperparameter_that_is_set_twice_is_an_error():
+def test_hyperparameter_set_twice_is_an_error():
     config = default_config()
     config.loss.clip_low, config.loss.policy_options = 0.1, {"clip_low": 0.2}
     with pytest.raises(ConfigError, match="sets clip_low twice"):
         validate(config)
 
 
-def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices():
+def test_misspelt_class_or_tool_is_named_with_the_choices():
     config = default_config()
     config.loss.class_weights = {"bodi": 1.0}
     with pytest.raises(ConfigError, match=r"class_weights\.bodi.*choose from body, boilerplate, truncation, feedback"):
@@ -173,7 +173,7 @@ def test_a_misspelt_class_or_tool_in_a_config_file_is_named_with_the_choices():
         ({"policy": "rloo", "clip_low": 0.1}, "clip_low = 0.1, but .*'rloo' takes no hyperparameter"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_an_error(fields, named):
+def test_option_without_effect_is_an_error(fields, named):
     config = default_config()
     config.update_from_flattened_dict({f"loss.{name}": value for name, value in fields.items()})
     with pytest.raises(ConfigError, match=named):
@@ -224,33 +224,33 @@ def test_an_option_that_would_do_nothing_is_an_error(fields, named):
         ),
     ],
 )
-def test_an_option_of_a_model_that_would_do_nothing_is_an_error(fields, named):
+def test_model_option_without_effect_is_an_error(fields, named):
     config = default_config()
     config.update_from_flattened_dict(fields)
     with pytest.raises(ConfigError, match=named):
         validate(config)
 
 
-def test_whole_numbers_are_weights_too():
+def test_weights_may_be_integers():
     config = default_config()
     config.loss.class_weights = {"body": 1, "boilerplate": 0}
     config.loss.tool_weights = {"bash": 0}
     validate(config)
 
 
-def test_weights_may_be_given_for_some_classes_and_tools_only():
+def test_weights_may_be_given_for_only_some_classes_and_tools():
     config = default_config()
     config.loss.class_weights = {"body": 1.0}
     config.loss.tool_weights = {"bash": 0.5}
     validate(config)
 
 
-def test_a_workdir_takes_only_its_own_config(tmp_path):
+def test_workdir_accepts_only_its_config(tmp_path):
     config = default_config()
     claim_workdir(config, tmp_path / "w")
     claim_workdir(config, tmp_path / "w")
     config.seed = 5
-    with pytest.raises(ConfigError, match="seed: there 0, here 5"):
+    with pytest.raises(ConfigError, match="seed: the run has 0, this config 5"):
         claim_workdir(config, tmp_path / "w")
 
 
@@ -266,7 +266,7 @@ def test_a_run_may_move_to_other_machines(tmp_path):
     assert "mesh" not in str(error.value)
 
 
-def test_a_damaged_config_record_is_an_error_that_says_so(tmp_path):
+def test_damaged_config_json_is_reported(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(ConfigError, match=r"config\.json"):
         claim_workdir(default_config(), tmp_path)

@@ -1,4 +1,4 @@
-"""Code reads in one direction: a folder imports only folders before it, and programs hold flags and `main` alone."""
+"""Code reads in one direction: a folder imports only folders before it, and programs hold only flags and `main`."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "echo_jax"
 
-# What lies in the package, in the order of the data's way; each may import those before it. Within a folder anything
-# goes.
+# The parts of the package in the order of the data flow; each may import those before it. Within a folder any import is
+# allowed.
 ORDER = [
     "__init__",
     "roles",
@@ -30,7 +30,7 @@ RANK = {name: rank for rank, name in enumerate(ORDER)} | dict.fromkeys(PROGRAMS,
 
 
 def unit(path: Path) -> str:
-    """Returns the file's name in RANK: a folder counts as one, but for a program in it."""
+    """Returns the file's name in RANK: that of its folder, unless it is a program."""
     if path.name == "__main__.py":
         return f"{path.parent.name}.__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -58,17 +58,17 @@ def test_imports_point_down(path):
         assert imported == own or RANK[imported] < RANK[own], f"{own} imports {imported}"
 
 
-def test_every_file_has_a_rank_and_every_rank_a_file():
+def test_files_and_ranks_match():
     assert {unit(path) for path in FILES} == set(RANK)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if unit(path) in PROGRAMS], ids=unit)
-def test_a_program_holds_flags_and_main_alone(path):
+def test_program_holds_only_flags_and_main(path):
     functions = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     assert functions == ["main"]
 
 
 @pytest.mark.parametrize("folder", sorted({p.parent for p in FILES}), ids=lambda p: str(p.relative_to(PACKAGE.parent)))
-def test_every_folder_says_what_comes_in_and_goes_out(folder):
+def test_every_folder_states_its_input_and_output(folder):
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     assert folder == PACKAGE or ("In: " in docstring and "Out: " in docstring)

@@ -1,7 +1,7 @@
-"""Runs of an earlier version go on in a later one that has a field, a tool, a role and a metric more.
+"""Runs of an earlier version resume in a later one with an additional field, tool, role and metric.
 
-The later version is made here, from a copy of the package: what was numbered is numbered anew, so that whatever is read
-by number and not by name shows.
+This module makes the later version from a copy of the package and renumbers everything numbered, so that reading
+anything by number instead of by name shows.
 """
 
 import json
@@ -16,10 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WORKDIRS = ROOT / "tests" / "fixtures" / "workdirs"
-WEIGHTS = "tests/fixtures/weights"  # as the run names them
+WEIGHTS = "tests/fixtures/weights"  # the path in the run's config
 FIELDS = {"tiny": {}, "adapters": {"model.weights": WEIGHTS, "lora.rank": 2, "lora.targets": ("query", "value")}}
 
-# What a user does with a run, in one process.
+# Everything a user does with a run, in one process.
 PROGRAMS = """
 import json, sys
 from pathlib import Path
@@ -52,7 +52,7 @@ print("FOUND", json.dumps(found))
 
 @pytest.fixture(scope="module")
 def later(tmp_path_factory) -> Path:
-    """A checkout of the later version."""
+    """Returns a checkout of the later version."""
     root = tmp_path_factory.mktemp("later")
     for folder in ("echo_jax", "configs"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -75,7 +75,7 @@ def later(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("adapters", marks=pytest.mark.variant)])
-def test_an_old_run_resumes_and_is_evaluated_viewed_and_exported(name, later, tmp_path):
+def test_old_run_can_be_resumed_evaluated_viewed_and_exported(name, later, tmp_path):
     workdir, output = tmp_path / "run", tmp_path / "exported"
     shutil.copytree(WORKDIRS / name, workdir)
     before = (workdir / "metrics.jsonl").read_bytes()
@@ -99,7 +99,7 @@ def test_an_old_run_resumes_and_is_evaluated_viewed_and_exported(name, later, tm
     found = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("FOUND "))[6:])
     assert found["evaluated"]["step"] == 34
     assert {"step_000031.jsonl.gz", "step_000034.jsonl.gz", "demonstrations.jsonl.gz"} <= found.keys()
-    for file, of in (("step_000031.jsonl.gz", 30), ("step_000034.jsonl.gz", 33)):  # saved before, and now
+    for file, of in (("step_000031.jsonl.gz", 30), ("step_000034.jsonl.gz", 33)):  # saved by the old run, and now
         for roles, tools, versions in zip(*found[file], strict=True):
             assert roles[:2] == ["SCAFFOLD", "PROMPT"]
             assert "USER" not in roles

@@ -1,4 +1,4 @@
-"""What the package gives to those who bring their own trainer, and what its import does: nothing."""
+"""The package's exports, for use in other trainers; importing it has no side effects."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def test_importing_the_package_loads_nothing_and_each_name_only_what_it_needs():
     assert not {name for name in all_names if name.startswith(("echo_jax.tools", "echo_jax.tasks", "echo_jax.run."))}
 
 
-def test_a_name_that_the_package_lacks_is_named_with_those_it_has():
+def test_unknown_name_is_reported_with_the_available_ones():
     import echo_jax
 
     assert {"Role", "echo_loss", "fused_logprobs", "pack"} <= set(dir(echo_jax))
@@ -45,8 +45,8 @@ def test_compiling_ahead_of_time_loads_no_task_tool_or_collector():
 
 
 def test_importing_any_module_touches_no_device():
-    """JAX makes its backends when a device is first asked for, and only then."""
-    modules = [name for name in MODULES if not name.endswith("supervisor")]  # which runs inside the sandbox
+    """JAX creates its backends only when a device is first requested."""
+    modules = [name for name in MODULES if not name.endswith("supervisor")]  # it runs inside the sandbox
     code = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in modules)
     code += "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
     assert "echo_jax.run.trainer" in loaded_by(code)

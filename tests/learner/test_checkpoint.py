@@ -29,7 +29,8 @@ def make_mesh(data: int, tensor: int) -> jax.sharding.Mesh:
 
 
 def make_state(seed: int = 0, mesh: jax.sharding.Mesh | None = None) -> dict:
-    """What a run saves: parameters, an optax state with its empty containers, a count, a typed key, odd dtypes."""
+    """Returns what a run saves: parameters, an optax state with its empty containers, a count, a typed key, odd
+    dtypes."""
     normal = jax.random.normal
     params = {
         "embed": normal(jax.random.key(seed), (64, 16), jnp.bfloat16),
@@ -80,7 +81,7 @@ def saved(directory: Path, *steps: int, keep: int = 2) -> dict:
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 1)])
-def test_state_comes_back_bit_for_bit_on_any_mesh(tmp_path: Path, shape: tuple[int, int]):
+def test_state_is_restored_bit_for_bit_on_any_mesh(tmp_path: Path, shape: tuple[int, int]):
     metadata = {"step": 7, "config": "d1ge5t", "policy_version": 3, "stream": {"next": [1, 2.5, None]}}
     state = make_state()
     mesh = make_mesh(*shape)
@@ -117,7 +118,7 @@ def test_newest_are_kept_and_any_of_them_can_be_restored(tmp_path: Path):
             checkpointer.restore(abstract(state), step=10)
 
 
-def test_reading_leaves_the_disk_as_it_is(tmp_path: Path):
+def test_reading_does_not_change_the_disk(tmp_path: Path):
     half_written = tmp_path / "30.orbax-checkpoint-tmp"
     half_written.mkdir()
     with Checkpointer(tmp_path / "new") as checkpointer:
@@ -169,10 +170,10 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-# Reads that orbax leaves behind when one of them fails complain of their event loop; let them do so within this test.
+# When one read of orbax fails, its abandoned reads report a closed event loop; let them do so within this test.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_reported_with_the_folder_and_the_way_out(tmp_path: Path, two_checkpoints: Path, damage: str):
+def test_damage_is_reported_with_the_folder_and_the_remedy(tmp_path: Path, two_checkpoints: Path, damage: str):
     directory = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
     DAMAGES[damage](directory / "40")
     state = make_state()
@@ -215,7 +216,7 @@ def test_another_shape_dtype_or_tree_is_named_and_not_cast(tmp_path: Path, two_c
     )
 
 
-def test_fingerprint_sees_every_bit_and_place_but_not_the_sharding():
+def test_fingerprint_depends_on_every_bit_and_position_but_not_on_sharding():
     x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
     whole = int(checkpoint._fingerprint(jnp.asarray(x)))
     sharded = jax.device_put(x, NamedSharding(make_mesh(4, 2), PartitionSpec("data", "tensor")))
@@ -228,7 +229,7 @@ def test_fingerprint_sees_every_bit_and_place_but_not_the_sharding():
     assert len({whole, *(int(checkpoint._fingerprint(jnp.asarray(y))) for y in changed)}) == 1 + len(changed)
 
 
-def test_failed_save_is_raised_by_the_next_call_and_the_one_after_works(tmp_path: Path):
+def test_failed_save_is_raised_by_the_next_call_and_later_saves_work(tmp_path: Path):
     state = {"w": jax.random.normal(jax.random.key(0), (200_000,))}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpointer(tmp_path) as checkpointer:
@@ -246,8 +247,8 @@ def test_failed_save_is_raised_by_the_next_call_and_the_one_after_works(tmp_path
         assert sorted(os.listdir(tmp_path)) == ["30", "50"]
 
 
-def test_what_orbax_no_longer_waits_for_prints_no_traceback(monkeypatch: pytest.MonkeyPatch):
-    """A write that ends after another failed reports to an event loop which orbax has closed."""
+def test_abandoned_writes_of_orbax_print_no_traceback(monkeypatch: pytest.MonkeyPatch):
+    """A write that ends after another failed reports to an event loop that orbax has closed."""
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(str(unraisable.exc_value)))
     checkpoint._quiet_orbax.cache_clear()
@@ -281,7 +282,7 @@ def test_what_orbax_no_longer_waits_for_prints_no_traceback(monkeypatch: pytest.
         Unraisable()
         assert printed == ["another"]
     finally:
-        checkpoint._quiet_orbax.cache_clear()  # what it set goes with the patch
+        checkpoint._quiet_orbax.cache_clear()  # its effect ends with the patch
 
 
 CHILD = """
@@ -323,7 +324,7 @@ def test_killed_save_is_never_the_latest_and_is_cleaned_up(tmp_path: Path):
 
 
 def test_full_disk_says_what_to_free_and_where_the_run_resumes(tmp_path: Path):
-    """On a disk of 16 MiB of its own, in a mount namespace; nothing but the one message may appear."""
+    """On a separate disk of 16 MiB, in a mount namespace; only this message may appear."""
     code = """
         try:
             for step in range(2, 9):
@@ -345,14 +346,14 @@ def test_full_disk_says_what_to_free_and_where_the_run_resumes(tmp_path: Path):
     assert result.stdout.endswith("then run the same command again: it resumes from step 2\n")
 
 
-def test_too_little_free_space_is_found_before_the_work_starts(tmp_path: Path):
+def test_lack_of_free_space_is_found_before_the_work_starts(tmp_path: Path):
     directory = tmp_path / "not" / "yet" / "there"
     free = shutil.disk_usage(tmp_path).free
     check_free_space(directory, free // 8, keep=2)
     with pytest.raises(CheckpointError, match=rf"need .* \({free * 3} bytes: 2 kept .* bytes\) are free"):
         check_free_space(directory, free, keep=2)
     saved(tmp_path, 1, 2)
-    check_free_space(tmp_path, free // 2, keep=2)  # the two that exist need no more space
+    check_free_space(tmp_path, free // 2, keep=2)  # the two existing checkpoints need no more space
 
 
 def test_orbax_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture):

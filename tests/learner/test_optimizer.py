@@ -1,4 +1,4 @@
-"""The optimizer equals AdamW behind a global-norm clip, written out in numpy; norms and biases do not decay."""
+"""The optimizer equals AdamW after a global-norm clip, written out in numpy; norms and biases do not decay."""
 
 import jax.numpy as jnp
 import numpy as np

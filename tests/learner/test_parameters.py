@@ -1,4 +1,4 @@
-"""Whole runs from published weights: they begin with them, train what they should, resume, and are written out."""
+"""Whole runs from published weights: they start from them, train the right parameters, resume, and are exported."""
 
 import json
 import re
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def published(folder: Path, config) -> Path:
-    """Writes the weights that seed 7 of a config gives."""
+    """Writes the weights of a config with seed 7."""
     config = config.copy_and_resolve_references()
     config.seed = 7
     built = build(config)
@@ -59,7 +59,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapted(weights, tmp_path_factory):
-    """(config, workdir) of a finished run that trains adapters of published weights."""
+    """Returns (config, workdir) of a finished run that trains adapters on published weights."""
     config = small(weights, **{"lora.rank": 2, "lora.targets": TARGETS, "optimizer.learning_rate": 1e-2})
     workdir = tmp_path_factory.mktemp("adapted") / "run"
     assert train(config, workdir) == 0
@@ -72,7 +72,7 @@ def restored(config, workdir):
         return built, parameters.restore(checkpointer, built.learner, built.source)
 
 
-def test_a_run_begins_with_the_published_weights(weights, tmp_path):
+def test_run_starts_from_the_published_weights(weights, tmp_path):
     config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "optimizer.learning_rate": 0.0})
     config.optimizer.weight_decay = 0.0
     assert train(config, tmp_path / "run") == 0
@@ -83,7 +83,7 @@ def test_a_run_begins_with_the_published_weights(weights, tmp_path):
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
-def test_a_run_with_adapters_trains_and_keeps_them_alone(adapted, weights):
+def test_run_with_adapters_trains_and_saves_only_them(adapted, weights):
     config, workdir = adapted
     built, found = restored(config, workdir)
     assert found.step == 5
@@ -98,10 +98,10 @@ def test_a_run_with_adapters_trains_and_keeps_them_alone(adapted, weights):
     assert last["policy/sampler_gap_max"] < 1e-4  # the sampler has the adapters too
     assert last["train/gradient_norm"] > 0
     divergences = [record.get("policy/reference_kl") for record in read_metrics(workdir / "metrics.jsonl")]
-    assert divergences[3] == pytest.approx(0.0, abs=1e-9)  # the first RL step begins at the reference, adapters and all
+    assert divergences[3] == pytest.approx(0.0, abs=1e-9)  # RL starts at the reference, adapters included
 
 
-def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not(adapted, tmp_path):
+def test_stopped_run_with_adapters_resumes_exactly(adapted, tmp_path):
     config, workdir = adapted
     half = config.copy_and_resolve_references()
     half.num_steps = 1
@@ -113,7 +113,7 @@ def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not(adapted, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
 
 
-def test_adapters_are_evaluated_with_the_weights_that_they_were_trained_on(adapted, tmp_path):
+def test_adapters_are_evaluated_on_the_weights_they_were_trained_on(adapted, tmp_path):
     config, workdir = adapted
     built, found = restored(config, workdir)
     with built.make_collector() as collector:
@@ -136,7 +136,7 @@ def test_adapters_of_other_weights_are_refused(adapted, weights, tmp_path):
         (weights / SINGLE).write_bytes(whole)
 
 
-def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
+def test_export_holds_everything_that_a_server_needs(adapted, tmp_path):
     config, workdir = adapted
     said = export(config, workdir, tmp_path / "merged", dtype="bfloat16", adapter=False)
     assert said == f"wrote step 5 of {workdir} to {tmp_path / 'merged'}"
@@ -156,7 +156,7 @@ def test_an_export_holds_all_that_a_server_needs(adapted, tmp_path):
         export(config, workdir, tmp_path / "merged", dtype="float32", adapter=False)
 
 
-def test_an_export_says_of_itself_what_the_weights_said(adapted, weights, tmp_path):
+def test_export_keeps_the_configuration_of_the_weights(adapted, weights, tmp_path):
     config, workdir = adapted
     (weights / "generation_config.json").write_text('{"top_k": 20}')
     path = weights / "config.json"
@@ -176,7 +176,7 @@ def test_an_export_says_of_itself_what_the_weights_said(adapted, weights, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_checkpoint_without_a_fingerprint_is_refused(adapted, monkeypatch):
+def test_checkpoint_without_a_fingerprint_is_refused(adapted, monkeypatch):
     config, workdir = adapted
     plain = Checkpointer.restore
     monkeypatch.setattr(Checkpointer, "restore", lambda *given: (plain(*given)[0], {"step": 5}))
@@ -191,7 +191,7 @@ def test_a_checkpoint_from_before_adapters_existed_is_read(monkeypatch):
     assert (found.step, found.frozen) == (32, {})
 
 
-def test_adapters_of_random_weights_are_no_export(tmp_path):
+def test_adapters_on_random_weights_cannot_be_exported(tmp_path):
     config = tiny.get_config()
     config.lora.rank = 2
     (tmp_path / "run").mkdir()
@@ -199,7 +199,7 @@ def test_adapters_of_random_weights_are_no_export(tmp_path):
         export(config, tmp_path / "run", tmp_path / "out", dtype="float32", adapter=True)
 
 
-def test_an_export_of_adapters_is_small(adapted, tmp_path):
+def test_export_of_adapters_is_small(adapted, tmp_path):
     config, workdir = adapted
     export(config, workdir, tmp_path / "half", dtype="bfloat16", adapter=True)
     half = load_file(tmp_path / "half" / "adapter_model.safetensors")
@@ -214,7 +214,7 @@ def test_an_export_of_adapters_is_small(adapted, tmp_path):
     assert len(tensors) == 2 * 2 * 2
 
 
-def test_an_export_that_fails_leaves_no_folder(tmp_path):
+def test_failed_export_leaves_no_folder(tmp_path):
     def fail(folder):
         (folder / "half").write_text("")
         raise RuntimeError("disk")
@@ -265,7 +265,7 @@ def resized(weights: Path, rows: int) -> Path:
     return weights
 
 
-def test_an_embedding_may_have_more_rows_than_the_tokenizer_pieces(tmp_path):
+def test_embedding_may_have_more_rows_than_the_tokenizer_has_pieces(tmp_path):
     weights = resized(published(tmp_path / "model", tiny.get_config()), 1344)
     config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "rollout.save_every": 1})
     assert train(config, tmp_path / "run") == 0
@@ -276,7 +276,7 @@ def test_an_embedding_may_have_more_rows_than_the_tokenizer_pieces(tmp_path):
     assert (shown.returncode, shown.stderr) == (0, b"")
 
 
-def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
+def test_tokenizer_must_match_the_weights(tmp_path):
     weights = published(tmp_path / "model", tiny.get_config())
     own = shutil.copyfile(weights / "tokenizer.model", tmp_path / "own.model")
     assert tokenizers.find(own, weights).vocab_size == 1280
@@ -293,7 +293,7 @@ def test_a_tokenizer_must_be_that_of_the_weights(tmp_path):
     ("weights", "message"),
     [("none", "no weights at PATH: .*"), ("mamba", "PATH: model_type = 'mamba' is not supported, only .*")],
 )
-def test_weights_that_cannot_be_used_are_one_message(tmp_path, weights, message):
+def test_unusable_weights_give_one_message(tmp_path, weights, message):
     folder = tmp_path / "mamba"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "mamba"}')

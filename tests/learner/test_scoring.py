@@ -1,4 +1,4 @@
-"""Laws of the action-shuffled control; the rest is tested on a real run in tests/run/test_lifecycle.py."""
+"""Laws of the action-shuffled control; tests/run/test_lifecycle.py tests other scores on a real run."""
 
 import numpy as np
 from synthetic import varied

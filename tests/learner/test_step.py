@@ -37,7 +37,7 @@ CLOSE = 1e-5
 
 
 def unpacked_logits(params, chosen):
-    """Logits of each trajectory alone in a row of its own."""
+    """Returns the logits of each trajectory, alone in a row."""
     model = bind(GRAPHDEF, params)
     longest = max(len(t.ids) for t in chosen)
     ids = np.stack([np.pad(t.ids, (0, longest - len(t.ids))) for t in chosen])
@@ -46,7 +46,7 @@ def unpacked_logits(params, chosen):
 
 
 def unpacked_loss(params, chosen, advantages, objective):
-    """The paper's loss written again, one trajectory at a time: eq. 2 (sequence means) and eq. 3 with Z = |O|."""
+    """Computes the paper's loss one trajectory at a time: eq. 2 (sequence means) and eq. 3 with Z = |O|."""
     policy_terms, observation_terms = [], []
     for logits, t, advantage in zip(unpacked_logits(params, chosen), chosen, advantages, strict=True):
         role = t.role[1:]
@@ -68,7 +68,7 @@ def unpacked_gradient(params, objective):
     return jax.jit(jax.value_and_grad(lambda params: unpacked_loss(params, CHOSEN, ADVANTAGES, objective)))(params)
 
 
-def test_the_packed_loss_equals_the_papers_written_out_one_trajectory_at_a_time():
+def test_packed_loss_equals_the_papers_computed_one_trajectory_at_a_time():
     # Broken on purpose: dividing by |O'| instead of |O|, or one shared denominator, moves it by > 1e-2.
     sums, grads, params = gradient(CHOSEN, ADVANTAGES)
     loss, expected = unpacked_gradient(params, ECHO)
@@ -119,14 +119,14 @@ def test_eight_devices_train_experts_as_one_does(shape):
     assert all(np.abs(one["layers"][name]).max() > 0 for name in SPARSE.matrices)
 
 
-def test_parameters_lie_as_the_axis_table_says():
+def test_parameters_are_sharded_as_the_axis_table_says():
     _, params = initial(TINY, make_mesh(2, 2, 2))
     assert params["embedding"].sharding.shard_shape((64, 16)) == (32, 8)
     assert params["layers"]["gate"].sharding.shard_shape((2, 16, 32)) == (2, 8, 16)
 
 
 def only(*roles):
-    """The trajectories with every other token's role made PROMPT, so that nothing else is trained."""
+    """Returns the trajectories with all other roles replaced by PROMPT, so that nothing else is trained."""
     return [
         dataclasses.replace(t, role=np.where(np.isin(t.role, roles), t.role, Role.PROMPT).astype(np.int8))
         for t in CHOSEN
@@ -142,7 +142,7 @@ def test_prompt_scaffold_status_and_pad_have_exactly_zero_gradient():
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
-def test_lambda_gives_observations_a_gradient_of_their_own():
+def test_lambda_gives_observations_a_separate_gradient():
     # Broken on purpose: with the observation weight multiplied by the advantage this gradient is zero.
     _, grads, _ = gradient(only(Role.OBSERVATION), np.zeros(len(CHOSEN)))
     assert optax.tree.norm(grads) > 1e-4
@@ -186,7 +186,7 @@ def test_observation_count_does_not_scale_the_policy_gradient():
     assert relative_difference(twice, once) < 1e-6
 
 
-def test_the_sampling_temperature_changes_the_policy_term_only():
+def test_sampling_temperature_changes_only_the_policy_term():
     other = dataclasses.replace(ECHO, temperature=2.0)
     a, b = gradient(CHOSEN, ADVANTAGES)[0], gradient(CHOSEN, ADVANTAGES, objective=other)[0]
     assert a["loss/observation"] == b["loss/observation"]
@@ -236,7 +236,7 @@ def test_the_abstract_state_is_the_real_states_shape_and_sharding():
 
 
 def test_golden_losses():
-    """Three updates of a tiny model. If a change means to move these numbers, print and replace them; else it is a
-    bug."""
+    """Three updates of a tiny model. If a change is meant to move these numbers, print and replace them; otherwise it
+    is a bug."""
     _, _, losses = three_updates([(CHOSEN, ADVANTAGES)] * 3)
     np.testing.assert_allclose(losses, [0.1158, -0.027901, -0.033335], rtol=1e-4)

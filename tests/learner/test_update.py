@@ -15,14 +15,14 @@ from echo_jax.objective.weights import weigh
 from echo_jax.run.build import build
 
 
-def test_the_mean_is_over_all_passes_but_of_what_compares_with_the_sampler():
+def test_metrics_are_means_over_passes_except_the_samplers_mismatch():
     first = {"loss/total": 1.0, "policy/sampler_gap": 0.1, "policy/sampler_gap_max": 0.2, "policy/mismatch_kl": 0.3}
     second = {"loss/total": 2.0, "policy/sampler_gap": 9.0, "policy/sampler_gap_max": 9.0, "policy/mismatch_kl": 9.0}
     assert mean_of_passes([first, second]) == first | {"loss/total": 1.5}
 
 
 @pytest.mark.parametrize("name", ["loss/total", "train/gradient_norm"])
-def test_an_update_that_is_not_finite_is_an_error_with_its_numbers(name, monkeypatch):
+def test_non_finite_update_is_an_error_with_its_numbers(name, monkeypatch):
     config = tiny.get_config()
     config.pack.length = 128
     learner = build(config).learner

@@ -18,7 +18,7 @@ def rollout(reward, group=0, scored=True, **fields):
 
 
 def apart(rollouts):
-    """The trajectories as rollouts of their own."""
+    """Returns the trajectories as separate rollouts."""
     return [dataclasses.replace(r, rollout=i) for i, r in enumerate(rollouts)]
 
 
@@ -26,7 +26,7 @@ def advantages(*rewards, estimator="group"):
     return advantages_of(apart(rollout(reward) for reward in rewards), ADVANTAGES[estimator])
 
 
-rewards = st.floats(0, 1).map(lambda x: round(x, 3))  # apart by more than rounding
+rewards = st.floats(0, 1).map(lambda x: round(x, 3))  # differences exceed rounding errors
 
 
 def test_numbers_by_hand():
@@ -37,7 +37,7 @@ def test_numbers_by_hand():
     np.testing.assert_allclose(advantages(1, 0), [0.5 / (0.5 + 1e-6), -0.5 / (0.5 + 1e-6)], rtol=1e-7)
 
 
-def test_epsilon_is_a_millionth_and_stands_beside_the_std():
+def test_epsilon_is_a_millionth_added_to_the_std():
     np.testing.assert_allclose(advantages(2e-6, 0), [0.5, -0.5], rtol=1e-6)
 
 
@@ -47,7 +47,7 @@ def test_equal_rewards_give_exactly_zero(reward, size):
     assert (advantages(*[reward] * size) == 0).all()
 
 
-def test_the_unscored_are_left_out_of_the_baseline_and_get_zero():
+def test_unscored_rollouts_leave_the_baseline_and_get_zero():
     scored = advantages(1, 0, 0.5)
     mixed = advantages_of(
         apart([rollout(1), rollout(9, scored=False), rollout(0), rollout(0, scored=False), rollout(0.5)])
@@ -56,24 +56,24 @@ def test_the_unscored_are_left_out_of_the_baseline_and_get_zero():
     np.testing.assert_array_equal(mixed[[1, 3]], 0.0)
 
 
-def test_a_lone_survivor_and_a_group_of_none_get_zero():
+def test_single_scored_rollout_and_unscored_group_get_zero():
     assert (advantages_of(apart([rollout(1), rollout(0, scored=False), rollout(0, scored=False)])) == 0).all()
     assert (advantages_of(apart([rollout(1, scored=False), rollout(0, scored=False)])) == 0).all()
 
 
-def test_an_unscored_reward_that_is_no_number_spoils_nothing():
+def test_nan_reward_of_an_unscored_rollout_is_ignored():
     mixed = advantages_of(apart([rollout(1), rollout(float("nan"), scored=False), rollout(0)]))
     np.testing.assert_array_equal(mixed[[0, 2]], advantages(1, 0))
     assert mixed[1] == 0
 
 
-def test_no_rollouts_have_no_advantages():
+def test_no_rollouts_give_no_advantages():
     assert advantages_of([]).shape == (0,)
 
 
 @PATIENT
 @given(st.lists(st.tuples(rewards, st.integers(0, 3), st.booleans()), min_size=1, max_size=24))
-def test_in_every_group_they_are_finite_and_centred_and_no_other_group_matters(entries):
+def test_advantages_are_finite_centred_and_independent_of_other_groups(entries):
     rollouts = apart(rollout(*entry) for entry in entries)
     together = advantages_of(rollouts)
     assert together.dtype == np.float32
@@ -90,8 +90,8 @@ def test_in_every_group_they_are_finite_and_centred_and_no_other_group_matters(e
 
 @PATIENT
 @given(st.lists(rewards, min_size=2, max_size=8), st.floats(0.1, 10), st.floats(-10, 10))
-def test_neither_the_scale_nor_the_shift_of_rewards_matters(values, scale, shift):
-    """Up to epsilon, which is 3 % of the least std that these rewards have, seven equal and one 1e-3 apart, scaled."""
+def test_scale_and_shift_of_rewards_do_not_matter(values, scale, shift):
+    """Up to epsilon, which is 3 % of the smallest std of these rewards: seven equal and one 1e-3 apart, scaled."""
     moved = advantages(*[scale * value + shift for value in values])
     np.testing.assert_allclose(moved, advantages(*values), rtol=0.05, atol=1e-5)
 
@@ -116,14 +116,14 @@ def test_the_other_estimators_by_hand():
 
 
 @pytest.mark.parametrize("estimator", sorted(set(ADVANTAGES) - {"reward"}))
-def test_with_a_baseline_equal_rewards_and_a_lone_survivor_get_zero(estimator):
+def test_with_a_baseline_equal_rewards_and_a_single_one_get_zero(estimator):
     assert not advantages(0.3, 0.3, 0.3, estimator=estimator).any()
     assert not advantages(1.0, estimator=estimator).any()
 
 
 @pytest.mark.parametrize("estimator", ADVANTAGES)
 def test_branches_of_one_rollout_count_as_one(estimator):
-    """Rollout 0 has three branches: counted thrice, it would move the mean."""
+    """Rollout 0 has three branches; counted three times, it would move the mean."""
     branched = [rollout(1, rollout=0)] * 3 + [rollout(0, rollout=1), rollout(0, rollout=2)]
     plain = advantages(1, 0, 0, estimator=estimator)
     np.testing.assert_array_equal(advantages_of(branched, ADVANTAGES[estimator]), plain[[0, 0, 0, 1, 2]])

@@ -1,8 +1,8 @@
 """The packed, micro-batched, sharded loss and its gradient equal the papers' equations written out in float64.
 
-Seen to fail when broken on purpose: |O'| for |O| in one normaliser; class weights left out of the numerator or put
-into a denominator; one denominator for both terms; the shared prefix of a branch trained twice; one clip bound for the
-other; the ratio taken to the sampler where old log-probs are given; the importance weight on observations too.
+Seen to fail when broken on purpose: |O'| for |O| in one normaliser; class weights missing in the numerator or put into
+a denominator; one denominator for both terms; the shared prefix of a branch trained twice; the two clip bounds swapped;
+the ratio to the sampler although old log-probs are given; the importance weight on observations too.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ CLOSE = 1e-5
 
 @functools.cache
 def logits_and_pullback():
-    """Each trajectory's logits, alone in a row of its own, and the map from their gradients to the parameters'."""
+    """Returns each trajectory's logits, alone in a row, and the map from their gradients to the parameters'."""
     longest = max(len(t.ids) for t in CHOSEN)
     ids = np.stack([np.pad(t.ids, (0, longest - len(t.ids))) for t in CHOSEN])
 
@@ -65,7 +65,7 @@ CLIP = (("clip_high", HIGH), ("clip_low", LOW))
 
 
 def clips_of(policy: str) -> tuple:
-    """Returns the bounds of the tests, for a loss that has a clip."""
+    """Returns the clip bounds of the tests, if the loss has a clip."""
     return tuple(pair for pair in CLIP if pair[0] in POLICY_LOSSES[policy].hyperparameters)
 
 
@@ -96,7 +96,7 @@ def check(
             policy,
             layout,
             id=f"{policy}-{where}",
-            # Of tokens and of sequences; what else the losses differ in is no matter of devices.
+            # One loss per token and one per sequence; the losses' other differences do not depend on devices.
             marks=[] if where == "one device" or policy in ("grpo", "gspo") else pytest.mark.variant,
         )
         for policy in sorted(POLICY_LOSSES)
@@ -138,7 +138,7 @@ def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
     check(BASE, options, "group", dual=1.3)
 
 
-def test_env_only_trains_observations_alone():
+def test_env_only_trains_only_observations():
     check(dataclasses.replace(BASE, mode="env_only"), OPTIONS, "group", use_policy=False)
 
 
@@ -163,14 +163,14 @@ def test_the_kl_to_a_reference(estimator):
     check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_estimator=estimator)
 
 
-def test_a_token_that_is_likely_enough_is_no_longer_trained():
-    clip = 1 / 64  # an untrained model gives about half of the tokens more
+def test_token_above_the_clip_probability_is_no_longer_trained():
+    clip = 1 / 64  # about half of an untrained model's probabilities exceed this
     options = dataclasses.replace(OPTIONS, policy_options=CLIP, observation_clip=clip)
     check(BASE, options, "group", observation_clip=clip)
 
 
-def test_scoring_only_what_is_trained_changes_no_gradient():
-    """Also where a token that is not scored had a log-prob so low that its ratio to 0 would overflow."""
+def test_scoring_only_trained_tokens_changes_no_gradient():
+    """Also if a token that is not scored has a log-prob so low that its ratio to 0 would overflow."""
     advantages = advantages_of(CHOSEN)
     idle = [i for i, t in enumerate(CHOSEN) if advantages[i] == 0 and (t.role[1:] == 3).any()]
     assert idle
@@ -184,7 +184,7 @@ def test_scoring_only_what_is_trained_changes_no_gradient():
     assert 0 < sums["policy/tokens"] < all_sums["policy/tokens"]
 
 
-def test_metrics_of_a_frugal_run_count_what_was_scored_by_class_and_tool():
+def test_metrics_without_score_all_count_scored_tokens_by_class_and_tool():
     names = {
         "observation/tokens": (4, None),
         "observation/tokens_tool_bash": (4, 1),
@@ -208,7 +208,7 @@ def test_metrics_of_a_frugal_run_count_what_was_scored_by_class_and_tool():
     assert sums["observation/tokens_tool_python"] == 0 < sums["observation/tokens_tool_bash"]
 
 
-def test_the_options_of_the_head_reach_the_kernel(monkeypatch):
+def test_head_options_reach_the_kernel(monkeypatch):
     seen = []
 
     def spy(*arguments, **options):
@@ -221,8 +221,8 @@ def test_the_options_of_the_head_reach_the_kernel(monkeypatch):
     assert (seen[0]["token_block"], seen[0]["vocab_block"]) == (24, 56)
 
 
-def test_metrics_equal_their_definitions_written_out():
-    """Per token, in float64, over every place that is predicted."""
+def test_metrics_equal_their_definitions():
+    """Per token, in float64, over every predicted token."""
     low, high = 0.05, 0.1
     options = dataclasses.replace(OPTIONS, policy_options=(("clip_low", low), ("clip_high", high)))
     advantages = advantages_of(CHOSEN)

@@ -32,7 +32,7 @@ def test_any_batch_fits_its_capacity_and_no_row_overflows(sizes, length, rows):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 12))
-def test_every_predicted_token_arrives_once_with_all_its_fields(seed, count):
+def test_every_predicted_token_is_packed_once_with_all_its_fields(seed, count):
     chosen = trajectories(seed, count)
     packed, weights = packed_of(chosen)
     flat = {name: value.reshape(-1, 40) for name, value in vars(packed.batch).items()}
@@ -55,7 +55,7 @@ def test_every_predicted_token_arrives_once_with_all_its_fields(seed, count):
         )
 
 
-def test_padding_weighs_nothing():
+def test_padding_has_no_weight():
     packed, _ = packed_of(trajectories(3))
     padding = packed.batch.segment_ids == 0
     assert padding.any()
@@ -64,7 +64,7 @@ def test_padding_weighs_nothing():
         assert not getattr(packed.batch, name)[padding].any()
 
 
-def test_what_does_not_fit_is_an_error_that_names_the_numbers():
+def test_trajectories_that_do_not_fit_are_an_error_with_the_numbers():
     long = trajectory(np.random.default_rng(0), 42)
     with pytest.raises(ValueError, match=r"42 tokens.*pack\.length = 40"):
         packed_of([long])
@@ -76,14 +76,14 @@ def test_what_does_not_fit_is_an_error_that_names_the_numbers():
 
 
 def test_no_gradient_crosses_a_segment_through_the_real_attention():
-    """Gradient of one segment's hidden states by the embeddings that each place reads: zero outside the segment."""
+    """The gradient of one segment's hidden states by the embedding at each position is zero outside the segment."""
     chosen = trajectories(4, 9)
     packed, _ = packed_of(chosen)
     row = jax.tree.map(lambda x: x[0], packed.batch)
     assert (row.segment_ids.max(axis=1) >= 2).all()
     _, params = initial(TINY, MESH)
     table = np.asarray(params["embedding"])
-    # One vocabulary entry a place, so that the embedding's gradient tells the places apart.
+    # One vocabulary entry per position, so that the embedding's gradient separates the positions.
     places = jnp.arange(row.tokens.size).reshape(row.tokens.shape)
     own = params | {"embedding": jnp.asarray(table[row.tokens.reshape(-1)])}
 

@@ -19,7 +19,7 @@ def only(t, **rules):
     return choose([t], **rules)[0].tolist()
 
 
-def test_by_default_bodies_and_nothing_else():
+def test_default_selects_only_bodies():
     for t, weight in zip(varied(), choose(varied()), strict=True):
         np.testing.assert_array_equal(weight, (t.role == O).astype(np.float32))
 
@@ -32,7 +32,7 @@ def test_class_and_tool_weights_multiply():
     assert only(t, tool_weights={"bash": 0.0}) == [0, 0, 0, 0, 0, 1]
 
 
-def test_a_turn_is_an_action_and_what_follows_it():
+def test_turn_is_an_action_and_the_tokens_after_it():
     assert turn_of(make_trajectory([0] * 8, [P, P, A, A, O, A, O, O])).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
     assert turn_of(make_trajectory([0] * 3, [A, O, A])).tolist() == [1, 1, 2]
 
@@ -41,7 +41,7 @@ def keep_even_ids(trajectory, mask):
     return mask & (trajectory.ids % 2 == 0)
 
 
-def test_a_filter_narrows_the_mask():
+def test_filter_narrows_the_mask():
     t = make_trajectory([0, 1, 2, 3, 4], [P, O, O, O, A])
     assert only(t, keep=keep_even_ids) == [0, 0, 1, 0, 0]
     assert find_filter(f"{__name__}:keep_even_ids", {}).__name__ == "keep_even_ids"
@@ -57,7 +57,7 @@ def test_a_filter_narrows_the_mask():
         (lambda t, mask: np.ones_like(mask), "tokens outside its mask"),
     ],
 )
-def test_a_filter_that_returns_no_narrower_mask_is_an_error(keep, complaint):
+def test_filter_that_widens_the_mask_or_returns_no_mask_is_an_error(keep, complaint):
     with pytest.raises(SelectionError, match=complaint):
         only(make_trajectory([0, 1, 2, 3, 4], [P, O, O, O, A]), keep=keep)
 
@@ -73,31 +73,31 @@ def test_observations_after_the_most_uncertain_turns_are_kept():
     assert kept == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]
 
 
-def test_entropies_that_were_not_recorded_are_an_error_not_zeros():
+def test_missing_entropies_are_an_error():
     script = make_trajectory([0] * 3, [P, A, O], entropy=[0, np.nan, 0], task="lookup/train/7")
     with pytest.raises(SelectionError, match="lookup/train/7 has none"):
         only(script, top_entropy=0.75)
     assert only(script) == [0, 0, 1]
 
 
-def test_a_repeated_observation_is_trained_once_in_its_group():
+def test_repeated_observation_is_trained_once_in_its_group():
     roles = [P, A, O, O, A, O, O]
-    one = make_trajectory([9, 1, 5, 6, 1, 5, 6], roles)  # repeats itself
-    two = make_trajectory([9, 2, 5, 6, 2, 5, 7], roles, rollout=1)  # repeats the first, then says another thing
+    one = make_trajectory([9, 1, 5, 6, 1, 5, 6], roles)  # repeats its observation
+    two = make_trajectory([9, 2, 5, 6, 2, 5, 7], roles, rollout=1)  # repeats the first, then another observation
     other = make_trajectory([9, 2, 5, 6, 2, 5, 7], roles, rollout=2, group=1)
     kept = [w.tolist() for w in choose([one, two, other], dedupe=True)]
     assert kept == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 1]]
 
 
-def test_a_repetition_is_trained_once_in_whatever_order_the_rollouts_lie():
-    """Once, when the first was forgotten as soon as a repetition was met, neither was trained."""
+def test_repeated_observation_is_trained_once_in_any_order_of_rollouts():
+    """An earlier version forgot the first when it met a repetition, and trained neither."""
     one = make_trajectory([9, 1, 5, 6], [P, A, O, O])
     two = make_trajectory([9, 2, 5, 6], [P, A, O, O], rollout=1)
     assert [w.tolist() for w in choose([two, one], dedupe=True)] == [[0] * 4, [0, 0, 1, 1]]
-    assert [w.tolist() for w in choose([one, one], dedupe=True)] == [[0, 0, 1, 1], [0] * 4]  # as a replay may have it
+    assert [w.tolist() for w in choose([one, one], dedupe=True)] == [[0, 0, 1, 1], [0] * 4]  # as in a replay
 
 
-def test_deduping_does_not_drop_what_only_a_branch_of_the_rollout_repeats_in_its_shared_prefix():
+def test_deduping_ignores_repetitions_in_the_shared_prefix_of_a_branch():
     stem = make_trajectory([9, 1, 5, 6], [P, A, O, O])
     branch = make_trajectory([9, 1, 5, 6, 1, 7], [P, A, O, O, A, O], shared=4)
     kept = [w.tolist() for w in choose([branch, stem], dedupe=True)]
@@ -105,7 +105,7 @@ def test_deduping_does_not_drop_what_only_a_branch_of_the_rollout_repeats_in_its
     assert kept[0][4:] == [0, 1]
 
 
-def test_rollouts_that_are_left_out_decide_nothing_for_the_others():
+def test_excluded_rollouts_do_not_affect_the_others():
     one = make_trajectory([9, 1, 5, 6], [P, A, O, O], entropy=[0, 4.0, 0, 0])
     two = make_trajectory([9, 2, 5, 6], [P, A, O, O], entropy=[0, 1.0, 0, 0], rollout=1)
     assert [w.tolist() for w in choose([one, two], [False, True], dedupe=True)] == [[0] * 4, [0, 0, 1, 1]]

@@ -77,7 +77,7 @@ def observation_loss(objective: Objective) -> float:
     batch = pack(sequences, weigh(sequences, np.zeros(3), objective), length=16, rows=1, micro_batches=1).batch
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     probabilities = np.full((16, 16), 1e-9)
-    for k in range(16):  # hidden states are one-hot by target, so row k of the head's logits is what it is scored by
+    for k in range(16):  # hidden states are one-hot by target, so row k of the head holds the logits that score it
         probabilities[k, k] = 2.0**-k if k else 0.5
         probabilities[k, (k + 1) % 16] = 1.0 - probabilities[k].sum() + 1e-9
     head = jnp.asarray(np.log(probabilities).T, jnp.float32)
@@ -87,20 +87,20 @@ def observation_loss(objective: Objective) -> float:
     return float(total)
 
 
-def test_the_papers_number():
-    """Z = |O|, warnings in Z only: sequence one (1 + 2 + 3) ln 2 / 5, two (1 + 1) ln 2 / 2, three 0; their mean times
-    lambda."""
+def test_observation_loss_by_hand_with_the_papers_normaliser():
+    """Z = |O|, with warnings only in Z: sequence one (1 + 2 + 3) ln 2 / 5, two (1 + 1) ln 2 / 2, three 0; lambda times
+    their mean."""
     expected = 0.05 * (6 / 5 + 2 / 2 + 0) / 3 * np.log(2)
     np.testing.assert_allclose(observation_loss(ECHO), expected, rtol=1e-5)
 
 
-def test_prime_rls_number():
+def test_observation_loss_by_hand_with_prime_rls_normaliser():
     """Weight 0.1 for the role, over the global count of selected tokens: (1 + 2 + 3 + 1 + 1) ln 2 / 5."""
     prime = dataclasses.replace(ECHO, observation_weight=0.1, observation_normalizer="token")
     np.testing.assert_allclose(observation_loss(prime), 0.1 * 8 / 5 * np.log(2), rtol=1e-5)
 
 
-def test_class_weights_are_in_the_numerator_only():
+def test_class_weights_enter_only_the_numerator():
     """Warnings at half weight: one has 1 ln 2, the other 2 ln 2; seven tokens are selected."""
     prime = dataclasses.replace(
         ECHO,
@@ -145,7 +145,7 @@ def test_the_sampling_temperature_is_for_actions_only():
     np.testing.assert_allclose(weights.temperature, np.where(EXAMPLE.role == A, 0.8, 1.0))
 
 
-def test_grpo_mode_is_lambda_zero_bit_for_bit():
+def test_grpo_mode_equals_lambda_zero_bit_for_bit():
     chosen = varied()
     advantages = np.linspace(-1, 1, len(chosen))
     mode = weigh(chosen, advantages, dataclasses.replace(ECHO, mode="grpo"))
@@ -155,7 +155,7 @@ def test_grpo_mode_is_lambda_zero_bit_for_bit():
             assert getattr(a, name).tobytes() == getattr(b, name).tobytes()
 
 
-def test_env_only_has_no_policy_term_and_leaves_out_rollouts_of_low_quality():
+def test_env_only_has_no_policy_term_and_skips_rollouts_of_low_quality():
     calls = [{"ok": 3, "unclosed": 1}, {"ok": 1, "unknown_tool": 3}, {"ok": 4}]
     chosen = [make_trajectory([0] * 4, [P, A, O, O], rollout=i, turns=4, calls=c) for i, c in enumerate(calls)]
     env_only = dataclasses.replace(ECHO, mode="env_only")
@@ -169,14 +169,14 @@ def test_env_only_has_no_policy_term_and_leaves_out_rollouts_of_low_quality():
     assert not any(w.policy_weight.any() or w.policy_denominator.any() for w in weigh(chosen, np.ones(3), env_only))
 
 
-def test_reward_adaptive_lambda_is_larger_where_a_task_goes_badly():
+def test_reward_adaptive_lambda_is_larger_for_failed_tasks():
     rewards = [1.0, 0.5, 0.0, 0.0, 1.0, 1.0]
     chosen = [make_trajectory([0] * 3, [P, A, O], group=i // 2, rollout=i, reward=r) for i, r in enumerate(rewards)]
     weights = weigh(chosen, np.zeros(6), dataclasses.replace(ECHO, reward_adaptive=True))
     np.testing.assert_allclose([w.observation_weight[2] / 0.05 for w in weights], [0.25, 0.25, 1, 1, 0, 0], rtol=1e-6)
 
 
-def test_a_shared_prefix_is_trained_once_and_branches_share_one_normaliser():
+def test_shared_prefix_is_trained_once_and_branches_share_one_normaliser():
     first = make_trajectory([1, 2, 3, 4, 5], [P, A, O, A, O])
     second = make_trajectory([1, 2, 3, 6, 7, 8], [P, A, O, A, A, O], shared=3)
     one, two = weigh([first, second], [1.0, 1.0], ECHO)
@@ -187,7 +187,7 @@ def test_a_shared_prefix_is_trained_once_and_branches_share_one_normaliser():
     assert one.observation_denominator.sum() + two.observation_denominator.sum() == 1
 
 
-def test_active_is_every_token_whose_log_probability_is_read():
+def test_active_tokens_are_those_whose_log_probability_is_read():
     chosen = [make_trajectory([0] * 4, [P, A, O, N])]
     active = lambda advantage, **options: weigh(chosen, [advantage], dataclasses.replace(ECHO, **options))[0].active  # noqa: E731
     assert active(1.0).tolist() == [0, 1, 1, 0]
@@ -207,7 +207,7 @@ def test_schedules_by_hand(schedule, at_0, at_5, at_10, later):
     assert len(SCHEDULES) == 4
 
 
-def test_a_mode_holds_from_its_step_on():
+def test_mode_holds_from_its_step_on():
     changes = ((10, "echo"), (30, "grpo"))
     assert [mode_at(step, "env_only", changes) for step in (0, 9, 10, 29, 30, 99)] == [
         "env_only", "env_only", "echo", "echo", "grpo", "grpo"
@@ -227,8 +227,9 @@ def test_reward_adaptive_lambda_is_never_negative():
     )
 
 
-def test_unscored_rollouts_are_no_variance_and_no_reward():
-    """One fails, another is lost with a made-up reward: the group has no variance, and its mean reward is 0."""
+def test_unscored_rollouts_add_no_variance_and_no_reward():
+    """One rollout fails, another is unscored with a made-up reward: the group has no variance, and its mean reward is
+    0."""
     chosen = [
         make_trajectory([0] * 3, [P, A, O]),
         make_trajectory([0] * 3, [P, A, O], rollout=1, reward=1.0, scored=False),
@@ -251,8 +252,8 @@ def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():
 
 
 @pytest.mark.parametrize("mode", ["grpo", "echo", "env_only"])
-def test_a_process_without_rollouts_has_no_weights(mode):
-    """Every rule, on none: a step may have fewer rollouts than there are processes."""
+def test_process_without_rollouts_has_no_weights(mode):
+    """Applies every rule to no rollouts: a step may have fewer rollouts than processes."""
     selection = Selection(top_entropy=0.5, dedupe=True)
     objective = Objective(
         1.0, 1.0, mode=mode, selection=selection, reward_adaptive=True, filter_zero_variance=True, mask_overlong=True,

@@ -1,4 +1,4 @@
-"""Parts of a run as a researcher brings them: nothing in the package knows of this file."""
+"""Parts of a run that a researcher might write; the package does not know this file."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from echo_jax.tools.sandbox import CommandResult, Status
 
 
 def gated(tokens, *, sharpness=4.0):
-    """A policy loss with a hyperparameter and a metric: a sigmoid in place of the clip."""
+    """A policy loss with a hyperparameter and a metric: a sigmoid instead of the clip."""
     ratio = jnp.exp(jnp.clip(tokens.logprob - tokens.old_logprob, -20.0, 20.0))
     gate = jax.nn.sigmoid(sharpness * (ratio - 1.0))
     return TokenLoss(-gate * tokens.advantage, {"gate": gate})
@@ -28,7 +28,7 @@ def ranks(rewards, *, spread=1.0):
 
 
 def not_the_first(trajectory, mask, *, skipped=1):
-    """An observation filter: leaves out the first tokens that would be trained."""
+    """An observation filter that skips the first trained tokens."""
     return mask & (np.cumsum(mask) > skipped)
 
 
@@ -42,8 +42,8 @@ class Count:
         self.unit = unit
 
     def run(self, world, arguments):
-        said = f"{len(arguments['text'].split())} {self.unit}\n".encode()
-        return CommandResult(Status.OK, 0, said, b"", 0, 0.0, world.cwd)
+        text = f"{len(arguments['text'].split())} {self.unit}\n".encode()
+        return CommandResult(Status.OK, 0, text, b"", 0, 0.0, world.cwd)
 
 
 class Nowhere:
@@ -60,7 +60,7 @@ class Nowhere:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CountTask(Task):
-    """A task without a demonstrator, with rewards of its own range; some of them cannot be scored."""
+    """A task without a demonstrator, with another range of rewards; some of these tasks cannot be scored."""
 
     reward_range = (-1.0, 2.0)
     words: int
@@ -88,12 +88,12 @@ class CountFamily:
 
 
 class Replay:
-    """An engine that says recorded turns, a conversation for each rollout in turn."""
+    """An engine that replays recorded conversations, one per rollout, in a cycle."""
 
     def __init__(self, setup, *, conversations):
         tokenizer = SentencePieces()
         self.sessions = setup.sessions
-        self._turns = [[(*tokenizer.encode(text), tokenizer.end) for text in said] for said in conversations]
+        self._turns = [[(*tokenizer.encode(text), tokenizer.end) for text in texts] for texts in conversations]
         self._open, self._due, self._version = {}, set(), 0
 
     def set_params(self, params, version):

@@ -1,4 +1,4 @@
-"""Laws of the grammars: every attempt is found, in order, and what is written is read again."""
+"""Laws of the grammars: every attempt is found, in order, and written calls are parsed back."""
 
 import json
 
@@ -33,7 +33,7 @@ LS = block(name="bash", arguments={"command": "ls"})
         ("sqlite select 1;\nselect 2", Call("sqlite", {"sql": "select 1;\nselect 2"})),
     ],
 )
-def test_a_plain_call_is_a_name_and_its_arguments_by_lines(text, call):
+def test_plain_call_is_a_name_and_one_line_per_argument(text, call):
     assert PLAIN.parse(text, ALL) == [call]
     assert PLAIN.parse(PLAIN.write(call, ALL), ALL) == [call]
 
@@ -42,13 +42,13 @@ def test_a_plain_call_is_a_name_and_its_arguments_by_lines(text, call):
     ("text", "status"),
     [("Bash ls", "unknown_tool"), ("", "unknown_tool"), ("bash\nls", "unknown_tool"), ("write f", "invalid_arguments")],
 )
-def test_what_is_no_plain_call_says_what_is_wrong(text, status):
+def test_malformed_plain_call_reports_its_error(text, status):
     (attempt,) = PLAIN.parse(text, ALL)
     assert attempt.status == status
     assert attempt.message
 
 
-def test_only_the_tools_of_the_task_exist():
+def test_only_the_tasks_tools_exist():
     for grammar in (PLAIN, JSON):
         (attempt,) = grammar.parse(
             grammar.write(Call("python", {"code": "1"}), ALL), {name: ALL[name] for name in ("bash", "submit")}
@@ -84,9 +84,9 @@ def test_only_the_tools_of_the_task_exist():
         (LS.replace("ls", "echo <think>") + LS, ["ok", "ok"]),
     ],
 )
-def test_every_json_attempt_is_found_in_order_and_none_inside_reasoning(text, statuses):
+def test_json_attempts_are_found_in_order_but_not_inside_reasoning(text, statuses):
     attempts = JSON.parse(text, ALL)
-    if statuses is None:  # how deep is too deep depends on the stack
+    if statuses is None:  # the depth that is too deep depends on the stack
         assert attempts[0].status in ("invalid_json", "invalid_arguments")
         return
     assert ["ok" if isinstance(a, Call) else a.status for a in attempts] == statuses
@@ -94,12 +94,12 @@ def test_every_json_attempt_is_found_in_order_and_none_inside_reasoning(text, st
 
 
 @pytest.mark.parametrize("before", ["", " \n", "<|python_tag|>", " <|python_tag|> "])
-def test_llamas_call_may_have_its_mark_before_it(before):
+def test_llama_call_may_start_with_the_python_tag(before):
     llama, call = GRAMMARS["llama"], Call("bash", {"command": "ls"})
     assert llama.parse(before + llama.write(call, ALL), ALL) == [call]
 
 
-def test_arguments_come_out_as_they_went_in():
+def test_arguments_survive_write_and_parse():
     awkward = 'echo "é\\n\n" # \ud83e\udd91 \x00'
     assert JSON.parse(JSON.write(Call("bash", {"command": awkward}), ALL), ALL) == [Call("bash", {"command": awkward})]
 
@@ -107,7 +107,7 @@ def test_arguments_come_out_as_they_went_in():
 @given(
     st.text() | st.sampled_from([LS, "<tool_call>", "</tool_call>", "<think>", "{}"]), st.sampled_from(sorted(GRAMMARS))
 )
-def test_any_text_is_at_least_one_attempt_of_a_known_kind(text, grammar):
+def test_any_text_gives_at_least_one_attempt_of_a_known_kind(text, grammar):
     attempts = GRAMMARS[grammar].parse(text, ALL)
     assert attempts
     assert all(isinstance(a, Call) or a.status in MALFORMED for a in attempts)

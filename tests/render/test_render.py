@@ -1,4 +1,5 @@
-"""Laws of the chat format: every token has its writer, bodies come back exactly, nobody's text passes for another's."""
+"""Laws of the chat format: every token has its writer, bodies round-trip exactly, no text can pass for another
+writer's."""
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ parts_lists = st.lists(st.one_of(st.builds(Part, bodies, st.just(Role.OBSERVATIO
 
 
 def read_back(ids):
-    """Returns [(marker, text)] of what an observation's ids alone say; its last marker must be the only `end`."""
+    """Returns [(marker, text)], read from an observation's ids alone; its last marker must be the only `end`."""
     assert ids[-1] == TOKENIZER.end
     stretches = []
     for i in ids[:-1]:
@@ -36,7 +37,7 @@ def read_back(ids):
 
 
 def bytes_of(text):
-    """Two halves of a letter, each no text by itself, are one letter when joined: only as bytes they stay the same."""
+    """Returns bytes, since two halves of a letter, neither of which is UTF-8, become one letter when joined."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -46,7 +47,7 @@ def bytes_by(rendered, role):
 
 @PATIENT
 @given(bodies)
-def test_a_body_is_exactly_the_tokens_of_its_role(body):
+def test_tokens_of_the_bodys_role_decode_to_exactly_the_body(body):
     rendered = RENDERER.observation([Part(body, Role.OBSERVATION)])
     assert bytes_by(rendered, Role.OBSERVATION) == bytes_of(body)
     assert set(rendered.roles) <= {Role.OBSERVATION, Role.SCAFFOLD}
@@ -57,8 +58,8 @@ def test_a_body_is_exactly_the_tokens_of_its_role(body):
 @given(parts_lists)
 @example([Part("a", Role.OBSERVATION), Part("b", Role.OBSERVATION)])
 @example([Part("no such tool", Role.FEEDBACK)])
-def test_the_ids_alone_tell_every_part_and_its_writer(parts):
-    """So encoding part by part is as good as one pass: no merge crosses a seam, and no two readings share their ids."""
+def test_ids_alone_determine_every_part_and_its_writer(parts):
+    """So encoding part by part equals one pass: no merge crosses a boundary, and no two readings share their ids."""
     stretches = read_back(RENDERER.observation(parts).ids)
     if parts[0].role != Role.OBSERVATION:
         assert stretches.pop(0) == (TOKENIZER.tool, "")
@@ -77,7 +78,7 @@ def test_every_token_has_the_role_of_its_writer(parts):
         assert bytes_by(rendered, role) == b"".join(bytes_of(p.text) for p in parts if p.role == role)
 
 
-def test_a_notice_is_never_trained_as_an_observation():
+def test_notice_never_has_the_role_observation():
     for role in (Role.BOILERPLATE, Role.TRUNCATION, Role.FEEDBACK):
         rendered = RENDERER.observation([Part("body", Role.OBSERVATION), Part("exit 1", role)])
         trained = [i for i, r in zip(rendered.ids, rendered.roles, strict=True) if r == Role.OBSERVATION]
@@ -86,7 +87,7 @@ def test_a_notice_is_never_trained_as_an_observation():
 
 @PATIENT
 @given(bodies)
-def test_a_demonstrators_turn_is_all_action_and_reads_back(text):
+def test_demonstrators_turn_is_all_action_and_round_trips(text):
     rendered = RENDERER.action(text)
     assert set(rendered.roles) == {Role.ACTION}
     assert rendered.ids[-1] == RENDERER.stop_ids[0]
@@ -94,7 +95,7 @@ def test_a_demonstrators_turn_is_all_action_and_reads_back(text):
     assert bytes_of(RENDERER.turn_text(rendered.ids)) == bytes_of(text)
 
 
-def test_only_the_last_stop_token_of_a_turn_is_left_out_of_its_text():
+def test_text_of_a_turn_omits_only_its_last_stop_token():
     oak = tuple(TOKENIZER.encode("oak"))
     end = (TOKENIZER.end,)
     assert RENDERER.turn_text(oak) == "oak"
@@ -103,7 +104,7 @@ def test_only_the_last_stop_token_of_a_turn_is_left_out_of_its_text():
     assert RENDERER.turn_text(end + oak + end) == "<|end|>oak"
 
 
-def test_what_the_harness_adds_to_a_turn_is_scaffold():
+def test_tokens_that_the_harness_adds_to_a_turn_are_scaffold():
     assert RENDERER.generation_prompt() == Rendered((TOKENIZER.assistant,), (Role.SCAFFOLD,))
     assert RENDERER.close_turn() == Rendered((TOKENIZER.end,), (Role.SCAFFOLD,))
     assert RENDERER.prompt("oak").roles[0] == Role.SCAFFOLD

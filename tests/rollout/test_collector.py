@@ -50,7 +50,7 @@ HABITS = {
     "submit oak": 1.65,
     "submit ./elm": 1.65,
     "oak": 1.5,
-}  # what the model writes, and how strongly
+}  # what the model writes, and how strongly it prefers that
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class ScriptedTask(Task):
 
 
 def says(*turns):
-    """A script that says these turns, whatever it is answered."""
+    """Returns a script that writes these turns, whatever the answers."""
 
     def script():
         for text in turns:
@@ -80,7 +80,7 @@ def says(*turns):
 
 
 def jobs_of(count, **fields):
-    """Jobs of the same words and files, apart by their names, groups and rollouts."""
+    """Returns jobs with the same prompt and files; only names, groups and rollouts differ."""
     return [Job(ScriptedTask(name=f"task {i}", **fields), group=i // 2, rollout=100 + i) for i in range(count)]
 
 
@@ -130,7 +130,7 @@ def shared():
 def engine(shared):
     yield shared
     assert not shared.busy
-    shared.set_params(caller()[1], 5)  # which needs all sessions ended
+    shared.set_params(caller()[1], 5)  # possible only while no session is open
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def own_sandboxes():
 
 
 def same(a, b):
-    """Whether two trajectories are equal to the last bit."""
+    """Returns whether two trajectories are equal bit for bit."""
     arrays = DTYPES
     return all(
         x.tobytes() == y.tobytes() if name in arrays else x == y
@@ -172,13 +172,13 @@ def scorer():
 
 
 def with_task(jobs, i, **fields):
-    """Returns the jobs with another task at place i."""
+    """Returns the jobs with a different task for job i."""
     changed = dataclasses.replace(jobs[i], task=dataclasses.replace(jobs[i].task, **fields))
     return [*jobs[:i], changed, *jobs[i + 1 :]]
 
 
 def begins_like(part, whole):
-    """Whether a trajectory is the other one up to where it ends, to the last bit."""
+    """Returns whether `part` is a prefix of `whole`, bit for bit."""
     arrays = DTYPES
     return all(getattr(whole, name).tobytes().startswith(getattr(part, name).tobytes()) for name in arrays)
 
@@ -212,20 +212,20 @@ class Dying(Sandbox):
 # -- sampled rollouts ----------------------------------------------------------------------------------------------
 
 
-def test_every_job_gives_one_trajectory_in_order_however_many_there_are(collector, engine):
+def test_every_job_gives_one_trajectory_in_order(collector, engine):
     for count in (0, 1, LANES, 4 * LANES + 1):
         jobs = jobs_of(count)
         trajectories = collector.rollouts(jobs, engine)
         assert [(t.task, t.group) for t in trajectories] == [(job.task.name, job.group) for job in jobs]
         assert all(t.policy_version == 5 for t in trajectories)
-    # The model must do all that a policy can do, or these tests show little.
+    # The model must show all behaviour of a policy, or these tests prove little.
     assert {t.outcome for t in trajectories} >= {"submitted", "max_turns"}
     assert {status for t in trajectories for status in t.calls} >= {"ok", "nonzero", "submit", "unknown_tool"}
     assert {t.reward for t in trajectories} == {0.0, 1.0}
 
 
 def test_the_trainer_agrees_on_every_sampled_token(collector, engine):
-    """Through prompt, turns, observations and their roles: what is stored is what was computed."""
+    """Over prompt, turns, observations and their roles, the stored values are the computed ones."""
     for trajectory in collector.rollouts(jobs_of(9), engine):
         action = trajectory.role == Role.ACTION
         assert ((trajectory.entropy > 0) == action).all()
@@ -257,7 +257,7 @@ def test_rollouts_do_not_depend_on_how_long_tools_take(collector, engine, monkey
 def test_a_rollout_does_not_depend_on_its_neighbours(collector, engine):
     jobs = jobs_of(9)
     expected = collector.rollouts(jobs, engine)
-    for i in (0, 4, 8):  # with fewer jobs, but each still in the lane that it had
+    for i in (0, 4, 8):  # with fewer jobs, but each still in its lane
         alone = collector.rollouts([*jobs_of(i % LANES), jobs[i]], engine)[-1]
         assert same(alone, expected[i])
 
@@ -285,7 +285,7 @@ def test_progress_counts_up_to_the_number_of_jobs(collector, engine):
 
 
 @pytest.mark.parametrize("times", [1, START_ATTEMPTS - 1])
-def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkeypatch, times):
+def test_sandbox_that_starts_after_retries_leaves_no_trace(collector, engine, monkeypatch, times):
     jobs = jobs_of(5)
     for i in range(5):
         jobs = with_task(jobs, i, files={f"f{i}": b""})
@@ -296,7 +296,7 @@ def test_a_sandbox_that_starts_at_last_leaves_no_trace(collector, engine, monkey
     assert len(starts) == 5 * (times + 1)
 
 
-def test_a_sandbox_that_never_starts_gives_an_unscored_trajectory_and_stops_no_other(collector, engine, monkeypatch):
+def test_sandbox_that_never_starts_gives_one_unscored_trajectory(collector, engine, monkeypatch):
     expected = collector.rollouts(jobs_of(7), engine)
     replacement, starts = unreliable(99, lambda files: "bad" in files)
     monkeypatch.setattr(environment, "Sandbox", replacement)
@@ -306,11 +306,11 @@ def test_a_sandbox_that_never_starts_gives_an_unscored_trajectory_and_stops_no_o
     lost, other = trajectories.pop(2), expected.pop(2)
     assert (lost.outcome, lost.scored, lost.reward) == ("infra", False, 0.0)
     assert lost.turns >= 1
-    assert begins_like(lost, other)  # what was sampled until the fault is kept
+    assert begins_like(lost, other)  # tokens sampled before the fault are kept
     assert all(map(same, trajectories, expected))
 
 
-def test_a_setup_that_fails_is_a_fault_of_the_machine(collector, engine):
+def test_failing_setup_is_a_fault_of_the_machine(collector, engine):
     trajectories = collector.rollouts(with_task(jobs_of(3), 1, setup="exit 3"), engine)
     assert [t.scored for t in trajectories] == [True, False, True]
     assert trajectories[1].outcome == "infra"
@@ -318,13 +318,13 @@ def test_a_setup_that_fails_is_a_fault_of_the_machine(collector, engine):
         collector.scripted(scripted_jobs(says("submit oak"), setup="exit 3"), [True], 0)
 
 
-def test_setup_runs_where_the_agent_will_stand(collector):
+def test_setup_runs_in_the_agents_directory(collector):
     job = scripted_jobs(says("bash pwd", "submit oak"), setup="mkdir d; cd d")
     trajectory = collector.scripted(job, [True], 0)[0]
     assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "/work/d\n"
 
 
-def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, engine, monkeypatch):
+def test_sandbox_that_dies_ends_only_its_episode(collector, engine, monkeypatch):
     expected = collector.rollouts(jobs_of(12), engine)
     monkeypatch.setattr(environment, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)
@@ -341,7 +341,7 @@ def test_a_sandbox_that_dies_in_the_middle_ends_its_own_episode_only(collector, 
         collector.scripted(scripted_jobs(says("bash ls", "bash ls", "submit oak")), [True], 0)
 
 
-def test_a_rollout_that_the_machine_failed_once_is_made_again_to_the_last_bit(collector, engine, monkeypatch):
+def test_rollout_repeated_after_a_machine_fault_is_equal_bit_for_bit(collector, engine, monkeypatch):
     died = set()
 
     class DiesOnce(Sandbox):
@@ -367,7 +367,7 @@ def test_a_rollout_that_the_machine_failed_once_is_made_again_to_the_last_bit(co
     assert collector.scripted(script, [True], 0)[0].reward == 1.0
 
 
-def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, monkeypatch):
+def test_rollout_whose_sandbox_dies_before_scoring_is_not_scored(collector, engine, monkeypatch):
     class DiesLate(Sandbox):
         def __init__(self, *, files, **options):
             super().__init__(files=files, **options)
@@ -387,8 +387,8 @@ def test_a_sandbox_that_dies_before_the_score_is_not_scored(collector, engine, m
         collector.scripted(scripted_jobs(says("submit oak"), files={"bad": b""}), [True], 0)
 
 
-def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
-    """Else an agent could leave the baseline of its group at will."""
+def test_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
+    """Otherwise an agent could leave the baseline of its group at will."""
 
     class UsedUp(Sandbox):
         def run(self, command, **options):
@@ -401,10 +401,10 @@ def test_an_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
     assert trajectory.calls == {"oom": 1, "submit": 1}
 
 
-# -- what the policy brings about is scored ------------------------------------------------------------------------
+# -- results of the policy's actions are scored ------------------------------------------------------------------------
 
 
-def test_what_tools_do_to_an_agent_is_an_observation(collector):
+def test_crashes_and_time_outs_of_tools_are_observations(collector):
     script = says("bash kill -9 $$", "bash sleep 9", "submit oak")
     limits = dataclasses.replace(LIMITS, timeout_seconds=0.2)
     with Collector(RENDERER, RULES, Machine(limits), tool_threads=1) as hasty:
@@ -416,8 +416,8 @@ def test_what_tools_do_to_an_agent_is_an_observation(collector):
 
 
 @pytest.mark.parametrize("size", [100, 128, 129, 255, 256, 257])
-def test_an_output_is_observed_whole_up_to_the_cap(size):
-    """The sandbox gives what is longer than half the cap in two pieces."""
+def test_output_up_to_the_cap_is_observed_whole(size):
+    """The sandbox returns output longer than half the cap in two pieces."""
     jobs = scripted_jobs(says(f"bash printf %{size}s | tr ' ' x", "submit oak"))
     with Collector(RENDERER, Rules(4, 900, 40), Machine(LIMITS), tool_threads=1) as roomy:
         trajectory = roomy.scripted(jobs, [True], 0)[0]
@@ -426,7 +426,7 @@ def test_an_output_is_observed_whole_up_to_the_cap(size):
     assert notice == ("1 bytes dropped" if size > LIMITS.output_bytes else "")
 
 
-def test_an_answer_never_given_is_judged_as_none(collector):
+def test_missing_answer_is_scored_as_none(collector):
     answers = []
     jobs = scripted_jobs(says(*["bash ls"] * 9), judge=lambda answer: answers.append(answer) or 0.5)
     trajectory = collector.scripted(jobs, [True], 0)[0]
@@ -436,7 +436,7 @@ def test_an_answer_never_given_is_judged_as_none(collector):
 # -- scripts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_script_hears_what_its_call_printed(collector):
+def test_script_receives_the_output_of_its_call(collector):
     heard = []
 
     def script():
@@ -449,18 +449,18 @@ def test_a_script_hears_what_its_call_printed(collector):
     assert trajectory.reward == 1.0
 
 
-def test_a_script_whose_turn_was_cut_off_goes_on(collector):
+def test_script_continues_after_a_turn_was_cut_off(collector):
     trajectory = collector.scripted(scripted_jobs(says("bash " + "oak " * 50, "submit oak")), [True], 0)[0]
     assert (trajectory.calls, trajectory.reward) == ({"unclosed": 1, "submit": 1}, 1.0)
     assert trajectory.count(Role.ACTION) == RULES.max_turn_tokens + len(RENDERER.action("submit oak").ids)
 
 
-def test_a_script_that_does_not_submit_is_an_error_that_names_its_task(collector):
+def test_script_that_does_not_submit_is_an_error_naming_the_task(collector):
     with pytest.raises(RolloutError, match=r"script of task task 0 ended without submitting.*12 tokens"):
         collector.scripted(scripted_jobs(says("bash ls")), [True], 0)
 
 
-def test_an_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, engine):
+def test_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, engine):
     def crash(answer):
         raise ZeroDivisionError
 
@@ -478,8 +478,8 @@ def test_an_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, 
 
 
 @pytest.mark.parametrize("way", ["sampled", "scripted"])
-def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine, monkeypatch, way):
-    """Soon: when the calls under way have ended, which takes their time-out at most."""
+def test_stop_from_another_thread_acts_soon_and_leaves_no_sandbox(engine, monkeypatch, way):
+    """Soon: after the running calls have ended, which takes at most their time-out."""
     limits = dataclasses.replace(LIMITS, timeout_seconds=1.0)
     under_way = threading.Event()
 
@@ -512,7 +512,7 @@ def test_a_stop_from_another_thread_is_obeyed_soon_and_leaves_no_sandbox(engine,
     assert own_sandboxes() == 0
 
 
-def test_what_was_finished_when_the_stop_came_is_kept_and_not_made_again(engine, monkeypatch):
+def test_rollouts_finished_before_a_stop_are_not_repeated(engine, monkeypatch):
     jobs = jobs_of(11)
     with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
         expected = collector.rollouts(jobs, engine)
@@ -533,14 +533,14 @@ def test_what_was_finished_when_the_stop_came_is_kept_and_not_made_again(engine,
         assert len(opened) == 11 - len(finished)
 
 
-def test_what_the_machine_failed_before_the_stop_is_made_again(collector, engine):
+def test_rollouts_failed_before_a_stop_are_repeated(collector, engine):
     jobs = jobs_of(4)
     expected = collector.rollouts(jobs, engine)
     failed = [dataclasses.replace(t, scored=False, outcome="infra") for t in expected[:2]]
     assert all(map(same, collector.rollouts(jobs, engine, finished=[*failed, *expected[2:]]), expected))
 
 
-def test_scripts_of_different_rollouts_draw_different_numbers(collector):
+def test_scripts_of_different_rollouts_draw_different_random_numbers(collector):
     class Drawing(ScriptedTask):
         def demonstrate(self, rng, *, solve):
             yield f"submit {rng.integers(10**9)}"
@@ -567,7 +567,7 @@ def leftovers():
 
 
 @pytest.mark.parametrize("count", [128, pytest.param(1000, marks=pytest.mark.variant)])
-def test_many_episodes_at_64_at_once_leave_nothing(count):
+def test_many_episodes_64_at_a_time_leave_nothing(count):
     messes = [
         "bash sleep 60 & setsid sleep 60 & echo 1",
         "bash (trap '' TERM; sleep 60) & mkfifo p; ln -s /proc/1 q; echo 2",
@@ -578,7 +578,9 @@ def test_many_episodes_at_64_at_once_leave_nothing(count):
     ]
     limits = dataclasses.replace(LIMITS, memory_bytes=64 << 20, disk_bytes=4 << 20)
     rules = Rules(max_turns=4, max_tokens=900, max_turn_tokens=200)
-    with Collector(RENDERER, rules, Machine(limits), tool_threads=2) as collector:  # what is made once
+    with Collector(
+        RENDERER, rules, Machine(limits), tool_threads=2
+    ) as collector:  # to make everything that is made once
         collector.scripted(scripted_jobs(says("bash :", "submit oak")), [True], 0)
     before = leftovers()
     scripts = [says(messes[i % len(messes)], messes[(i * 5 + 1) % len(messes)], "submit oak") for i in range(count)]
@@ -625,7 +627,7 @@ def test_metrics_by_hand():
     }  # fmt: skip
 
 
-def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
+def test_counts_include_every_attempt(collector, engine, monkeypatch):
     monkeypatch.setattr(environment, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)
     metrics = metrics_of(trajectories)
@@ -634,14 +636,14 @@ def test_no_attempt_is_missing_from_the_counts(collector, engine, monkeypatch):
     assert counted == sum(sum(t.calls.values()) for t in trajectories) == sum(t.turns for t in trajectories)
 
 
-def test_rollouts_of_which_none_was_scored_have_no_rates():
+def test_unscored_rollouts_have_no_rates():
     metrics = metrics_of([trajectory(scored=False), trajectory(scored=False)])
     assert (metrics["rollout/submitted"], metrics["rollout/rejected"]) == (2, 2)
     assert not {"rollout/solve_rate", "rollout/reward", "rollout/mixed_groups"} & metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-def test_one_rollout_a_task_says_nothing_about_mixed_groups():
+def test_one_rollout_per_task_gives_no_mixed_groups_metric():
     assert "rollout/mixed_groups" not in metrics_of([trajectory(group=0), trajectory(group=1)])
 
 

@@ -1,4 +1,5 @@
-"""A whole training run whose tools crash, hang, flood and die: it goes on, in bounded time, and all is counted."""
+"""A whole training run whose tools crash, hang, flood and die: it continues, in bounded time, and counts every
+fault."""
 
 import collections
 import itertools
@@ -65,7 +66,7 @@ def total(records, name):
     return sum(record[name] for record in records)
 
 
-def test_training_goes_on_and_learns_from_what_was_seen(faulty_run):
+def test_training_continues_and_learns_from_the_observations(faulty_run):
     config, records, injected = faulty_run
     assert len(records) == config.num_steps
     assert sum(injected.values()) > 40
@@ -84,7 +85,7 @@ def test_every_rollout_is_accounted_for(faulty_run):
 
 
 def test_every_kind_of_fault_is_counted(faulty_run):
-    """Calls of a rollout that was made again are of no trajectory: so many of a kind at most, and most of them."""
+    """The calls of a repeated rollout are in no trajectory. So the counts are at most the faults, but most of them."""
     _, records, injected = faulty_run
     for kind, status in (("crash", Status.SIGNAL), ("hang", Status.TIMEOUT), ("flood", Status.OUTPUT_LIMIT)):
         counted = total(records, f"rollout/calls_{status}")
@@ -94,9 +95,9 @@ def test_every_kind_of_fault_is_counted(faulty_run):
     assert injected["die"] == rejected + retried
 
 
-def test_a_step_takes_no_longer_than_its_budgets_say(faulty_run):
+def test_step_stays_within_its_time_budgets(faulty_run):
     config, records, _ = faulty_run
     rollouts = config.rollout.groups * config.rollout.group_size
-    calls = 2 * config.rollout.max_turns * rollouts / config.rollout.tool_threads  # one after the other, made twice
+    calls = 2 * config.rollout.max_turns * rollouts / config.rollout.tool_threads  # in sequence, and made twice
     for record in records:
         assert record["time/rollout"] < calls * (TIMEOUT + 0.5) + 10

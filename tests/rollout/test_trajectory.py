@@ -1,4 +1,4 @@
-"""Laws of saved rollouts: what comes back is what was saved, and a file that cannot be used says so."""
+"""Laws of saved rollouts: they are loaded as they were saved, and an unusable file is reported."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def make(ids=(1, 2, 3), role=(2, 1, 3), logprob=(0.0, 0.0, -0.1), **fields):
 
 
 def same(a, b):
-    """Whether two trajectories are equal to the last bit, types included."""
+    """Returns whether two trajectories are equal bit for bit, types included."""
     arrays = DTYPES
     return vars(a).keys() == vars(b).keys() and all(
         x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() if name in arrays else x == y
@@ -91,7 +91,7 @@ def trajectories(draw):
 
 @PATIENT
 @given(st.lists(trajectories(), max_size=3))
-def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path_factory, originals):
+def test_load_returns_what_was_saved_bit_for_bit(tmp_path_factory, originals):
     path = tmp_path_factory.mktemp("rollouts") / "x.jsonl.gz"
     save(path, originals, vocab_size=VOCAB)
     loaded = load(path, vocab_size=VOCAB)
@@ -99,7 +99,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path_factory, orig
     assert all(map(same, loaded, originals))
 
 
-def test_a_file_cut_anywhere_is_refused(saved):
+def test_truncated_file_is_refused(saved):
     whole = saved.read_bytes()
     for length in range(len(whole)):
         saved.write_bytes(whole[:length])
@@ -107,8 +107,8 @@ def test_a_file_cut_anywhere_is_refused(saved):
             load(saved, vocab_size=VOCAB)
 
 
-def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
-    """gzip's header has bytes that mean nothing to us (time, name); every other change must be noticed."""
+def test_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
+    """Some bytes of gzip's header do not matter here (time, name); every other change must be detected."""
     originals = load(saved, vocab_size=VOCAB)
     whole = saved.read_bytes()
     refused = 0
@@ -151,7 +151,7 @@ def test_a_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
     ],
     ids=range(24),
 )
-def test_a_file_of_another_format_is_refused(saved, edit):
+def test_file_of_another_format_is_refused(saved, edit):
     before = saved.read_bytes()
     rewrite(saved, edit)
     assert gzip.decompress(saved.read_bytes()) != gzip.decompress(before)
@@ -159,12 +159,12 @@ def test_a_file_of_another_format_is_refused(saved, edit):
         load(saved, vocab_size=VOCAB)
 
 
-def test_another_vocabulary_is_refused_and_both_sizes_are_named(saved):
+def test_other_vocabulary_is_refused_with_both_sizes(saved):
     with pytest.raises(TrajectoryError, match=r"1280.*32000"):
         load(saved, vocab_size=32000)
 
 
-def test_a_file_of_a_padded_embedding_is_read_where_that_may_be(saved):
+def test_file_of_a_padded_embedding_is_read_if_allowed(saved):
     found = load(saved, vocab_size=VOCAB - 80, padded=True)
     assert len(found) == len(load(saved, vocab_size=VOCAB))
     with pytest.raises(TrajectoryError, match=f"{VOCAB}.*{VOCAB - 80}"):
@@ -173,7 +173,7 @@ def test_a_file_of_a_padded_embedding_is_read_where_that_may_be(saved):
         load(saved, vocab_size=VOCAB + 1, padded=True)
 
 
-def test_a_file_that_is_missing_or_not_compressed_is_refused(tmp_path):
+def test_missing_or_uncompressed_file_is_refused(tmp_path):
     for path in (tmp_path / "none.jsonl.gz", tmp_path):
         with pytest.raises(TrajectoryError, match=str(path)):
             load(path, vocab_size=VOCAB)
@@ -183,7 +183,7 @@ def test_a_file_that_is_missing_or_not_compressed_is_refused(tmp_path):
         load(plain, vocab_size=VOCAB)
 
 
-def test_a_save_that_fails_leaves_the_old_file(saved):
+def test_failed_save_leaves_the_old_file(saved):
     before = saved.read_bytes()
 
     def crash():
@@ -205,7 +205,7 @@ def test_lengths_must_agree():
         make(role=(1, 2))
 
 
-def test_counting_leaves_out_the_token_that_nothing_predicts():
+def test_count_omits_the_first_token():
     trajectory = make(ids=range(5), role=(3, 3, 4, 3, 5), logprob=[0.0] * 5)
     assert trajectory.count(Role.ACTION) == 2
     assert trajectory.count(Role.ACTION, Role.BOILERPLATE) == 3

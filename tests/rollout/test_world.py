@@ -1,4 +1,4 @@
-"""Laws of an episode's environment: budgets apart, scores that are rewards, worlds without a sandbox."""
+"""Laws of an episode's world: separate budgets, scores in range, worlds without a sandbox."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def run(world, tool, seconds=math.inf, **arguments):
     return world.run(TOOLS[tool], arguments, seconds)
 
 
-def test_a_call_runs_no_longer_than_its_limit_and_than_what_its_episode_has_left():
+def test_call_stops_at_its_time_out_and_at_the_episodes_budget():
     with_limit = EpisodeWorld(Judged(), dataclasses.replace(MACHINE, limits=Limits(timeout_seconds=0.3)))
     roomy = EpisodeWorld(Judged(), MACHINE)
     for own, seconds in ((with_limit, math.inf), (with_limit, 60.0), (roomy, 0.3)):
@@ -42,7 +42,7 @@ def test_a_call_runs_no_longer_than_its_limit_and_than_what_its_episode_has_left
         assert own.finish("") == 1.0
 
 
-def test_setup_has_a_budget_of_its_own_and_is_not_the_agents_fault():
+def test_setup_has_a_separate_budget_and_is_not_the_agents_fault():
     slow = EpisodeWorld(Judged(setup="sleep 60"), dataclasses.replace(MACHINE, setup_seconds=0.2))
     start = time.monotonic()
     assert not slow.open()
@@ -57,7 +57,7 @@ def test_setup_has_a_budget_of_its_own_and_is_not_the_agents_fault():
     patient.close()
 
 
-def test_scoring_has_a_budget_of_its_own():
+def test_scoring_has_a_separate_budget():
     def judge(answer, world):
         result = world.run("sleep 60", fresh=True)
         return float(result.status is Status.OK)
@@ -69,11 +69,11 @@ def test_scoring_has_a_budget_of_its_own():
     assert time.monotonic() - start < 4
 
 
-def test_what_the_agent_left_running_is_ended_before_it_is_scored():
+def test_agents_processes_are_killed_before_scoring():
     def judge(answer, world):
         try:
             world.write_files({"f": b"honest"})
-        except SandboxError:  # it was there again
+        except SandboxError:  # it exists again
             return 0.0
         return float({world.read_file("f", limit=100) for _ in range(200)} == {b"honest"})
 
@@ -83,19 +83,19 @@ def test_what_the_agent_left_running_is_ended_before_it_is_scored():
     assert run(own, "bash", command=forge).head == b"started\n"
     forge = "import os\nif not os.fork():\n    while True: open('f', 'w').write('forged')"
     assert run(own, "python", code=forge).status is Status.OK
-    assert judge("", own._world) == 0.0  # they are at work
+    assert judge("", own._world) == 0.0  # the processes are running
     assert own.finish("") == 1.0
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -0.1, 1.5])
-def test_a_score_that_is_no_reward_is_an_error_that_names_the_task(score):
+def test_score_out_of_range_is_an_error_naming_the_task(score):
     own = EpisodeWorld(Judged(judge=lambda answer, world: score), MACHINE)
     assert own.open()
     with pytest.raises(ScoreError, match=r"judged/train/0 is .*outside its reward_range \[0, 1\]"):
         own.finish("")
 
 
-def test_a_task_with_a_world_of_its_own_needs_no_sandbox(monkeypatch):
+def test_task_with_its_world_needs_no_sandbox(monkeypatch):
     class Counter:
         timeout, cwd, closed = 1.0, "", 0
         steps = 0

@@ -1,4 +1,4 @@
-"""Laws of compiling ahead of time: what it counts, what it refuses, and that the real step compiles for a TPU."""
+"""Laws of compiling ahead of time: its counts, its errors, and that the real step compiles for a TPU."""
 
 import contextlib
 import json
@@ -56,11 +56,11 @@ def test_the_size_of_a_result_is_its_largest_arrays(result, size):
 
 
 def test_flops_by_hand():
-    """Qwen3-8B has 8,190,735,360 parameters, of which the embedding's 0.62e9 are looked up and not multiplied."""
+    """Qwen3-8B has 8,190,735,360 parameters, of which the embedding's 0.62e9 are looked up, not multiplied."""
     learner = build_learner(qwen3_8b.get_config(), 1280, jax.devices()[:1])
     weights = sum(x.size for x in jax.tree.leaves(learner.abstract_params))
     assert weights == 8_190_735_360
-    multiplied = weights - 151_936 * 4096 - (2 * 36 + 1) * 4096 - 36 * 2 * 128  # less embedding and norms
+    multiplied = weights - 151_936 * 4096 - (2 * 36 + 1) * 4096 - 36 * 2 * 128  # without embedding and norms
     assert train_flops(learner.model_config, 100, 0) == 6 * 100 * multiplied
     assert train_flops(learner.model_config, 0, 10) == 6 * 10 * 36 * 2 * 32 * 128
 
@@ -84,7 +84,7 @@ def test_experts_on_tpus_need_a_jax_that_groups_their_gradient(monkeypatch):
             _check_experts(config, [chip])
 
 
-def test_utilisation_is_a_share_of_all_devices_peak_where_that_is_known():
+def test_utilisation_is_a_share_of_all_devices_peak_if_known():
     class Chip:
         device_kind = "TPU v5 lite"
 
@@ -92,7 +92,7 @@ def test_utilisation_is_a_share_of_all_devices_peak_where_that_is_known():
     assert utilisation(1.0, jax.devices()) is None
 
 
-def test_the_mesh_takes_the_devices_that_are_left():
+def test_fsdp_zero_takes_the_remaining_devices():
     config = tiny.get_config()
     config.model.num_kv_heads = 2
     config.mesh.update(data=2, fsdp=0, tensor=2)
@@ -111,7 +111,7 @@ def test_the_mesh_takes_the_devices_that_are_left():
         ({"model.vocab_size": 12}, "vocab_size = 12 is less than the tokenizer's 1280"),
     ],
 )
-def test_what_cannot_be_spread_names_both_numbers(fields, named):
+def test_size_that_cannot_be_sharded_is_an_error_with_both_numbers(fields, named):
     config = tiny.get_config()
     config.update_from_flattened_dict(fields)
     with pytest.raises(ConfigError, match=named.replace("*", r"\*")):
@@ -119,7 +119,7 @@ def test_what_cannot_be_spread_names_both_numbers(fields, named):
 
 
 def array_sizes(text):
-    """Returns the elements of the largest array of each instruction."""
+    """Returns the number of elements of the largest array of each instruction."""
     return [hlo.largest_array(line.split("=")[1].split("(")[0])[1] for line in text.splitlines() if " = " in line]
 
 
@@ -138,7 +138,7 @@ def run(*arguments):
         (["--table=configs/none.py", "--topology=v5e:2x2"], "config file configs/none.py does not exist"),
     ],
 )
-def test_what_cannot_be_compiled_is_one_line(arguments, named):
+def test_compile_error_is_one_line(arguments, named):
     result = run(*arguments)
     assert result.returncode == 1
     assert named in result.stderr or "TPU compiler is missing" in result.stderr
@@ -148,8 +148,8 @@ def test_what_cannot_be_compiled_is_one_line(arguments, named):
 @pytest.mark.parametrize(
     "shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.variant) for shape in ((1, 8, 1), (4, 2, 1)))]
 )
-def test_the_small_step_makes_no_logits_and_gathers_no_head_in_a_loop_and_no_stack_of_layers(shape):
-    """As the TPU's partitioner does for a large one, below."""
+def test_small_step_forms_no_logits_and_gathers_no_head_in_a_loop_and_no_stack_of_layers(shape):
+    """On CPU devices; below, the TPU's partitioner compiles a large step."""
     config = tiny.get_config()
     config.model.update(num_layers=16, num_heads=4, num_kv_heads=2, embed_dim=32, ffn_dim=128)
     config.mesh.update(data=shape[0], fsdp=shape[1], tensor=shape[2])
@@ -160,7 +160,7 @@ def test_the_small_step_makes_no_logits_and_gathers_no_head_in_a_loop_and_no_sta
     found = hlo.collectives(text)
     head, layer = 1280 * 32, 32 * 128
     assert any(c.depth for c in found)
-    assert all(c.elements <= 2 * layer < head for c in found if c.depth)  # of one layer; no head
+    assert all(c.elements <= 2 * layer < head for c in found if c.depth)  # parts of one layer, never the head
     assert all(c.elements < 16 * layer for c in found if c.kind == "all-gather")
     rows = 8 // (shape[0] * shape[1])
     assert max(array_sizes(text)) < rows * 64 * 1280
@@ -199,7 +199,7 @@ def test_no_logits_no_head_in_a_loop_and_no_whole_stack_of_layers_is_gathered():
     (text,) = texts
     model = config.model
     found = hlo.collectives(text)
-    layer = model.embed_dim * model.ffn_dim  # the largest matrix of one
+    layer = model.embed_dim * model.ffn_dim  # the largest matrix of a layer
     assert found
     assert max(c.elements for c in found) < 4 * layer
     head = model.vocab_size * model.embed_dim

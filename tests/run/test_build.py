@@ -1,4 +1,4 @@
-"""Each field under `loss` has its effect: what a config says is what the loss and its weights are made with."""
+"""Each field under `loss` has its effect: the loss and its weights use the values of the config."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_a_field_reaches_the_objective(field, value, attribute, expected):
     assert found == expected != before
 
 
-def test_class_weights_and_the_filters_of_env_only_reach_the_objective():
+def test_class_weights_and_env_only_filters_reach_the_objective():
     objective = with_fields(**{"class_weights.warning": 0.5, "mode": "env_only", "min_valid_calls": 0.5}).objective(0)
     assert objective.selection.class_weights["warning"] == 0.5
     assert objective.min_valid_calls == 0.5
@@ -96,7 +96,7 @@ def test_a_field_reaches_the_loss(fields, attribute, expected):
     assert options == expected
 
 
-def test_the_warm_start_is_the_same_whatever_rl_ablates():
+def test_warm_start_does_not_depend_on_rl_settings():
     other = with_fields(
         observation_normalizer="token", observation_clip=0.2, policy="dapo", clip_low=0.1, dedupe=True, top_entropy=0.5
     )
@@ -105,7 +105,7 @@ def test_the_warm_start_is_the_same_whatever_rl_ablates():
 
 
 @pytest.mark.parametrize("policy", sorted(set(POLICY_LOSSES) - {"imitation"}))
-def test_a_policy_loss_brings_its_advantage_and_normaliser_unless_told_otherwise(policy):
+def test_policy_loss_sets_advantage_and_normaliser_by_default(policy):
     chosen, loss = varied(), POLICY_LOSSES[policy]
     built = with_fields(policy=policy)
     np.testing.assert_array_equal(built.advantages(chosen), advantages_of(chosen, ADVANTAGES[loss.advantage]))
@@ -133,7 +133,7 @@ class NoSuchTool(LookupFamily):
         ({"rollout.max_seconds": 0.0}, "max_seconds = 0.0: it must be above 0"),
     ],
 )
-def test_a_task_tool_or_limit_that_cannot_be_is_named_before_any_episode(fields, named):
+def test_impossible_task_tool_or_limit_is_named_before_any_episode(fields, named):
     config = tiny.get_config()
     for name, value in fields.items():
         if name == "task.mixture":
@@ -144,7 +144,7 @@ def test_a_task_tool_or_limit_that_cannot_be_is_named_before_any_episode(fields,
         build(config)
 
 
-def test_a_task_with_a_tool_that_there_is_not_is_named(monkeypatch):
+def test_task_with_an_unknown_tool_is_named(monkeypatch):
     monkeypatch.setitem(FAMILIES, "lookup", NoSuchTool)
     with pytest.raises(ConfigError, match=r"lookup/train/0 names the tools browser; choose from bash, python"):
         build(tiny.get_config())

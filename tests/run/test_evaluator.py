@@ -1,4 +1,4 @@
-"""What an evaluation says about a set of rollouts."""
+"""Metrics of an evaluation from a set of rollouts."""
 
 import dataclasses
 from math import comb
@@ -28,7 +28,7 @@ def test_pass_at_k_by_hand():
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k_rollouts():
-    """3 of 8 solved, k = 8 with two rollouts lost: the others still say something about k = 1, nothing about k = 8."""
+    """3 of 8 are solved; with k = 8 and two rollouts lost, the others still estimate pass@1, but not pass@8."""
     kept = rollouts([1, 1, 1, 0, 0, 0])
     lost = rollouts([1, 0], scored=False)
     metrics = pass_at_k(kept + lost, samples=8)
@@ -36,5 +36,5 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k_rollouts():
     assert "eval/pass@8" not in metrics
 
 
-def test_one_task_has_no_spread():
+def test_one_task_has_zero_standard_error():
     assert pass_at_k(rollouts([1, 0]), samples=1) == {"eval/pass@1": 0.5, "eval/pass@1_stderr": 0.0}

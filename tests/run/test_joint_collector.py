@@ -1,4 +1,4 @@
-"""Laws of collecting with other processes, which are played here; `tests/system/test_peers.py` has real ones."""
+"""Laws of collecting with other processes, which are simulated here; `tests/system/test_peers.py` has real ones."""
 
 import threading
 
@@ -11,7 +11,7 @@ from echo_jax.system.peers import Peers
 
 
 class WithAnother(Peers):
-    """Two processes, of which the other one answers what it always does."""
+    """Two processes; the other one gives fixed answers."""
 
     def __init__(self, answer):
         super().__init__()
@@ -22,7 +22,7 @@ class WithAnother(Peers):
 
 
 class Made:
-    """A collector whose collections always end like this."""
+    """A collector whose collections always end in the same way."""
 
     def __init__(self, *trajectories, fault="", interrupted=False):
         self.stop, self.retried, self.fault = threading.Event(), 0, fault
@@ -39,14 +39,14 @@ class Made:
 GOOD, LOST = make_trajectory([1, 2]), make_trajectory([1, 2], scored=False, outcome="infra")
 
 
-def test_a_run_of_which_no_rollout_is_scored_stops_with_the_cause():
+def test_run_without_a_scored_rollout_stops_with_the_cause():
     with pytest.raises(RolloutError, match="none of 2 rollouts could be scored.*injected"):
         JointCollector(Made(LOST, LOST, fault="injected"), Peers()).rollouts()
     assert JointCollector(Made(LOST, GOOD, fault="injected"), Peers()).rollouts() == [LOST, GOOD]
     assert JointCollector(Made(), Peers()).rollouts() == []
 
 
-def test_a_host_that_fails_its_share_fails_no_run_whose_other_hosts_can_score():
+def test_run_continues_if_one_host_fails_all_its_rollouts():
     well, ill = {"rollouts": False, "faults": [3, 3, ""]}, {"rollouts": False, "faults": [3, 0, "theirs"]}
     made = Made(LOST, LOST, fault="ours")
     assert JointCollector(made, WithAnother(well)).rollouts() == [LOST, LOST]
@@ -65,14 +65,14 @@ def test_all_are_interrupted_when_another_process_is(kind):
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "scripted"])
-def test_what_an_interrupted_collection_finished_is_passed_on(kind):
+def test_finished_rollouts_of_an_interrupted_collection_are_passed_on(kind):
     joint = JointCollector(Made(GOOD, interrupted=True), Peers())
     with pytest.raises(Interrupted) as interrupted:
         getattr(joint, kind)()
     assert interrupted.value.finished == [GOOD]
 
 
-def test_nobody_stops_unasked_and_all_stop_when_this_process_is_asked():
+def test_all_processes_stop_only_when_one_is_asked_to():
     made = Made()
     JointCollector(made, Peers()).check_stop()
     made.stop.set()

@@ -69,7 +69,7 @@ def finished(tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_run_leaves_what_the_readme_says(finished):
+def test_run_leaves_the_files_that_the_readme_lists(finished):
     names = {path.name for path in finished.iterdir()}
     assert {
         "config.json",
@@ -88,7 +88,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     ].keys()
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[30:])
     assert records[-1]["train/gradient_norm"] > 0
-    # The KL is to the policy that RL began with.
+    # The KL is to the policy that RL started from.
     assert records[30]["policy/reference_kl"] == pytest.approx(0.0, abs=1e-9)
     assert records[-1]["policy/reference_kl"] > 1e-7
 
@@ -102,7 +102,7 @@ def interrupted(self, *arguments, **options):
     return call(self, *arguments, **options)
 evaluator.Evaluator.__call__ = interrupted
 """
-# Of the first RL step, once two rollouts are finished; what ends after that comes too late.
+# In the first RL step, once two rollouts are finished; later ones do not count.
 IN_THE_ROLLOUTS = """
 import os, signal
 from echo_jax.rollout import collector
@@ -118,18 +118,18 @@ collector._Collection._collect = stopped
 
 
 class Start(NamedTuple):
-    """What one start of a run came to, and what the workdir then held."""
+    """The result of one start of a run, and the state of the workdir afterwards."""
 
     status: int
     output: str
     steps: int  # in metrics.jsonl
     done: bool
-    kept: int | None  # rollouts of a step that was stopped, if there are any
+    kept: int | None  # rollouts of an interrupted step, if there are any
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory) -> tuple[dict[str, Start], Path]:
-    """What each start of a run came to, and its workdir: it was interrupted again and again, and then ended."""
+    """Returns the result of each start of a run, interrupted repeatedly and then completed, and its workdir."""
     workdir = tmp_path_factory.mktemp("run") / "interrupted"
     vocab_size = build(tiny.get_config()).learner.vocab_size
     starts = {}
@@ -169,7 +169,7 @@ def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, inter
         np.testing.assert_array_equal(own, expected)
 
 
-def test_ctrl_c_stops_a_run_and_says_how_to_resume(interrupted):
+def test_ctrl_c_stops_a_run_and_prints_how_to_resume(interrupted):
     stopped = interrupted[0]["SIGINT"]
     assert stopped.status == 130, stopped.output
     assert "run the same command again to resume from step 31" in stopped.output
@@ -177,7 +177,7 @@ def test_ctrl_c_stops_a_run_and_says_how_to_resume(interrupted):
 
 
 def test_an_interruption_inside_an_evaluation_loses_nothing(interrupted):
-    """The step is done but its metrics are not written: it is made again, from the checkpoint before."""
+    """The step is done but its metrics are not written, so it is repeated from the previous checkpoint."""
     stopped = interrupted[0]["in the evaluation"]
     assert stopped.status == 75, stopped.output
     assert "resume from step 20" in stopped.output
@@ -193,7 +193,7 @@ def test_rollouts_finished_before_a_stop_are_kept_and_used(interrupted):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path):
-    """Wherever it is: starting, compiling, in the demonstrations, the warm start, RL, saving, an evaluation."""
+    """In any phase: starting, compiling, demonstrations, warm start, RL, saving, an evaluation."""
     fields = {"num_steps": 120, "warm_start.num_steps": 80, "eval.every": 10, "checkpoint.every": 3}
     longer = [f"--config.{name}={value}" for name, value in fields.items()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -212,7 +212,7 @@ def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path)
         path = killed / "metrics.jsonl"
         reached.append(read_metrics(path)[-1]["step"] if path.exists() and read_metrics(path) else 0)
     print("steps reached", reached)
-    assert sum(0 < step < 200 for step in reached) >= 3  # else it says little
+    assert sum(0 < step < 200 for step in reached) >= 3  # otherwise the test proves little
     status, output = finish(start(killed, *longer))
     assert status == 0, output
     assert comparable(killed) == comparable(whole)
@@ -221,7 +221,7 @@ def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path)
         np.testing.assert_array_equal(own, expected)
 
 
-def test_a_finished_run_is_not_run_again(finished):
+def test_finished_run_is_not_run_again(finished):
     before = (finished / "metrics.jsonl").read_bytes()
     status, output = finish(start(finished))
     assert status == 0
@@ -233,11 +233,11 @@ def test_a_finished_run_is_not_run_again(finished):
 def test_a_workdir_of_another_config_is_refused_and_left_alone(finished):
     status, output = finish(start(finished, "--config.loss.observation_weight=0.7"))
     assert status == 1
-    assert "loss.observation_weight: there 0.05, here 0.7" in output
+    assert "loss.observation_weight: the run has 0.05, this config 0.7" in output
     assert "another --workdir" in output
 
 
-def test_a_misspelt_field_is_one_line_with_a_suggestion(tmp_path):
+def test_misspelt_field_gives_one_line_with_a_suggestion(tmp_path):
     status, output = finish(start(tmp_path / "w", "--config.loss.observation_wieght=1"))
     assert status == 1
     assert 'Did you mean "observation_weight"' in output
@@ -319,10 +319,10 @@ def retrained(tmp_path, **fields) -> tuple[list[dict], list]:
     return read_metrics(tmp_path / "w" / "metrics.jsonl"), sampled
 
 
-def test_steps_are_profiled_and_programs_cached_where_the_config_says_so(tmp_path):
+def test_steps_are_profiled_and_programs_cached_as_configured(tmp_path):
     cache = tmp_path / "cache"
     before = jax.config.jax_compilation_cache_dir
-    compilation_cache.reset_cache()  # the one of these tests, which is in use
+    compilation_cache.reset_cache()  # the tests' cache, which is in use
     try:
         records, _ = retrained(
             tmp_path, **{"system.compilation_cache": str(cache), "system.profile_steps": (2, 2), "loss.kl_weight": 0.0}
@@ -340,14 +340,14 @@ def test_saved_rollouts_can_be_trained_on_off_policy(finished, tmp_path):
     path = finished / "rollouts" / "step_000034.jsonl.gz"
     saved = trajectory_lib.load(path, vocab_size=build(tiny.get_config()).learner.vocab_size)
     records, sampled = retrained(tmp_path, **{"rollout.replay": str(path)})
-    assert len(sampled) == 2  # both evaluations, and nothing else
+    assert len(sampled) == 2  # only the two evaluations
     for record in records[2:]:
         assert record["rollout/submitted"] == len(saved)
         assert record["rollout/tokens"] == pytest.approx(np.mean([len(t.ids) for t in saved]))
         assert record["policy/sampler_gap"] > 1e-3  # another policy wrote them
 
 
-def test_a_file_of_few_groups_is_replayed_again_and_again_as_groups_of_their_own(finished, tmp_path):
+def test_small_file_is_replayed_repeatedly_as_separate_groups(finished, tmp_path):
     path = finished / "rollouts" / "step_000034.jsonl.gz"
     records, _ = retrained(tmp_path, **{"rollout.replay": str(path), "rollout.groups": 6})
     assert all(record["rollout/submitted"] == 3 * 4 for record in records[2:])  # of two groups of two each
@@ -372,7 +372,7 @@ def test_saved_rollouts_can_be_imitated(finished, tmp_path):
         ("warm_start.trajectories", "nowhere", "nowhere.jsonl.gz"),
     ],
 )
-def test_rollouts_that_cannot_be_trained_on_are_refused_before_any_work(finished, tmp_path, field, file, named):
+def test_unusable_rollouts_are_refused_before_any_work(finished, tmp_path, field, file, named):
     config = tiny.get_config()
     config.update_from_flattened_dict({field: str(finished / "rollouts" / f"{file}.jsonl.gz")})
     with pytest.raises(ValueError, match=named):
@@ -380,7 +380,7 @@ def test_rollouts_that_cannot_be_trained_on_are_refused_before_any_work(finished
     assert not (tmp_path / "w").exists()
 
 
-def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
+def test_file_without_rollouts_gives_one_line(finished, tmp_path):
     (tmp_path / "other").write_text("text")
     run = evaluate(finished, f"--trajectories={tmp_path / 'other'}")
     assert run.returncode == 1
@@ -403,7 +403,7 @@ def test_a_file_that_is_no_rollouts_is_one_line(finished, tmp_path):
         ),
     ],
 )
-def test_help_helps(program, flags):
+def test_help_lists_the_flags(program, flags):
     run = subprocess.run(
         [sys.executable, "-m", f"echo_jax.{program}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -411,7 +411,7 @@ def test_help_helps(program, flags):
     assert all(f"--{flag}" in run.stdout for flag in flags)
 
 
-def test_a_damaged_checkpoint_names_itself_and_the_way_on(finished, tmp_path):
+def test_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished, workdir)
     (workdir / "DONE").unlink()
@@ -451,7 +451,7 @@ def test_without_a_sandbox_nothing_starts(tmp_path, monkeypatch):
         ("warm_start.success_rate", 1.5),
     ],
 )
-def test_a_value_that_cannot_work_is_named_before_any_work(field, value, tmp_path):
+def test_impossible_value_is_named_before_any_work(field, value, tmp_path):
     config = tiny.get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=str(value)):
@@ -475,13 +475,13 @@ def train_on_a_disk_of(size: int, workdir: Path, script: str) -> subprocess.Comp
     return run
 
 
-def test_a_full_disk_ends_with_advice_before_any_work(tmp_path):
-    """Too small for the checkpoints and what else a run writes."""
+def test_full_disk_gives_advice_before_any_work(tmp_path):
+    """Too small for the checkpoints and the other files of a run."""
     script = f'mkdir {tmp_path}/w && head -c 2900000 /dev/zero > {tmp_path}/filler && exec "$@"'
     assert "free" in train_on_a_disk_of(3_000_000, tmp_path / "w", script).stderr
 
 
-def test_a_disk_that_fills_in_mid_run_loses_nothing_before_the_last_checkpoint(tmp_path):
+def test_disk_that_fills_mid_run_loses_nothing_before_the_last_checkpoint(tmp_path):
     """Something else fills the disk after step 12; the last checkpoint is of step 10."""
     reached = f"""grep -qs '"step": 12' {tmp_path}/w/metrics.jsonl"""
     fill = f"(until {reached}; do sleep 0.02; done; cat /dev/zero >{tmp_path}/filler) 2>&- & "
@@ -491,8 +491,8 @@ def test_a_disk_that_fills_in_mid_run_loses_nothing_before_the_last_checkpoint(t
     assert "10" in run.stdout.splitlines()
 
 
-def test_a_run_of_another_owner_is_left_alone(tmp_path):
-    """Of two pods that take one run at once, one gets it, and finds it again."""
+def test_run_of_another_owner_is_left_alone(tmp_path):
+    """If two pods take one run at once, one gets it, and resumes it later."""
     workdir = tmp_path / "w"
     workdir_lib.claim_workdir(tiny.get_config(), workdir)
     workdir_lib.claim_for("pod-a", workdir)
@@ -506,7 +506,7 @@ def test_a_run_of_another_owner_is_left_alone(tmp_path):
     assert not (workdir / "metrics.jsonl").exists()
 
 
-def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
+def test_second_process_is_kept_out_of_a_workdir(tmp_path):
     workdir = tmp_path / "w"
     workdir_lib.claim_workdir(tiny.get_config(), workdir)
     with workdir_lib.only_process_in(workdir):
@@ -518,7 +518,7 @@ def test_a_second_process_is_kept_out_of_a_workdir(tmp_path):
 
 
 class Recorded(NamedTuple):
-    """What a run did."""
+    """A record of a run."""
 
     config: ml_collections.ConfigDict
     reads: set[str]  # leaves of the config
@@ -555,7 +555,7 @@ def recorded_run(tmp_path_factory):
     config.warm_start.num_steps = 4
     config.eval.every = 2
     config.mesh.update(data=2, fsdp=2, tensor=2)
-    # Everything optional that compiles a program of its own, or runs one more often.
+    # Enables every option that compiles another program, or runs one more often.
     config.loss.update(old_logprobs="recomputed", gradient_metrics_every=2)
     config.loss.update(observation_schedule="linear", mode_changes=((2, "grpo"),))
     config.optimizer.updates_per_batch = 2
@@ -567,7 +567,7 @@ def recorded_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle.Trainer, "__init__", remember)
         patch.setattr(Collector, "rollouts", remember_jobs)
-        # These two read every leaf, to write config.json and to check values: that does not count as use.
+        # These two read every leaf, to write config.json and to check values, which does not count as use.
         flat, validate = _on(config, config_lib.flat), _on(config, build_lib.validate)
         for module in (build_lib.config_lib, workdir_lib):
             patch.setattr(module, "flat", flat)
@@ -598,7 +598,7 @@ def _recording(config, prefix, reads):
 
 
 def _on(config, function):
-    """Returns the function as it is on a config that is not recorded."""
+    """Returns the function, but applied to the unrecorded config."""
     result = function(config)
     return lambda _: result
 
@@ -606,11 +606,11 @@ def _on(config, function):
 def test_every_config_leaf_is_read_by_something(recorded_run):
     # Broken on purpose: a field added to the default config and read by nothing is named here.
     unread = set(config_lib.flat(recorded_run.config)) - recorded_run.reads
-    unread -= {name for name in unread if name.startswith("task.")}  # of families that are not in the mixture
+    unread -= {name for name in unread if name.startswith("task.")}  # of families outside the mixture
     assert not unread
 
 
-def test_every_metric_has_a_line_in_the_table_and_every_line_a_metric(recorded_run, finished):
+def test_metrics_and_metric_table_match(recorded_run, finished):
     workdirs = (recorded_run.workdir, finished)
     written = {name for workdir in workdirs for record in read_metrics(workdir / "metrics.jsonl") for name in record}
     placeholders = {
@@ -622,12 +622,12 @@ def test_every_metric_has_a_line_in_the_table_and_every_line_a_metric(recorded_r
     assert {name for name in written if metric_table.describe(name, placeholders) is None} == set()
     found = {id(metric_table.describe(name, placeholders)) for name in written}
     unseen = {name for name, metric in metric_table.METRICS.items() if id(metric) not in found}
-    # A policy loss of one's own has a test elsewhere; the peak of a CPU is not known.
+    # User-defined policy losses have a test elsewhere; the peak of a CPU is unknown.
     assert unseen <= {"policy/LOSS", "train/mfu"}
 
 
 def test_nothing_compiles_after_the_first_step_checkpoint_and_evaluation(recorded_run):
-    # Steps 0 and 4 begin the phases, 2 is the first checkpoint, 4 the first evaluation; the run goes on to 8.
+    # Steps 0 and 4 start the phases, 2 is the first checkpoint, 4 the first evaluation; the run continues to 8.
     assert set(recorded_run.compiled) <= {-1, 0, 2, 4}
 
 
@@ -639,7 +639,7 @@ def test_a_sharded_run_reports_the_same_kind_of_numbers(recorded_run):
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[4:])
 
 
-def test_no_task_and_no_sampling_key_is_used_twice_and_evaluation_is_on_held_out_tasks(recorded_run):
+def test_tasks_and_sampling_keys_are_used_once_and_evaluation_uses_held_out_tasks(recorded_run):
     config = recorded_run.config
     demonstrations = trajectory_lib.load(
         recorded_run.workdir / "rollouts" / "demonstrations.jsonl.gz", vocab_size=build(config).learner.vocab_size
@@ -658,14 +658,14 @@ def test_no_task_and_no_sampling_key_is_used_twice_and_evaluation_is_on_held_out
     assert len(set(trained)) == len(trained)
     assert all(name.startswith("lookup/train/") for name in trained)
     assert [step for step, _ in evaluations] == [4, 6, 8]
-    (names,) = {tuple(jobs) for _, jobs in evaluations}  # the same each time, so that curves compare
+    (names,) = {tuple(jobs) for _, jobs in evaluations}  # the same each time, so that curves are comparable
     assert all(name.startswith("lookup/heldout/") for name, _ in names)
     assert len(set(keys)) == len(keys)
     assert not set(keys) & {key for _, key in names}
 
 
-def test_reinforcement_learning_begins_with_a_fresh_optimizer(finished):
-    """34 updates were made, 4 of them by the second phase's optimizer."""
+def test_rl_starts_with_a_fresh_optimizer(finished):
+    """There were 34 updates, 4 of them with the optimizer of the second phase."""
     counts = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(final_state(finished).opt_state)
               if jax.tree_util.keystr(path).endswith("count")]  # fmt: skip
     assert counts

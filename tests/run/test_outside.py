@@ -1,4 +1,4 @@
-"""Parts of a run that are named from outside the package: what one brings is used, and nothing else has to change."""
+"""Parts of a run named from outside the package: they are used, and nothing else has to change."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def config(**fields):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The workdir of a whole run with all of them."""
+    """Returns the workdir of a whole run with all of these parts."""
     workdir = tmp_path_factory.mktemp("outside") / "run"
     assert lifecycle.train(config(), workdir) == 0
     return workdir
@@ -48,7 +48,7 @@ def test_a_run_of_parts_from_outside_reaches_its_end(finished):
     assert (finished / "DONE").exists()
 
 
-def test_the_engines_turns_the_tools_output_and_the_tasks_rewards_are_in_the_rollouts(saved):
+def test_rollouts_hold_the_engines_turns_the_tools_output_and_the_tasks_rewards(saved):
     by_rollout = {t.rollout: t for t in saved}
     assert len(by_rollout) == 4
     talks = [t for t in saved if t.rollout % 2 == 0]
@@ -66,7 +66,7 @@ def test_the_engines_turns_the_tools_output_and_the_tasks_rewards_are_in_the_rol
             assert (t.scored, t.reward, t.solved) == (True, 2.0 if right else -1.0, right)
 
 
-def test_rollouts_that_a_task_cannot_score_are_counted_and_not_made_again(finished):
+def test_rollouts_that_a_task_cannot_score_are_counted_and_not_repeated(finished):
     for record in read_metrics(finished / "metrics.jsonl")[1:]:
         assert record["rollout/accepted"] + record["rollout/rejected"] + record["rollout/filtered"] == 4
         assert record["rollout/retried"] == 0
@@ -94,7 +94,7 @@ def test_options_reach_loss_advantage_and_filter(saved):
     assert trained.tolist() == bodies[1:].tolist()  # the filter skips one
 
 
-def test_without_demonstrators_the_observations_of_saved_rollouts_are_scored_or_none(finished, tmp_path, capsys):
+def test_without_demonstrators_observation_ce_needs_saved_rollouts(finished, tmp_path, capsys):
     assert all("eval/observation_ce" not in record for record in read_metrics(finished / "metrics.jsonl"))
     for name, expected in (("", False), (str(finished / "rollouts" / "step_000001.jsonl.gz"), True)):
         parts = build(config(**{"eval.trajectories": name}))
@@ -127,16 +127,16 @@ def _initial(learner):
         ({"tools.count.unit": None, "tools.count.tool": "mine:gated"}, "config.tools.count has unit"),
     ],
 )
-def test_what_cannot_work_is_named_with_its_field(fields, named):
+def test_error_names_the_field(fields, named):
     if named is None:
-        with pytest.raises(ZeroDivisionError):  # of the family itself: not ours to explain
+        with pytest.raises(ZeroDivisionError):  # raised by the family, so passed on unchanged
             build(config(**fields))
         return
     with pytest.raises(ConfigError, match=named):
         build(config(**fields))
 
 
-def test_a_program_finds_the_modules_beside_its_config_from_any_folder(tmp_path):
+def test_program_finds_modules_in_its_configs_folder_from_anywhere(tmp_path):
     arguments = [f"--config={CONFIG}", f"--workdir={tmp_path / 'w'}", "--config.loss.policy=mine:missing"]
     ended = subprocess.run(
         [sys.executable, "-m", "echo_jax.train", *arguments],

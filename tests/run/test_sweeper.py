@@ -25,7 +25,7 @@ CONFIG = """
     def sweep():
         yield from [*RUNS]
 """
-# Stands for echo_jax.train: writes one record, then DONE; `seed` says how to go wrong.
+# A stub of echo_jax.train: writes one record, then DONE; `seed` selects how it fails.
 TRAIN = """
     import json, os, pathlib, signal, sys, time
 
@@ -60,7 +60,7 @@ RUN_SWEEP = "from sys import *; from echo_jax.run.sweeper import run_sweep;"
 
 
 class Sandbox:
-    """A config file and a stub of the train program in a folder of their own."""
+    """A config file and a stub of the train program in a folder."""
 
     def __init__(self, folder: Path, runs: list[Mapping[str, Any]]):
         self.folder, self.workdir = folder, folder / "out"
@@ -149,7 +149,7 @@ def test_run_of_another_owner_is_left_alone_and_one_that_stopped_is_a_failure(tm
     assert "[1/1] seed=75: FAILED with status 75 (the same command resumes it) after" in output
 
 
-def test_launcher_is_believed_where_the_workdirs_are_not_seen(tmp_path: Path):
+def test_launchers_status_decides_without_access_to_the_workdirs(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [{"seed": 9}, {"seed": 8}])
     launcher = [*sandbox.train, "--elsewhere=a b"]
     status, output = sandbox.run(launcher=launcher, train=["false"], logs=tmp_path / "logs", workdir=tmp_path / "far")
@@ -163,7 +163,7 @@ def test_launcher_is_believed_where_the_workdirs_are_not_seen(tmp_path: Path):
     assert [row["done"] for row in rows] == ["yes", "no"]
 
 
-def test_report_starts_nothing_and_shows_what_is_there(tmp_path: Path):
+def test_report_starts_nothing_and_shows_existing_results(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [{"seed": 1}, {"seed": 2}])
     sandbox.run(only="seed=1")
     status, output = sandbox.run(report=True)
@@ -182,7 +182,7 @@ def test_table_may_come_from_a_command(tmp_path: Path):
     assert sandbox.run(table=["the", "table"], dry_run=True)[1].endswith("\nthe table\n")
 
 
-def test_only_starts_the_runs_it_matches(tmp_path: Path):
+def test_only_flag_starts_only_the_matching_runs(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [{"seed": 1}, {"seed": 2}, {"seed": 12}])
     assert sandbox.run(only="=1$")[0] == 0
     assert [row["done"] for row in sandbox.results()] == ["yes", "no", "no"]
@@ -211,7 +211,7 @@ def test_a_bad_run_stops_the_sweep_before_the_first_one_starts(tmp_path: Path, b
     assert not sandbox.workdir.exists()
 
 
-def test_names_are_safe_short_stable_and_tell_fields_of_one_name_apart():
+def test_names_are_safe_short_stable_and_distinguish_fields_of_one_name():
     assert run_name({"loss.observation_weight": 0.05, "seed": 1}) == "observation_weight=0.05,seed=1"
     assert run_name({"seed": 1, "loss.observation_weight": 0.05}) == "observation_weight=0.05,seed=1"
     assert run_name({"model.width": 3, "engine.width": 4}) == "engine.width=4,model.width=3"
@@ -257,7 +257,7 @@ def test_interruption_reaches_the_run_once_and_stops_the_sweep(tmp_path: Path, n
         ready, deadline = sandbox.workdir / "seed=7" / "ready", time.monotonic() + 20
         while not ready.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        # To the whole group, as a terminal does it.
+        # To the whole process group, as a terminal does.
         os.killpg(process.pid, number)
         output = process.communicate(timeout=20)[0]
     assert process.returncode == 130

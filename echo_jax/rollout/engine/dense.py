@@ -35,9 +35,8 @@ class Placement:
         local_devices = [d for d in devices if d.process_index == jax.process_index()]
         sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
         tensor = math.gcd(len(local_devices), *sizes)
-        self.local = make_mesh(
-            len(local_devices) // tensor, 1, tensor, local_devices
-        )  # lanes over `data`, model over `tensor`
+        # This process's mesh: lanes over `data`, model over `tensor`.
+        self.local = make_mesh(len(local_devices) // tensor, 1, tensor, local_devices)
         # On the devices of all processes, each laid out like `local`, in the dtype that the model uses.
         everywhere = abstract_params(config, make_mesh(len(devices) // tensor, 1, tensor, devices))[1]
         placed = jax.tree_util.tree_map_with_path(

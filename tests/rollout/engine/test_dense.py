@@ -1,4 +1,4 @@
-"""Laws of the dense engine: what it says of its samples is true, and no session feels another."""
+"""Laws of the dense engine: what it reports of its samples is true, and sessions do not affect each other."""
 
 import collections
 import dataclasses
@@ -23,7 +23,7 @@ SMALL_VOCABULARY = dataclasses.replace(TINY, vocab_size=8)
 
 @functools.cache
 def weights(config, shape=(1, 1, 1)):
-    """Returns (graph definition, random parameters on a mesh), with nothing to compile."""
+    """Returns (graph definition, random parameters on a mesh) without compiling anything."""
     graphdef, abstract = abstract_params(config, make_mesh(*shape))
     rng = np.random.default_rng(0)
     draw = lambda x: jax.device_put(rng.normal(0.0, 0.25, x.shape).astype(x.dtype), x.sharding)  # noqa: E731
@@ -47,7 +47,7 @@ def shared():
 
 @pytest.fixture
 def engine(shared):
-    """One engine for all tests, which is itself the law that sessions leave nothing behind."""
+    """One engine for all tests, which also tests that sessions leave nothing behind."""
     shared.cancel()
     shared.set_params(weights(TINY)[1], 0)
     return shared
@@ -55,7 +55,7 @@ def engine(shared):
 
 @pytest.fixture
 def unused(shared):
-    """Returns a function that makes an engine where nothing ran yet; it borrows the shared one's compiled program."""
+    """Returns a function that makes an unused engine with the shared one's compiled program."""
 
     def make(seed=0):
         engine = new_engine(seed=seed)
@@ -72,7 +72,7 @@ def gamblers():
 
 
 def one_turn(engine, asks):
-    """Opens a session for each {lane: (rollout, ids, max_new)} and returns {lane: its turn}."""
+    """Opens a session for each {lane: (rollout, ids, max_new)} and returns {lane: turn}."""
     for lane, (rollout, ids, max_new) in asks.items():
         engine.open(lane, rollout)
         engine.generate(lane, ids, max_new)
@@ -84,7 +84,7 @@ def one_turn(engine, asks):
 
 
 def talk(engine, sessions, delay=lambda lane, turn: 0):
-    """Runs whole sessions side by side, where a tool takes `delay` steps to answer.
+    """Runs whole sessions in parallel, with tools that take `delay` steps to answer.
 
     Args:
       sessions: {lane: (rollout, [(new ids, max_new) of each turn])}.
@@ -133,7 +133,7 @@ def fresh_logprobs(params, ids, *, config=TINY, temperature=0.8):
 
 
 def check_against_a_fresh_forward(params, asks, ids, turns, **options):
-    """Returns the largest distance between what was reported of sampled ids and what the trainer computes."""
+    """Returns the largest difference between the reported values of sampled ids and those that the trainer computes."""
     expected, at, worst = fresh_logprobs(params, ids, **options), 0, 0.0
     for (new, max_new), turn in zip(asks, turns, strict=True):
         at += len(new)
@@ -182,11 +182,11 @@ def test_samples_follow_the_tempered_distribution(gamblers):
             counts[turn.ids[0]] += 1
     options = dict(config=SMALL_VOCABULARY, temperature=0.5)
     expected = np.exp([fresh_logprobs(weights(SMALL_VOCABULARY)[1], (*prompt, i), **options)[3] for i in range(8)])
-    assert expected.max() > 1.3 * expected.min()  # else uniform samples would pass
+    assert expected.max() > 1.3 * expected.min()  # otherwise uniform samples would pass
     assert np.sum((counts - 2048 * expected) ** 2 / (2048 * expected)) < 29.9
 
 
-def test_every_position_and_every_rollout_draws_anew(engine):
+def test_every_position_and_rollout_gets_fresh_draws(engine):
     turns = [one_turn(engine, {0: (rollout, (1, 2, 3), 20)})[0].ids for rollout in range(12)]
     assert len({*turns}) == 12
     assert len({ids[0] for ids in turns}) > 4
@@ -194,7 +194,7 @@ def test_every_position_and_every_rollout_draws_anew(engine):
     assert len({*longest}) > len(longest) / 2
 
 
-def test_another_seed_draws_other_samples(engine, unused):
+def test_other_seed_gives_other_samples(engine, unused):
     asks = {0: (5, (1, 2, 3), 20)}
     assert one_turn(engine, asks)[0].ids != one_turn(unused(seed=1), asks)[0].ids
 
@@ -202,7 +202,7 @@ def test_another_seed_draws_other_samples(engine, unused):
 # -- independence --------------------------------------------------------------------------------------------------
 
 
-def test_a_session_is_the_same_to_the_bit_whatever_its_neighbours_do_and_when(engine):
+def test_session_is_equal_bit_for_bit_whatever_its_neighbours_do(engine):
     rng = np.random.default_rng(1)
     session = random_session(rng, 77, turns=4)
     expected = talk(engine, {1: session})[1]
@@ -213,7 +213,7 @@ def test_a_session_is_the_same_to_the_bit_whatever_its_neighbours_do_and_when(en
         assert talk(engine, {1: session} | neighbours, delay=lambda lane, turn, w=waits: w[lane, turn])[1] == expected
 
 
-def test_the_order_in_which_tools_answer_changes_no_session(engine):
+def test_order_of_tool_answers_changes_no_session(engine):
     rng = np.random.default_rng(2)
     sessions = {lane: random_session(rng, lane) for lane in range(LANES)}
     expected = talk(engine, sessions)
@@ -222,7 +222,7 @@ def test_the_order_in_which_tools_answer_changes_no_session(engine):
         assert talk(engine, sessions, delay=lambda lane, turn, w=waits: w[lane, turn]) == expected
 
 
-def test_a_rollout_is_the_same_in_another_lane(engine):
+def test_rollout_is_the_same_in_another_lane(engine):
     ids = tuple(range(1, 12))
     turns = [one_turn(engine, {lane: (9, ids, 20)})[lane] for lane in range(LANES)]
     assert turns[0].ids == turns[1].ids == turns[2].ids
@@ -230,19 +230,19 @@ def test_a_rollout_is_the_same_in_another_lane(engine):
     np.testing.assert_allclose(turns[2].logprobs, turns[0].logprobs, atol=CLOSE)
 
 
-def test_the_steps_of_a_call_are_of_no_consequence(engine):
+def test_steps_per_call_do_not_change_samples(engine):
     asks = {0: (1, (1, 2, 3, 4, 5), 11), 2: (2, (6,), 20)}
     expected = one_turn(engine, asks)
     other = one_turn(new_engine(steps_per_call=3), asks)
     assert {lane: turn.ids for lane, turn in other.items()} == {lane: turn.ids for lane, turn in expected.items()}
 
 
-def test_a_lane_keeps_nothing_of_the_session_before(engine, unused):
+def test_lane_keeps_nothing_of_its_previous_session(engine, unused):
     asks = {1: (3, (4, 5, 6), 12)}
     expected = one_turn(unused(), asks)
     one_turn(engine, {lane: (lane, tuple(range(1, 31)), SLOTS - 30) for lane in range(LANES)})
     assert one_turn(engine, asks) == expected
-    # Nor of one that was dropped in the middle of its turn.
+    # Nor of one that was cancelled in the middle of its turn.
     for drop in (engine.cancel, lambda: engine.open(1, 8)):
         engine.cancel()
         engine.open(1, 8)
@@ -263,7 +263,7 @@ def test_a_turn_may_stop_at_its_first_token(gamblers):
     assert at_once
     for lane, turn in at_once.items():
         assert (turn.stopped, len(turn.logprobs), gamblers.known(lane)) == (True, 1, 3)
-        gamblers.generate(lane, (4, 5), 3)  # the session goes on behind the stop token
+        gamblers.generate(lane, (4, 5), 3)  # the session continues after the stop token
     again = {}
     while gamblers.busy:
         again |= gamblers.step()
@@ -307,7 +307,7 @@ def test_a_turn_is_reported_once_and_carries_its_version(engine):
 @pytest.mark.parametrize(
     ("ids", "max_new"), [((), 3), ((1, 2), 0), ((1, 2), -1), ((1,) * SLOTS, 1), ((1,) * (SLOTS - 3), 4)]
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(engine, ids, max_new):
+def test_request_that_does_not_fit_is_refused_with_the_numbers(engine, ids, max_new):
     engine.open(0, 0)
     with pytest.raises(
         ValueError, match=rf"lane 0 .* 0 \+ {len(ids)} known and {max_new} new tokens do not fit {SLOTS}"
@@ -333,13 +333,15 @@ def test_weights_do_not_change_under_an_open_session(engine):
         engine.set_params(weights(TINY)[1], 1)
     while engine.busy:
         engine.step()
-    with pytest.raises(RuntimeError, match=r"lanes \[1\]"):  # between two turns its cache is of the old weights
+    with pytest.raises(
+        RuntimeError, match=r"lanes \[1\]"
+    ):  # between two turns, its cache holds the old weights' keys and values
         engine.set_params(weights(TINY)[1], 1)
     engine.cancel()
     engine.set_params(weights(TINY)[1], 1)
 
 
-def test_after_new_weights_samples_come_from_them(engine):
+def test_new_weights_are_used_for_sampling(engine):
     asks = {0: (4, (1, 2, 3), 20)}
     old = one_turn(engine, asks)[0]
     engine.cancel()
@@ -363,8 +365,8 @@ def test_one_program_serves_all_uses(engine):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (8, 1, 1)])
-def test_eight_devices_sample_what_one_does_wherever_the_trainer_keeps_the_weights(engine, shape):
-    """Two of them divide the heads, so four share the lanes, of which there are then a multiple of four."""
+def test_eight_devices_sample_like_one_for_any_training_mesh(engine, shape):
+    """Two devices share the heads and four the lanes, so the number of lanes is a multiple of four."""
     spread = new_engine(shape=shape, lanes=LANES - 1)
     assert spread.lanes % 4 == 0
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(spread._params)} == {8}
@@ -377,7 +379,7 @@ def test_eight_devices_sample_what_one_does_wherever_the_trainer_keeps_the_weigh
         spread.cancel()
 
 
-def test_eight_devices_sample_from_experts_what_one_does():
+def test_eight_devices_sample_from_experts_like_one():
     one, spread = (new_engine(SPARSE, shape=shape, lanes=4) for shape in ((1, 1, 1), (2, 2, 2)))
     asks = {lane: (lane, (1, 2, 3 + lane), 12) for lane in range(4)}
     turns, own = one_turn(one, asks), one_turn(spread, asks)
@@ -388,8 +390,8 @@ def test_eight_devices_sample_from_experts_what_one_does():
         np.testing.assert_allclose(turn.logprobs, expected[3:], atol=CLOSE)
 
 
-def test_weights_come_in_the_dtype_that_the_model_uses_them_in():
-    """So an engine holds bf16 matrices, and its numbers are those of f32 ones cast at their use."""
+def test_weights_are_held_in_the_dtype_that_the_model_uses():
+    """So an engine holds bf16 matrices; its results equal those of f32 matrices cast when used."""
     half = dataclasses.replace(TINY, compute_dtype="bfloat16")
     dtypes = {str(x.dtype) for x in jax.tree.leaves(new_engine(half)._params)}
     assert dtypes == {"bfloat16", "float32"}

@@ -99,17 +99,17 @@ def _class_and_tool(trajectory: Trajectory, selection: Selection) -> np.ndarray:
 
 
 def _filtered(trajectory: Trajectory, mask: np.ndarray, keep: ObservationFilter) -> np.ndarray:
-    kept = keep(trajectory, mask.copy())
-    if not isinstance(kept, np.ndarray) or kept.dtype != bool or kept.shape != mask.shape:
-        got = f"{kept.dtype} {kept.shape}" if isinstance(kept, np.ndarray) else type(kept).__name__
+    narrowed = keep(trajectory, mask.copy())
+    if not isinstance(narrowed, np.ndarray) or narrowed.dtype != bool or narrowed.shape != mask.shape:
+        got = f"{narrowed.dtype} {narrowed.shape}" if isinstance(narrowed, np.ndarray) else type(narrowed).__name__
         raise SelectionError(
             f"the observation filter returned {got} for {trajectory.task}; it must be bool {mask.shape}"
         )
-    if (kept & ~mask).any():
+    if (narrowed & ~mask).any():
         raise SelectionError(
             f"the observation filter returned tokens outside its mask for {trajectory.task}; it may only remove tokens"
         )
-    return kept
+    return narrowed
 
 
 def _keep_after_uncertain_turns(trajectories, weights, included, share: float, pool: Pool) -> None:

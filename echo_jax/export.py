@@ -4,8 +4,8 @@
     python -m echo_jax.export --config=configs/NAME.py --workdir=runs/NAME --output=DIR --adapter
 
 In: the newest checkpoint of a run. Out: safetensors, config.json, the tokenizer's files and generation_config.json.
-Adapters are merged into the weights or, with `--adapter`, written separately in PEFT's layout. The folder appears once it is
-complete. One process, or several, can export a run of several processes; the same holds for evaluation.
+Adapters are merged into the weights or, with `--adapter`, written separately in PEFT's layout. The folder appears once
+it is complete. One process, or several, can export a run of several processes; the same holds for evaluation.
 """
 
 from pathlib import Path

@@ -271,7 +271,7 @@ def test_template_without_tools_gets_their_answers_in_the_user_role(tmp_path):
     ("template", "message"),
     [
         ("", "has no chat template"),
-        ("{% for %}", "is no Jinja"),
+        ("{% for %}", "is not valid Jinja"),
         ("{{ raise_exception('never') }}", "accepts no answer to a turn, .*: never"),
         ("{{ 1 / 0 }}", "accepts no answer to a turn, .*division by zero"),
         (CHATML + "{{ strftime_now('%d') }}", "accepts no answer to a turn, .*'strftime_now' is undefined"),

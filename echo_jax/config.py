@@ -132,8 +132,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.sandbox.setup_seconds = 30.0  # time-out of a task's setup command
     c.sandbox.score_seconds = 30.0  # time-out of one scoring command
 
-    # Imitates actions, and trains cross-entropy on the body of every observation. Other loss
-    # settings below are for RL.
+    # Imitates actions, with cross-entropy on the body of every observation, whatever `loss` says for RL.
     c.warm_start = ml_collections.ConfigDict()
     c.warm_start.num_steps = 200  # SFT updates on scripted demonstrations before RL; 0: none
     c.warm_start.demonstrations = 2048
@@ -151,8 +150,7 @@ def default_config() -> ml_collections.ConfigDict:
     # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_losses.py; or your "module:function".
     c.loss.policy = "grpo"
     c.loss.policy_options = ml_collections.ConfigDict()  # hyperparameters that differ from its defaults
-    # group | group_mean | leave_one_out | reward, see advantages.py; auto: as in the policy loss's paper; or your
-    # "module:function".
+    # group | group_mean | leave_one_out | reward, see advantages.py; auto: as in the policy loss's paper; or yours.
     c.loss.advantage = "auto"
     c.loss.advantage_options = ml_collections.ConfigDict()  # keyword arguments of the advantage
     c.loss.policy_normalizer = "auto"  # sequence | token | constant; auto: as in the policy loss's paper

@@ -162,9 +162,8 @@ def echo_loss(
         "pack/tokens": tokens_packed,
         "pack/efficiency": Mean(tokens_packed, slots),
         "pack/slots": slots,
-        "pack/pairs": jnp.sum(
-            jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32
-        ),  # a token and one it attends to
+        # A token attends to itself and to all before it.
+        "pack/pairs": jnp.sum(jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32),
     }
     for split, (role, tool) in splits(options.tools).items():
         chosen = (batch.role == role) & scored

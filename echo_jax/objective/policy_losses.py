@@ -32,9 +32,7 @@ class TokenLoss(NamedTuple):
     """The outputs of a policy loss, [B, T] each."""
 
     loss: jax.Array  # f32, finite everywhere
-    metrics: Mapping[
-        str, jax.Array
-    ]  # name -> number or bool per token; its mean over actions is logged as `policy/NAME`
+    metrics: Mapping[str, jax.Array]  # name -> number or bool per token; `policy/NAME` logs its mean over actions
 
 
 # (tokens, **hyperparameters) -> loss and metrics of each token.

@@ -184,7 +184,7 @@ def _branches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
 
 
 def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
-    """Returns lambda for each trajectory. The reward-adaptive lambda of PaW (arXiv 2606.02388) multiplies it by 1 minus
+    """Returns lambda for each trajectory. PaW's reward-adaptive form (arXiv 2606.02388) is taken as a factor of 1 minus
     the group's mean reward, scaled to [0, 1] by the task's reward range: the worse a task goes, the more is learned
     from its observations."""
     lambdas = np.full(len(trajectories), objective.observation_weight)

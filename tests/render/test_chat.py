@@ -173,9 +173,8 @@ def test_each_parts_tokens_have_its_role(renderer, format, parts):
     normal = lambda text: text.encode("utf-8", "surrogateescape")  # noqa: E731
     said = renderer.tokenizer.decode(i for i, r in zip(rendered.ids, rendered.roles, strict=True) if r != Role.SCAFFOLD)
     if format == "template" and len(parts) == 1 and parts[0].role == Role.OBSERVATION and parts[0].text.strip():
-        assert normal(said.lstrip()).startswith(
-            normal(parts[0].text.lstrip())
-        )  # a first newline joins the token before it
+        # A first newline joins the token before it.
+        assert normal(said.lstrip()).startswith(normal(parts[0].text.lstrip()))
     order = [r for r in rendered.roles if r != Role.SCAFFOLD]
     stretches = [r for k, r in enumerate(order) if k == 0 or order[k - 1] != r]
     wanted = [p.role for p in parts if p.text or p.role != Role.OBSERVATION]

@@ -30,7 +30,7 @@ def group_normalized(rewards: np.ndarray) -> np.ndarray:
 
 
 def group_mean(rewards: np.ndarray) -> np.ndarray:
-    """r - mean. Dividing by the std would favour tasks with little variance (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
+    """r - mean: dividing by the std favours tasks with little variance (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
     return _centered(rewards)
 
 

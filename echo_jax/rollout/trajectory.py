@@ -38,7 +38,7 @@ class Sampled:
     logprobs: tuple[float, ...]  # under the tempered, untruncated distributions that they were sampled from
     entropies: tuple[float, ...]  # of those distributions, nats; nan if there is none, as for a script
     versions: tuple[int, ...]  # step of the run whose policy sampled each id; -1: a script
-    stopped: bool  # True: by a stop token, the last of `ids`; False: the budget ran out
+    stopped: bool  # True: ended by a stop token, the last of `ids`; False: its budget ran out
 
 
 class Attempt(NamedTuple):

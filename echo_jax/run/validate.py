@@ -43,7 +43,7 @@ CHOICES = {
     "loss.observation_schedule": SCHEDULES,
     "loss.observation_normalizer": OBSERVATION_NORMALIZERS,
 }
-# All other integers are at least 1.
+# Fields that may be 0; all other integers are at least 1.
 MAY_BE_ZERO = (
     "model.vocab_size",
     "model.num_experts",

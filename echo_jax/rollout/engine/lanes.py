@@ -60,5 +60,5 @@ class LaneSessions:
             raise ValueError(f"session {session} is not open")
         self._lanes.open(session, rollout=0)  # this empties the lane
         self._free.append(session)
-        if len(self._free) == self.sessions:  # reset the order of lanes, which depended on how the sessions ended
+        if len(self._free) == self.sessions:  # restore the first order, whatever the order of endings
             self._free = self._all()

@@ -9,6 +9,7 @@ import pytest
 from echo_jax.config import ConfigError, default_config, flat
 from echo_jax.run.validate import check_tools, validate
 from echo_jax.run.workdir import claim_workdir
+from echo_jax.system import named
 from echo_jax.tools import TOOLS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
@@ -144,6 +145,78 @@ def test_a_bad_value_is_named(field, value, named):
         config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=named):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("tool_weights", {}), ("class_weights", {"body": 1.0}), ("tool_weights", {"python": 0.0})],
+)
+def test_a_workdir_takes_its_config_whatever_its_open_sections_hold(tmp_path, section, value):
+    config = default_config()
+    config.loss[section] = value
+    claim_workdir(config, tmp_path)
+    claim_workdir(config, tmp_path)
+    assert flat(config) != flat(default_config())
+
+
+def test_a_workdir_from_before_a_token_class_existed_is_the_same_run(tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["loss.class_weights.warning"], record["loss.tool_weights.bash"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    claim_workdir(config, tmp_path)
+    config.loss.class_weights.warning = 0.5
+    with pytest.raises(ConfigError, match=r"class_weights.warning: the run has 0.0, this config 0.5"):
+        claim_workdir(config, tmp_path)
+
+
+def test_a_run_may_be_evaluated_on_other_transcripts(tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path)
+    config.eval.trajectories = "later.jsonl.gz"
+    claim_workdir(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mixtur", {"maze": 1.0}, "config.task.mixtur is no entry of config.task.mixture"),
+        ("lokup", 3, "config.task.lokup is not a section"),
+    ],
+)
+def test_a_misspelt_section_of_tasks_is_named(name, value, message):
+    config = default_config()
+    config.task[name] = value
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("tools", {"count": 3}, "config.tools.count = 3: write"),
+        ("loss.policy_options", {"dual_clip": 0.5}, "dual_clip = 0.5: it must be above 1"),
+        ("loss.policy_options", {"clip_low": "a"}, "clip_low = 'a': it must be a number"),
+        ("loss.observation_filter_options", {"least": 1}, "has no effect without"),
+        ("rollout.engine_options", {"steps_per_call": print}, "engine_options.steps_per_call.*cannot be recorded"),
+    ],
+)
+def test_an_entry_that_cannot_work_is_named(section, value, message):
+    config = default_config()
+    *parents, last = section.split(".")
+    parent = config[parents[0]] if parents else config
+    parent[last] = value
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+def test_an_option_of_a_users_function_may_have_any_value(tmp_path):
+    (tmp_path / "bounds_of_mine.py").write_text("def loss(tokens, *, bound=1.0): ...")
+    named.add_to_path(tmp_path / "config.py")
+    config = default_config()
+    config.loss.policy, config.loss.policy_options = "bounds_of_mine:loss", {"bound": float("inf")}
+    validate(config)
 
 
 def test_hyperparameter_set_twice_is_an_error():

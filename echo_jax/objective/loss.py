@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from echo_jax.kernels.fused_logprobs import Axes, LogProbs, fused_logprobs
 from echo_jax.objective.batch import Batch
-from echo_jax.objective.policy_losses import KL_ESTIMATORS, Tokens, find_policy_loss
+from echo_jax.objective.policy_losses import KL_ESTIMATORS, TokenLoss, Tokens, find_policy_loss
 from echo_jax.roles import ENVIRONMENT_CLASSES, ENVIRONMENT_ROLES, Role
+from echo_jax.system.errors import ConfigError
 from echo_jax.system.sharding import MESH_AXIS_OF
 
 MAXIMA = ("policy/sampler_gap_max",)  # metric sums that hold the largest value, not a sum
@@ -129,7 +130,12 @@ def echo_loss(
     scored = scored_tokens(batch, options.head)
     tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
     policy = find_policy_loss(options.policy)
-    surrogate, policy_metrics = policy.surrogate(tokens, **(dict(policy.options) | dict(options.policy_options)))
+    returned = policy.surrogate(tokens, **(dict(policy.options) | dict(options.policy_options)))
+    if not isinstance(returned, TokenLoss):
+        raise ConfigError(
+            f"the policy loss {options.policy!r} returned a {type(returned).__name__}; it must return a TokenLoss"
+        )
+    surrogate, policy_metrics = returned
     if options.importance_cap:
         surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
     kl = KL_ESTIMATORS[options.kl_estimator](logprob, batch.reference_logprob)
@@ -174,14 +180,16 @@ def echo_loss(
         sums[f"observation/tokens{split}"] = count
     if options.policy != "imitation":  # if a policy sampled the actions, not a script
         difference = action * (logprob - batch.sampler_logprob)
-        for name, values in policy_metrics.items():
-            sums[f"policy/{name}"] = Mean(jnp.sum(action * values), actions)
         sums["policy/sampler_gap"] = Mean(jnp.sum(jnp.abs(difference)), actions)
         sums["policy/sampler_gap_max"] = jnp.max(jnp.abs(difference))
         sums["policy/mismatch_kl"] = Mean(jnp.sum(jnp.exp(difference) - 1.0 - difference), actions)
         in_kl = jnp.sum(batch.kl_weight > 0, dtype=jnp.float32)
         sums["policy/reference_kl"] = Mean(jnp.sum(jnp.where(batch.kl_weight > 0, kl, 0.0)), in_kl)
         sums["policy/reference_tokens"] = in_kl
+        for name, values in policy_metrics.items():
+            if f"policy/{name}" in sums:
+                raise ConfigError(f"the policy loss {options.policy!r} reports a metric {name!r}: the name is taken")
+            sums[f"policy/{name}"] = Mean(jnp.sum(action * values), actions)
     return total, sums
 
 

@@ -157,7 +157,7 @@ def find_policy_loss(name: str) -> PolicyLoss:
     if isinstance(found, PolicyLoss):
         return found
     named.check_callable(found, name, "loss.policy")
-    return PolicyLoss(found)
+    return PolicyLoss(found, every_action=True)  # it may train where the advantage is 0
 
 
 def k1(logprob, reference_logprob):

@@ -132,9 +132,9 @@ class Collector:
         raise RolloutError(f"the script of task {job.task.name} failed on this machine: {fault or 'unknown cause'}")
 
     def _script_once(self, job: Job, solve: bool, rng: np.random.Generator) -> tuple[Trajectory, str]:
-        episode, environment = self._start(job)
+        episode, world = self._start(job)
         try:
-            if not environment.open():
+            if not world.open():
                 episode = episode_lib.abandon(episode)
             script = job.task.demonstrate(rng, solve=solve)
             if script is None:
@@ -144,7 +144,7 @@ class Collector:
                 if self.stop.is_set():
                     raise Interrupted
                 if episode.phase is Phase.CALL:
-                    result = self._run(environment, episode.call, episode.seconds_left)
+                    result = self._run(world, episode.call, episode.seconds_left)
                     observation = (result.head + result.tail).decode("utf-8", "surrogateescape")
                     episode = episode_lib.advance(episode, result)
                     continue
@@ -166,12 +166,12 @@ class Collector:
                     stopped=len(ids) == len(action.ids),
                 )
                 episode = episode_lib.advance(episode, turn)
-            return _score(job, episode, environment), environment.fault
+            return _score(job, episode, world), world.fault
         finally:
-            environment.close()
+            world.close()
 
-    def _run(self, environment: EpisodeWorld, call: Call, seconds: float) -> CommandResult:
-        return environment.run(self._rules.tools[call.tool], call.arguments, seconds)
+    def _run(self, world: EpisodeWorld, call: Call, seconds: float) -> CommandResult:
+        return world.run(self._rules.tools[call.tool], call.arguments, seconds)
 
     def _spoken(self, text: str, available: Mapping[str, Tool]) -> str:
         """Returns a script's turn, written in the plain grammar, in the grammar of the episodes."""
@@ -180,15 +180,15 @@ class Collector:
         return GRAMMARS[grammar].write(attempt, available) if grammar != "plain" and isinstance(attempt, Call) else text
 
 
-def _score(job: Job, episode: Episode, environment: EpisodeWorld) -> Trajectory:
-    reward = environment.finish(
+def _score(job: Job, episode: Episode, world: EpisodeWorld) -> Trajectory:
+    reward = world.finish(
         episode.answer,
         outcome=str(episode.outcome),
         turns=episode.turns,
         read_transcript=functools.partial(_transcript, episode),
     )
     if reward is None:
-        episode = episode_lib.abandon(episode, Outcome.UNSCORED if environment.unscored else Outcome.INFRA)
+        episode = episode_lib.abandon(episode, Outcome.UNSCORED if world.unscored else Outcome.INFRA)
     return episode_lib.to_trajectory(
         episode,
         task=job.task.name,
@@ -196,7 +196,7 @@ def _score(job: Job, episode: Episode, environment: EpisodeWorld) -> Trajectory:
         rollout=job.rollout,
         reward=reward or 0.0,
         reward_range=job.task.reward_range,
-        limits_by=environment.limits_by,
+        limits_by=world.limits_by,
     )
 
 
@@ -221,7 +221,7 @@ class _Collection:
         self._jobs = jobs
         self._engine = engine
         self._pool = collector._pool
-        self._environments: dict[int, EpisodeWorld] = {}
+        self._worlds: dict[int, EpisodeWorld] = {}
         self._opened: dict[int, concurrent.futures.Future] = {}
         self._episodes: dict[int, Episode] = {}
         self._waiting: dict[concurrent.futures.Future, int] = {}  # running tool call or scoring -> job
@@ -244,8 +244,10 @@ class _Collection:
                     i = self._job_of[session]
                     self._known[i] += len(turn.ids)
                     self._advance(i, turn)
-            else:
+            elif self._waiting:
                 concurrent.futures.wait(self._waiting, 0.1, concurrent.futures.FIRST_COMPLETED)
+            else:
+                raise RolloutError(f"the engine lost the turns of {len(self._job_of)} open sessions")
             for future in [future for future in self._waiting if future.done()]:
                 self._collect(self._waiting.pop(future), future.result())
                 on_finish(len(self._done))
@@ -254,19 +256,19 @@ class _Collection:
     @property
     def fault(self) -> str:
         """Why the last unscored rollout has no score."""
-        faults = [environment.fault for environment in self._environments.values() if environment.fault]
+        faults = [world.fault for world in self._worlds.values() if world.fault]
         return faults[-1] if faults else ""
 
     def close(self) -> None:
         """Ends everything that still runs, so that no session or sandbox outlives a stopped collection."""
-        for session in list(self._job_of):
-            self._close_session(self._job_of[session])
         pending = [*self._opened.values(), *self._waiting]
         for future in pending:
             future.cancel()
         concurrent.futures.wait(pending)
-        for environment in self._environments.values():
-            environment.close()
+        for world in self._worlds.values():
+            world.close()
+        for session in list(self._job_of):
+            self._close_session(self._job_of[session])
 
     def _begin_from(self, i: int) -> None:
         """Starts job i or, if it is done, the next unfinished job i + k · sessions, if one is left."""
@@ -278,8 +280,8 @@ class _Collection:
     def _begin(self, i: int) -> None:
         job = self._jobs[i]
         self._attempts[i] += 1
-        self._episodes[i], self._environments[i] = self._collector._start(job)
-        self._opened[i] = self._pool.submit(self._environments[i].open)  # in parallel to the policy's first turn
+        self._episodes[i], self._worlds[i] = self._collector._start(job)
+        self._opened[i] = self._pool.submit(self._worlds[i].open)  # in parallel to the policy's first turn
         session = self._engine.open(job.rollout, job.group)
         self._job_of[session], self._session_of[i], self._known[i] = i, session, 0
         self._ask(i)
@@ -321,8 +323,8 @@ class _Collection:
     def _call(self, i: int, call: Call, seconds: float) -> CommandResult:
         if not self._opened[i].result():
             return CommandResult(Status.INFRA, None, b"", b"", 0, 0.0, "")
-        return self._collector._run(self._environments[i], call, seconds)
+        return self._collector._run(self._worlds[i], call, seconds)
 
     def _finish(self, i: int, episode: Episode) -> Trajectory:
         self._opened[i].result()
-        return _score(self._jobs[i], episode, self._environments[i])
+        return _score(self._jobs[i], episode, self._worlds[i])

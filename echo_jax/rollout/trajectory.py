@@ -204,9 +204,8 @@ class _Reader:
         roles, tools = header.get("roles"), header.get("tools")
         if not (_is_numbering(roles, first=0) and _is_numbering(tools, first=1)):
             raise TrajectoryError(f"{path} begins with {start}, which does not number roles from 0 and tools from 1")
-        if unknown := [name for name in roles if name not in Role.__members__]:
-            raise TrajectoryError(f"{path} has tokens of the roles {', '.join(unknown)}, which this version lacks")
-        self._roles = np.asarray([Role[name] for name in sorted(roles, key=roles.get)], np.int8)
+        self._names = sorted(roles, key=roles.get)
+        self._roles = np.asarray([Role.__members__.get(name, -1) for name in self._names], np.int8)
         self._tools = tuple(sorted(tools, key=tools.get))
 
     def trajectory(self, record: dict) -> Trajectory:
@@ -216,12 +215,15 @@ class _Reader:
         fields = {name: np.asarray(x, DTYPES[name]) if name in DTYPES else x for name, x in fields.items()}
         if fields["role"].size and not 0 <= fields["role"].min() <= fields["role"].max() < len(self._roles):
             raise ValueError(f"role must be from 0 to {len(self._roles) - 1}")
+        if unknown := [self._names[i] for i in np.unique(fields["role"]) if self._roles[i] < 0]:
+            raise ValueError(f"tokens of the roles {', '.join(unknown)}, which this version lacks")
         fields["role"] = self._roles[fields["role"]]
         if "version" not in fields:
             fields["version"] = np.where(fields["role"] == Role.ACTION, version, -1).astype(DTYPES["version"])
         fields["attempts"] = tuple(Attempt(*attempt) for attempt in fields["attempts"])
         if "reward_range" in fields:
-            fields["reward_range"] = tuple(fields["reward_range"])
+            low, high = map(float, fields["reward_range"])
+            fields["reward_range"] = (low, high)
         return Trajectory(**fields, tools=self._tools)
 
 
@@ -241,6 +243,9 @@ def _wrong(t: Trajectory, vocab_size: int) -> str:
             return f"{name} must be from 0 to {end - 1}"
     if isinstance(t.reward, bool) or not isinstance(t.reward, int | float) or not math.isfinite(t.reward):
         return f"reward {t.reward!r} is not a finite number"
+    low, high = t.reward_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        return f"reward_range {t.reward_range} must be two finite numbers, the lower first"
     if not (isinstance(t.shared, int) and 0 <= t.shared <= len(t.ids)):
         return f"shared {t.shared!r} must be from 0 to {len(t.ids)}"
     return ""

@@ -53,7 +53,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 
 def compile_train_step(config: ml_collections.ConfigDict, topology: str) -> dict:
-    """Compiles the update that `train` would run on this topology; returns its cost.
+    """Compiles the update that `train` would run on this topology, without its metrics per tool; returns its cost.
 
     Raises:
       ConfigError, CompileError: the config or the topology cannot work.

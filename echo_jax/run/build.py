@@ -21,6 +21,7 @@ from echo_jax.models.pretrained import check_fields, check_tensors
 from echo_jax.models.sources import Source, WeightsError, open_source
 from echo_jax.objective.advantages import groups_of
 from echo_jax.render import Renderer, make_renderer
+from echo_jax.roles import Role
 from echo_jax.rollout.collector import Collector
 from echo_jax.rollout.engine import Engine, EngineSetup, find_engine
 from echo_jax.rollout.episode import Rules, start
@@ -71,7 +72,14 @@ class Parts:
             stop_ids=self.renderer.stop_ids,
             seed=self.config.seed,
         )
-        return find_engine(rollout.engine, rollout.engine_options)(setup, **rollout.engine_options)
+        engine = find_engine(rollout.engine, rollout.engine_options)(setup, **rollout.engine_options)
+        needed = ("sessions", "set_params", "open", "extend", "busy", "step", "close")
+        if lacking := [name for name in needed if not hasattr(engine, name)]:
+            raise ConfigError(
+                f"config.rollout.engine = {rollout.engine!r}: {type(engine).__name__} lacks {', '.join(lacking)}, "
+                "which an engine must have"
+            )
+        return engine
 
     def make_collector(self) -> Collector:
         return Collector(self.renderer, self.rules, sandboxes(self.config), self.config.rollout.tool_threads)
@@ -154,6 +162,16 @@ def _saved(path: str, field: str, config: ml_collections.ConfigDict, vocab_size:
         raise ConfigError(
             f"config.{field} = {path} has {len(trajectories)} scored rollouts, the longest of {longest} tokens; it "
             f"must have at least one, and none longer than config.rollout.max_tokens = {config.rollout.max_tokens}"
+        )
+    return trajectories
+
+
+def _transcripts(config: ml_collections.ConfigDict, vocab_size: int) -> list[Trajectory]:
+    trajectories = _saved(config.eval.trajectories, "eval.trajectories", config, vocab_size)
+    if trajectories and not any(t.count(Role.OBSERVATION) for t in trajectories):
+        raise ConfigError(
+            f"config.eval.trajectories = {config.eval.trajectories} has no token that a tool wrote, so there is no "
+            "observation to predict: name another file"
         )
     return trajectories
 
@@ -265,7 +283,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         imitated=_imitated(config, learner.vocab_size),
         replay=_replay(config, learner.vocab_size),
-        transcripts=_saved(config.eval.trajectories, "eval.trajectories", config, learner.vocab_size),
+        transcripts=_transcripts(config, learner.vocab_size),
         source=source,
         peers=peers,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from echo_jax.rollout.collector import Collector, Interrupted, RolloutError
+from echo_jax.rollout.episode import Outcome
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.peers import Peers
 
@@ -28,10 +29,10 @@ class JointCollector:
 
         Raises:
           Interrupted: this process, or another, was asked to stop; it holds the rollouts that this process finished.
-          RolloutError: no rollout could be scored, in any process.
+          RolloutError: the machine failed every rollout, in all processes.
         """
         trajectories = self._together(lambda: self._collector.rollouts(*arguments, **options))
-        self._check_scored(trajectories)
+        self._check_machines(trajectories)
         return trajectories
 
     def scripted(self, *arguments: Any, **options: Any) -> list[Trajectory]:
@@ -56,14 +57,14 @@ class JointCollector:
             raise Interrupted(trajectories)
         return trajectories
 
-    def _check_scored(self, trajectories: Sequence[Trajectory]) -> None:
-        scored = sum(t.scored for t in trajectories)
-        made, scored, faults = zip(
-            *self._peers.gather([len(trajectories), scored, self._collector.fault], "faults"), strict=True
+    def _check_machines(self, trajectories: Sequence[Trajectory]) -> None:
+        lost = sum(t.outcome == Outcome.INFRA for t in trajectories)
+        made, lost, faults = zip(
+            *self._peers.gather([len(trajectories), lost, self._collector.fault], "faults"), strict=True
         )
-        if any(made) and not any(scored):
+        if any(made) and sum(lost) == sum(made):
             causes = "; ".join(dict.fromkeys(filter(None, faults)))
             raise RolloutError(
-                f"none of {sum(made)} rollouts could be scored; fix the cause, then run the same command again. Last "
-                f"cause: {causes or 'unknown'}"
+                f"all {sum(made)} rollouts failed on this machine; fix the cause, then run the same command again. "
+                f"Last cause: {causes or 'unknown'}"
             )

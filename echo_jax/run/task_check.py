@@ -59,14 +59,16 @@ def check(tasks: Sequence[Task]) -> None:
         print(f"turns: {np.mean([t.turns for t in trajectories]):.1f}, seconds per episode: {seconds:.3f}")
     else:
         print("these tasks have no demonstrator")
-    solved = sum(idle_reward(task, machine) >= task.reward_range[1] for task in tasks)
-    print(f"solved by doing nothing: {solved} of {len(tasks)}")
+    rewards = [idle_reward(task, machine) for task in tasks]
+    solved = sum(r is not None and r >= t.reward_range[1] for r, t in zip(rewards, tasks, strict=True))
+    unscored = f", {rewards.count(None)} could not be scored" if None in rewards else ""
+    print(f"solved by doing nothing: {solved} of {len(tasks)}{unscored}")
 
 
-def idle_reward(task: Task, machine: Machine) -> float:
-    """Returns the reward of an empty answer, submitted at once."""
-    environment = EpisodeWorld(task, machine)
-    reward = environment.finish("") if environment.open() else None
-    if reward is None:
-        raise SandboxError(environment.fault)
+def idle_reward(task: Task, machine: Machine) -> float | None:
+    """Returns the reward of an empty answer, submitted at once; None if the task cannot score it."""
+    world = EpisodeWorld(task, machine)
+    reward = world.finish("") if world.open() else None
+    if reward is None and not world.unscored:
+        raise SandboxError(world.fault)
     return reward

@@ -4,6 +4,7 @@ In: a config. Out: nothing, or a `ConfigError` that names field, value and choic
 are made (a task that does not fit its budgets, a size that the mesh does not divide) are found there.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -106,6 +107,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       ConfigError: a value cannot work in any run, or would have no effect in this one.
     """
     fields = flat(config)
+    _check_open_sections(config, fields)
     _check_ranges(fields)
     _check_sizes(config)
     _check_model(config)
@@ -118,6 +120,28 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_open_sections(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Checks the names and kinds of entries that the default config does not declare."""
+    known = default_config().task
+    for name, section in config.task.items():
+        is_section = isinstance(section, ml_collections.ConfigDict)
+        _require(
+            is_section and (name in known or name in config.task.mixture),
+            f"config.task.{name} is {'no entry of config.task.mixture' if is_section else 'not a section'}: check the "
+            f"name; the mixture has {', '.join(config.task.mixture)}",
+        )
+    for name, tool in config.tools.items():
+        _require(
+            isinstance(tool, str | ml_collections.ConfigDict),
+            f'config.tools.{name} = {tool!r}: write "module:Class" or {{"tool": "module:Class", **keyword arguments}}',
+        )
+    for name, value in fields.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ConfigError(f"config.{name} = {value!r} cannot be recorded in config.json: {error}") from error
+
+
 def _check_ranges(fields: Mapping[str, Any]) -> None:
     """Checks each field alone."""
     defaults = flat(default_config())
@@ -126,9 +150,11 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
             _require(
                 math.isfinite(value) and value >= 0, f"config.{name} = {value}: it must be finite and not negative"
             )
+        elif not _is_ours(name, defaults):
+            continue  # the function or class that declares it must check it
         elif isinstance(value, float):
             _require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
-        elif isinstance(value, int) and not isinstance(value, bool) and _is_ours(name, defaults):
+        elif isinstance(value, int) and not isinstance(value, bool):
             least = 0 if name in MAY_BE_ZERO else 1
             _require(value >= least, f"config.{name} = {value}: it must be at least {least}")
     for name in NOT_NEGATIVE:
@@ -149,7 +175,7 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
 
 def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
     """Returns whether a field belongs to the default config, not to a user's function or family."""
-    return name in defaults and not name.startswith(OPEN_SECTIONS)
+    return name in defaults and not name.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
 
 
 def _check_sizes(config: ml_collections.ConfigDict) -> None:
@@ -254,6 +280,11 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
             name in ENVIRONMENT_CLASSES,
             f"config.loss.class_weights.{name} = {weight}: choose from {', '.join(ENVIRONMENT_CLASSES)}",
         )
+    _require(
+        bool(loss.observation_filter) or not loss.observation_filter_options,
+        f"config.loss.observation_filter_options = {dict(loss.observation_filter_options)} has no effect without "
+        "config.loss.observation_filter",
+    )
     find_filter(loss.observation_filter, loss.observation_filter_options)
     _check_policy(loss)
 
@@ -263,10 +294,15 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
         loss.policy != "imitation",
         "config.loss.policy = 'imitation' is the loss of the warm start; choose another, such as 'grpo'",
     )
-    _require(
-        loss.dual_clip == 0 or loss.dual_clip > 1,
-        f"config.loss.dual_clip = {loss.dual_clip}: it must be above 1, or 0 to turn it off",
-    )
+    bounds = {"dual_clip": loss.dual_clip} | dict(loss.policy_options)
+    for name in ("clip_low", "clip_high", "dual_clip"):
+        value = bounds.get(name, 0.0)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(
+            is_number and value >= 0 and (name != "dual_clip" or value == 0 or value > 1),
+            f"config.loss: {name} = {value!r}: it must be "
+            + ("above 1, or 0 to turn it off" if name == "dual_clip" else "a number, not negative"),
+        )
     policy = find_policy_loss(loss.policy)
     clips = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
     clips |= {"dual_clip": loss.dual_clip} if loss.dual_clip else {}

@@ -29,9 +29,18 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     os.replace(scratch, path)
 
 
-# These fields decide where and how a run is computed, not its results, which stay equal up to rounding. A run may
-# resume with other values.
-_PLACEMENT = ("mesh.", "system.", "pack.rows", "rollout.tool_threads", "model.remat", "model.attention", "checkpoint.")
+# A run may resume with other values of these fields: they decide where and how it is computed, not its results, which
+# stay equal up to rounding; or only on what it is evaluated.
+_MAY_DIFFER = (
+    "mesh.",
+    "system.",
+    "pack.rows",
+    "rollout.tool_threads",
+    "model.remat",
+    "model.attention",
+    "checkpoint.",
+    "eval.trajectories",
+)
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -50,21 +59,29 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     current = _plain(flat(config))
     try:
         recorded = json.loads(path.read_text())
-        recorded = _later_fields(recorded) | recorded
-    except (ValueError, TypeError) as error:
+        if not isinstance(recorded, dict):
+            raise ValueError(f"a {type(recorded).__name__}, not an object")
+    except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
-    missing = "(no such field)"
-    differing = [
-        f"  {name}: the run has {recorded.get(name, missing)!r}, this config {current.get(name, missing)!r}"
-        for name in sorted(current.keys() | recorded.keys())
-        if current.get(name, missing) != recorded.get(name, missing) and not name.startswith(_PLACEMENT)
-    ]
+    recorded |= {name: value for name, value in _later_fields(recorded).items() if name in current}
+    differing = []
+    for name in sorted(current.keys() | recorded.keys()):
+        theirs, ours = (fields.get(name, _absent(name)) for fields in (recorded, current))
+        if theirs != ours and not name.startswith(_MAY_DIFFER):
+            differing.append(f"  {name}: the run has {theirs!r}, this config {ours!r}")
     if differing:
         raise ConfigError(
             f"workdir {workdir} holds a run with a different config:\n"
             + "\n".join(differing)
             + "\nUse the same config to resume it, or another --workdir for a new run."
         )
+
+
+def _absent(name: str) -> Any:
+    """Returns what it means that a config does not name an entry of an open section."""
+    if name.startswith("loss.class_weights."):
+        return 0.0
+    return 1.0 if name.startswith("loss.tool_weights.") else "(no such field)"
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,13 +33,20 @@ def find(name: str, table: Mapping[str, Any], field: str) -> Any:
     if not colon:
         choices = f"choose one of {', '.join(table)}, or write" if table else "write"
         raise ConfigError(f"config.{field} = {name!r}: {choices} your own as module:function")
+    advice = (
+        "write it as module:function; the module must be in the config file's folder or the current one, or installed"
+    )
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ConfigError(f"config.{field} = {name!r} is not the name of a module and a function in it: {advice}")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"config.{field} = {name!r}: {error}. Write it as module:function; the module must be in the config "
-            "file's folder or the current one, or installed"
-        ) from error
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module and not module.startswith(f"{error.name}."):
+            raise  # the module is there; one that it imports is not
+        raise ConfigError(f"config.{field} = {name!r}: {error}; {advice}") from error
+    if not hasattr(found, attribute):
+        raise ConfigError(f"config.{field} = {name!r}: module {module!r} has no attribute {attribute!r}")
+    return getattr(found, attribute)
 
 
 def check_callable(found: Any, name: str, field: str) -> None:
@@ -55,15 +62,22 @@ def check_options(function: Callable, options: Mapping[str, Any], field: str, *,
       field: the section of the config that holds the options.
       given: positional arguments that the caller passes before them.
     """
-    parameters = list(inspect.signature(function).parameters.values())[given:]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    called = getattr(function, "__name__", function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in ones have none
         return
+    parameters = list(signature.parameters.values())[given:]
     named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    if unknown := sorted(options.keys() - named.keys()):
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not takes_any and (unknown := sorted(options.keys() - named.keys())):
         takes = f"takes {', '.join(named)}" if named else "takes no options"
-        raise ConfigError(
-            f"config.{field} has {', '.join(unknown)}, but {getattr(function, '__name__', function)} {takes}"
-        )
+        raise ConfigError(f"config.{field} has {', '.join(unknown)}, but {called} {takes}")
     if missing := [name for name, p in named.items() if p.default is p.empty and name not in options]:
-        name = getattr(function, "__name__", function)
-        raise ConfigError(f"config.{field} lacks {', '.join(missing)}, which {name} needs")
+        raise ConfigError(f"config.{field} lacks {', '.join(missing)}, which {called} needs")
+    try:
+        signature.bind(*[None] * given, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"{called}, with the options of config.{field}, must take {given} arguments: {error}"
+        ) from error

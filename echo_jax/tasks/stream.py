@@ -43,6 +43,8 @@ def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[s
             families[name] = make(**parameters)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if not hasattr(families[name], "make"):
+            raise ConfigError(f"config.{field} = {family!r} has no method make(split, index), which a family needs")
     return families
 
 

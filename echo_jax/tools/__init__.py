@@ -43,8 +43,9 @@ def make_tools(added: Mapping[str, Any]) -> dict[str, Tool]:
         if name in TOOLS:
             raise ConfigError(f"config.{field}: a built-in tool has this name; choose another")
         options = {"tool": added[name]} if isinstance(added[name], str) else dict(added[name])
-        make = named.find(options.pop("tool", ""), {}, field)
-        named.check_callable(make, name, field)
+        names = options.pop("tool", "")
+        make = named.find(names, {}, field)
+        named.check_callable(make, names, field)
         named.check_options(make, options, field)
         tools[name] = make(**options)
         if lacking := [part for part in ("description", "parameters", "run") if not hasattr(tools[name], part)]:

@@ -176,6 +176,12 @@ def test_reward_adaptive_lambda_is_larger_for_failed_tasks():
     np.testing.assert_allclose([w.observation_weight[2] / 0.05 for w in weights], [0.25, 0.25, 1, 1, 0, 0], rtol=1e-6)
 
 
+def test_reward_adaptive_lambda_goes_by_the_range_of_the_tasks_rewards():
+    t = make_trajectory([0] * 3, [P, A, O], reward=0.5, reward_range=(-1.0, 2.0))
+    weights = weigh([t], [0.0], dataclasses.replace(ECHO, reward_adaptive=True))
+    np.testing.assert_allclose(weights[0].observation_weight[2], 0.05 / 2)
+
+
 def test_shared_prefix_is_trained_once_and_branches_share_one_normaliser():
     first = make_trajectory([1, 2, 3, 4, 5], [P, A, O, A, O])
     second = make_trajectory([1, 2, 3, 6, 7, 8], [P, A, O, A, A, O], shared=3)

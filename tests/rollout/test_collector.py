@@ -655,3 +655,51 @@ def test_imagined_observations_are_headers_that_the_policy_wrote():
         metrics_of([t], header=(7, 8))["rollout/imagined_observations"] == 2 / 5
     )  # the pair that ends in an observation does not count
     assert metrics_of([t], header=(1,) * 9)["rollout/imagined_observations"] == 0.0
+
+
+# -- the engine of lanes ---------------------------------------------------------------------------------------------
+
+
+def test_a_session_that_follows_another_has_its_lane_and_an_empty_engine_starts_over():
+    engine = LaneSessions(engine_setup(sessions=3))
+    assert [engine.open(i, 0) for i in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="3 sessions are open"):
+        engine.open(3, 0)
+    engine.close(1)
+    engine.close(0)
+    assert [engine.open(4, 0), engine.open(5, 0)] == [0, 1]  # the one closed last comes first
+    for session in (2, 0, 1):
+        engine.close(session)
+    assert [engine.open(i, 0) for i in range(3)] == [0, 1, 2]
+    engine.close(1)
+    with pytest.raises(ValueError, match="session 1 is not open"):
+        engine.close(1)
+
+
+def test_an_engine_that_loses_a_turn_is_an_error_and_leaves_no_sandbox(collector):
+    class Losing(LaneSessions):
+        busy = False
+
+    with pytest.raises(RolloutError, match="the engine lost the turns of 2 open sessions"):
+        collector.rollouts(jobs_of(2), Losing(engine_setup()))
+    assert own_sandboxes() == 0
+
+
+def test_a_task_that_scores_sees_the_whole_transcript_without_markup(collector):
+    seen = []
+
+    class Reading(ScriptedTask):
+        def score(self, episode):
+            seen.append(episode)
+            return 1.0
+
+    job = Job(Reading(name="task 0", script=says("bash cat oak", "submit elm")), group=0, rollout=0)
+    collector.scripted([job], [True], 0)
+    (episode,) = seen
+    assert (episode.answer, episode.outcome, episode.turns) == ("elm", "submitted", 2)
+    assert [(m.role, m.text) for m in episode.transcript] == [
+        (Role.PROMPT, "value of oak"),
+        (Role.ACTION, "bash cat oak"),
+        (Role.OBSERVATION, "elm\nash\n"),
+        (Role.ACTION, "submit elm"),
+    ]

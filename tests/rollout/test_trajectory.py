@@ -211,3 +211,36 @@ def test_count_omits_the_first_token():
     assert trajectory.count(Role.ACTION, Role.BOILERPLATE) == 3
     assert trajectory.count(Role.FEEDBACK) == 0
     assert make((), (), ()).count(Role.ACTION) == 0
+
+
+def test_trajectories_of_runs_with_different_tools_share_a_file(tmp_path):
+    one = make(tool=(0, 0, 1), tools=("bash", "search"))
+    two = make(tool=(0, 1, 2), tools=("search", "count"))
+    save(tmp_path / "x.jsonl.gz", [one, two], vocab_size=VOCAB)
+    found = load(tmp_path / "x.jsonl.gz", vocab_size=VOCAB)
+    named = [[t.tools[i - 1] if i else "" for i in t.tool] for t in found]
+    assert named == [["", "", "bash"], ["", "search", "count"]]
+    assert trajectory_lib.renumbered(two, ("count", "bash")).tolist() == [0, 0, 1]
+
+
+def test_solved_means_the_highest_reward_of_the_task():
+    assert make(reward=1.0).solved
+    assert not make(reward=1.0, reward_range=(-1.0, 2.0)).solved
+    assert make(reward=2.0, reward_range=(-1.0, 2.0)).solved
+
+
+@pytest.mark.parametrize("damaged", ['"ab"', "[0, 1, 2]", "[1, 1]", "[1, 0]", "3", "null"])
+def test_damaged_reward_range_is_refused(saved, damaged):
+    rewrite(
+        saved, lambda lines: [lines[0], lines[1].replace('"reward_range": [0.0, 1.0]', f'"reward_range": {damaged}')]
+    )
+    with pytest.raises(TrajectoryError, match="step_000001.jsonl.gz"):
+        load(saved, vocab_size=VOCAB)
+
+
+def test_role_that_this_version_lacks_is_refused_only_if_a_token_has_it(saved):
+    rewrite(saved, lambda lines: [lines[0].replace('"WARNING": 8', '"WARNING": 8, "LATER": 9'), *lines[1:]])
+    assert len(load(saved, vocab_size=VOCAB)) == 2
+    rewrite(saved, lambda lines: [lines[0], lines[1].replace('"role": [2, ', '"role": [9, ')])
+    with pytest.raises(TrajectoryError, match="roles LATER, which this version lacks"):
+        load(saved, vocab_size=VOCAB)

@@ -146,7 +146,7 @@ def test_impossible_task_tool_or_limit_is_named_before_any_episode(fields, named
 
 def test_task_with_an_unknown_tool_is_named(monkeypatch):
     monkeypatch.setitem(FAMILIES, "lookup", NoSuchTool)
-    with pytest.raises(ConfigError, match=r"lookup/train/0 names the tools browser; choose from bash, python"):
+    with pytest.raises(ConfigError, match=r"lookup/train/0 names unknown tools: browser; choose from bash, python"):
         build(tiny.get_config())
 
 

@@ -37,20 +37,25 @@ class Made:
 
 
 GOOD, LOST = make_trajectory([1, 2]), make_trajectory([1, 2], scored=False, outcome="infra")
+UNSCORED = make_trajectory([1, 2], scored=False, outcome="unscored")
 
 
-def test_run_without_a_scored_rollout_stops_with_the_cause():
-    with pytest.raises(RolloutError, match="none of 2 rollouts could be scored.*injected"):
+def test_run_stops_with_the_cause_if_the_machine_fails_every_rollout():
+    with pytest.raises(RolloutError, match="all 2 rollouts failed on this machine.*injected"):
         JointCollector(Made(LOST, LOST, fault="injected"), Peers()).rollouts()
     assert JointCollector(Made(LOST, GOOD, fault="injected"), Peers()).rollouts() == [LOST, GOOD]
     assert JointCollector(Made(), Peers()).rollouts() == []
 
 
+def test_run_continues_if_its_tasks_cannot_say_how_it_went():
+    assert JointCollector(Made(UNSCORED, UNSCORED, fault="the judge is out"), Peers()).rollouts() == [UNSCORED] * 2
+
+
 def test_run_continues_if_one_host_fails_all_its_rollouts():
-    well, ill = {"rollouts": False, "faults": [3, 3, ""]}, {"rollouts": False, "faults": [3, 0, "theirs"]}
+    well, ill = {"rollouts": False, "faults": [3, 0, ""]}, {"rollouts": False, "faults": [3, 3, "theirs"]}
     made = Made(LOST, LOST, fault="ours")
     assert JointCollector(made, WithAnother(well)).rollouts() == [LOST, LOST]
-    with pytest.raises(RolloutError, match="none of 5 rollouts.*ours; theirs"):
+    with pytest.raises(RolloutError, match="all 5 rollouts failed.*ours; theirs"):
         JointCollector(made, WithAnother(ill)).rollouts()
 
 

@@ -115,7 +115,7 @@ def _initial(learner):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"warm_start.num_steps": 3}, "counting/train/0 has no demonstrator, and config.warm_start.num_steps = 3"),
+        ({"warm_start.num_steps": 3}, "counting/train/0 has no demonstrator for config.warm_start.num_steps = 3"),
         ({"loss.policy": "mine:gate"}, "loss.policy = 'mine:gate': module 'mine' has no attribute 'gate'"),
         ({"loss.policy": "mine:Role"}, "policy_options has sharpness"),
         ({"loss.advantage_options.spread": None, "loss.advantage": "group"}, "group_normalized takes no options"),

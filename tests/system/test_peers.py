@@ -241,6 +241,7 @@ def interrupted(tmp_path_factory) -> tuple[dict[str, Start], Path]:
     return starts, workdir
 
 
+@pytest.mark.slow  # with the others that use this run: minutes
 def test_a_run_that_was_interrupted_in_every_way_is_as_if_nothing_had_happened(interrupted, uninterrupted):
     starts, workdir = interrupted
     assert starts["to the end"].statuses == [0, 0], starts["to the end"].outputs
@@ -250,12 +251,14 @@ def test_a_run_that_was_interrupted_in_every_way_is_as_if_nothing_had_happened(i
     assert comparable(workdir) == comparable(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_and_stops_both(interrupted):
     stopped = interrupted[0]["SIGTERM to 1"]
     assert stopped.statuses == [AGAIN, AGAIN], stopped.outputs
     assert 11 <= stopped.steps == stopped.saved < 14
 
 
+@pytest.mark.slow
 def test_survivor_names_a_killed_process_and_stops(interrupted):
     stopped = interrupted[0]["SIGKILL to 1"]
     assert stopped.statuses == [AGAIN, -signal.SIGKILL], stopped.outputs
@@ -288,6 +291,7 @@ def test_without_process_0_the_other_ends_its_training(tmp_path):
     assert ended_without_process_0(*finish(processes))
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_save_stops_both_with_advice(interrupted):
     stopped = interrupted[0]["full disk"]
     said, errors = stopped.outputs
@@ -298,6 +302,7 @@ def test_a_full_disk_during_a_save_stops_both_with_advice(interrupted):
     assert stopped.saved == 16
 
 
+@pytest.mark.slow
 def test_stop_during_the_rollouts_of_one_keeps_those_of_both(interrupted):
     """It happens in the second RL step; the other process, between two of its rollouts, is told."""
     stopped, ended = (interrupted[0][name] for name in ("SIGTERM in rollouts", "to the end"))
@@ -334,13 +339,14 @@ def test_two_processes_export_as_one(uninterrupted, tmp_path):
         arguments = ["-m", "echo_jax.export", f"--workdir={uninterrupted}", *SMALL, f"--output={output}"]
         statuses, outputs = finish(start(arguments, count=count))
         assert statuses == [0] * count, outputs
-        assert f"is in {output}" in outputs[0]
+        assert f" to {output}" in outputs[0]
         assert all(str(output) not in text for text in outputs[1:])
         files.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert files[0] == files[1]
     assert SINGLE in files[0]
 
 
+@pytest.mark.slow
 def test_run_resumes_with_a_different_number_of_processes(uninterrupted, tmp_path):
     """It uses recorded rollouts, so that only rounding can differ, and no KL, which is pure rounding at first."""
     recorded = uninterrupted / "rollouts" / "step_000025.jsonl.gz"

@@ -1,5 +1,8 @@
 """The package's exports, for use in other trainers; importing it has no side effects."""
 
+import ast
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,3 +53,13 @@ def test_importing_any_module_touches_no_device():
     code = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in modules)
     code += "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
     assert "echo_jax.run.trainer" in loaded_by(code)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiments").rglob("*.py")), ids=lambda path: path.stem)
+def test_scripts_of_the_experiments_import_what_exists(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("echo_jax"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(below), below

@@ -17,8 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
-from echo_jax.compile import tpu_devices
 from echo_jax.kernels.experts import mix
+from echo_jax.run.ahead_of_time import tpu_devices
 
 TOKENS, EMBED, FFN, EXPERTS, CHOSEN = 16_384, 2_048, 768, 128, 8
 SIZES = {

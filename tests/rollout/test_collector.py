@@ -657,6 +657,12 @@ def test_imagined_observations_are_headers_that_the_policy_wrote():
     assert metrics_of([t], header=(1,) * 9)["rollout/imagined_observations"] == 0.0
 
 
+def test_machine_that_fails_every_rollout_leaves_its_cause(collector, engine, monkeypatch):
+    monkeypatch.setattr(environment, "Sandbox", unreliable(99)[0])
+    assert not any(t.scored for t in collector.rollouts(jobs_of(5), engine))
+    assert "injected" in collector.fault
+
+
 # -- the engine of lanes ---------------------------------------------------------------------------------------------
 
 

@@ -417,6 +417,7 @@ def test_hanging_process_0_is_named_and_not_waited_for():
     script = """
 import os, signal
 with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
+    peers.gather(0)  # then both watch
     if peers.is_first:
         os.kill(os.getpid(), signal.SIGSTOP)
     peers.gather(1)

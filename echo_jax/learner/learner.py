@@ -158,12 +158,10 @@ class Learner:
     def loss_options(self) -> LossOptions:
         """Returns the options of the RL steps."""
         loss = self.config.loss
-        options = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
-        options |= {"dual_clip": loss.dual_clip} if loss.dual_clip else {}
         return LossOptions(
             policy=loss.policy,
             head=self.head_options(),
-            policy_options=tuple(sorted((options | dict(loss.policy_options)).items())),
+            policy_options=tuple(sorted((clips_set_by(loss) | dict(loss.policy_options)).items())),
             tools=self.tools,
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
             observation_clip=loss.observation_clip,
@@ -176,6 +174,12 @@ class Learner:
         return packing.pack(
             trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity, tools=self.tools
         )
+
+
+def clips_set_by(loss: ml_collections.ConfigDict) -> dict[str, float]:
+    """Returns the hyperparameters of the policy loss that have fields of their own, where they are set."""
+    clips = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
+    return clips | ({"dual_clip": loss.dual_clip} if loss.dual_clip else {})
 
 
 def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:

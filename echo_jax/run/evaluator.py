@@ -22,7 +22,7 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_workdir
-from echo_jax.tasks.task import Task
+from echo_jax.tasks.task import has_demonstrator
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation
 SHUFFLE_SEED = 21
@@ -94,10 +94,6 @@ class Evaluator:
             made = self._collector.scripted(jobs, [i % 2 == 0 for i in mine], TRANSCRIPT_SEED)
             trajectory_lib.save_shares(path, made, vocab_size=parts.learner.vocab_size, peers=peers)
         return trajectory_lib.load(path, vocab_size=parts.learner.vocab_size)
-
-
-def has_demonstrator(task: Task) -> bool:
-    return task.demonstrate(np.random.default_rng(0), solve=True) is not None
 
 
 def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:

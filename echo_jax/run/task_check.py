@@ -14,7 +14,7 @@ from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.world import EpisodeWorld, Machine
 from echo_jax.system.errors import ConfigError
 from echo_jax.tasks.stream import make_families
-from echo_jax.tasks.task import Family, Task
+from echo_jax.tasks.task import Family, Task, has_demonstrator
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits, SandboxError
 
@@ -49,7 +49,7 @@ def show(task: Task) -> None:
 def check(tasks: Sequence[Task]) -> None:
     machine = Machine(Limits())
     started = time.monotonic()
-    scripted = [task for task in tasks if task.demonstrate(np.random.default_rng(0), solve=True) is not None]
+    scripted = [task for task in tasks if has_demonstrator(task)]
     if scripted:
         with Collector(BuiltinRenderer(SentencePieces()), RULES, machine, THREADS) as collector:
             jobs = [Job(task, group=i, rollout=i) for i, task in enumerate(scripted)]

@@ -13,6 +13,7 @@ import ml_collections
 
 from echo_jax.config import OPEN_SECTIONS, default_config, flat
 from echo_jax.kernels import attention
+from echo_jax.learner.learner import clips_set_by
 from echo_jax.models.rope import SCALINGS
 from echo_jax.models.transformer import ATTENTION, LINEAR, REMAT
 from echo_jax.objective.advantages import find_estimator
@@ -304,8 +305,7 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
             + ("above 1, or 0 to turn it off" if name == "dual_clip" else "a number, not negative"),
         )
     policy = find_policy_loss(loss.policy)
-    clips = {name: loss[name] for name in ("clip_low", "clip_high") if loss[name] is not None}
-    clips |= {"dual_clip": loss.dual_clip} if loss.dual_clip else {}
+    clips = clips_set_by(loss)
     if unused := {name: value for name, value in clips.items() if name not in policy.hyperparameters}:
         takes = ", ".join(policy.hyperparameters) or "no hyperparameter"
         raise ConfigError(

@@ -78,6 +78,10 @@ class Task(abc.ABC):
         return None
 
 
+def has_demonstrator(task: Task) -> bool:
+    return task.demonstrate(np.random.default_rng(0), solve=True) is not None
+
+
 class Family(Protocol):
     """A source of tasks, random-access by index. Its parameters are the constructor's keyword arguments."""
 

@@ -60,7 +60,8 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def adapted(weights, tmp_path_factory):
     """Returns (config, workdir) of a finished run that trains adapters on published weights."""
-    config = small(weights, **{"lora.rank": 2, "lora.targets": TARGETS, "optimizer.learning_rate": 1e-2})
+    fields = {"lora.rank": 2, "lora.targets": TARGETS, "optimizer.learning_rate": 1e-2, "checkpoint.every": 4}
+    config = small(weights, **fields)
     workdir = tmp_path_factory.mktemp("adapted") / "run"
     assert train(config, workdir) == 0
     return config, workdir
@@ -72,13 +73,25 @@ def restored(config, workdir):
         return built, parameters.restore(checkpointer, built.learner, built.source)
 
 
-def test_run_starts_from_the_published_weights(weights, tmp_path):
-    config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "optimizer.learning_rate": 0.0})
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """Returns (config, workdir) of a run on published weights with an embedding of more rows than the tokenizer has
+    pieces, whose one step changes nothing."""
+    folder = tmp_path_factory.mktemp("untrained")
+    config = small(
+        resized(published(folder / "model", tiny.get_config()), 1344),
+        **{"warm_start.num_steps": 0, "num_steps": 1, "rollout.save_every": 1, "optimizer.learning_rate": 0.0},
+    )
     config.optimizer.weight_decay = 0.0
-    assert train(config, tmp_path / "run") == 0
-    built, found = restored(config, tmp_path / "run")
+    assert train(config, folder / "run") == 0
+    return config, folder / "run"
+
+
+def test_run_starts_from_the_published_weights(untrained, tmp_path):
+    config, workdir = untrained
+    built, found = restored(config, workdir)
     write_weights(found.params, built.learner.model_config, tmp_path, dtype="float32")
-    ours, theirs = load_file(tmp_path / SINGLE), load_file(weights / SINGLE)
+    ours, theirs = load_file(tmp_path / SINGLE), load_file(Path(config.model.weights) / SINGLE)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
@@ -102,13 +115,13 @@ def test_run_with_adapters_trains_and_saves_only_them(adapted, weights):
 
 
 def test_stopped_run_with_adapters_resumes_exactly(adapted, tmp_path):
+    """The run as it was when it had saved step 4 of 5."""
     config, workdir = adapted
-    half = config.copy_and_resolve_references()
-    half.num_steps = 1
-    assert train(half, tmp_path / "run") == 0
-    for name in ("config.json", "DONE"):
-        (tmp_path / "run" / name).unlink()
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "DONE").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "5")
     assert train(config, tmp_path / "run") == 0
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 5
     ours, theirs = restored(config, tmp_path / "run")[1], restored(config, workdir)[1]
     jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
 
@@ -265,13 +278,12 @@ def resized(weights: Path, rows: int) -> Path:
     return weights
 
 
-def test_embedding_may_have_more_rows_than_the_tokenizer_has_pieces(tmp_path):
-    weights = resized(published(tmp_path / "model", tiny.get_config()), 1344)
-    config = small(weights, **{"warm_start.num_steps": 0, "num_steps": 1, "rollout.save_every": 1})
-    assert train(config, tmp_path / "run") == 0
-    saved = tmp_path / "run" / "rollouts" / "step_000001.jsonl.gz"
-    config.rollout.replay = str(saved)
-    assert build(config).replay
+def test_embedding_may_have_more_rows_than_the_tokenizer_has_pieces(untrained):
+    config, workdir = untrained
+    saved = workdir / "rollouts" / "step_000001.jsonl.gz"
+    replaying = config.copy_and_resolve_references()
+    replaying.rollout.replay = str(saved)
+    assert build(replaying).replay
     shown = subprocess.run([sys.executable, "-m", "echo_jax.view", f"--trajectories={saved}"], capture_output=True)
     assert (shown.returncode, shown.stderr) == (0, b"")
 

@@ -62,7 +62,9 @@ def merged_layers(params, config):
     return {name: one(name) for name in lora.without(layers)}
 
 
-@pytest.mark.parametrize("config", [ADAPTED, PARTLY], ids=["all matrices", "two of them"])
+@pytest.mark.parametrize(
+    "config", [ADAPTED, pytest.param(PARTLY, marks=pytest.mark.variant)], ids=["all matrices", "two of them"]
+)
 def test_merged_weights_act_like_weights_with_adapters(config):
     params = random_params(config)
     merged = params | {"layers": merged_layers(params, config.lora)}
@@ -92,8 +94,10 @@ def test_split_and_join_are_inverse():
     assert lora.split(plain) == (plain, {})
 
 
-@pytest.mark.parametrize("config", [ADAPTED, PARTLY], ids=["all matrices", "two of them"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(ADAPTED, marks=pytest.mark.variant), PARTLY], ids=["all matrices", "two of them"]
+)
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.variant), "bfloat16"])
 def test_training_moves_every_declared_parameter_and_no_other(config, dtype):
     config = dataclasses.replace(config, param_dtype=dtype)
     graphdef, params = initial(config, MESH)

@@ -85,6 +85,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 # All axes at once; what each mesh takes is two programs to compile.
 FEW = ((2, 2, 2),)
+SLOW = pytest.mark.slow  # what needs the runs of two processes, which take minutes
 SHAPES = [pytest.param(shape, marks=[] if shape in FEW else pytest.mark.variant) for shape in MESHES]
 
 
@@ -133,7 +134,8 @@ def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
         assert relative_difference(ours, theirs) < CLOSE, part
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.variant  # learner/test_step.py compares one update on these meshes
+@pytest.mark.parametrize("shape", MESHES)
 def test_eight_devices_compute_the_updates_of_one(shape, one_device):
     close(three_updates(make_mesh(*shape), Peers()), one_device)
 
@@ -145,6 +147,7 @@ def test_two_processes_with_uneven_rollouts_compute_the_updates_of_one_device(sh
     close(found, one_device)
 
 
+@SLOW
 def test_two_processes_train_as_one(uninterrupted, tmp_path):
     """Rollouts are equal too: each process has an engine, and the two share three groups unevenly."""
     statuses, outputs = finish(train(tmp_path / "w", count=1))
@@ -241,7 +244,7 @@ def interrupted(tmp_path_factory) -> tuple[dict[str, Start], Path]:
     return starts, workdir
 
 
-@pytest.mark.slow  # with the others that use this run: minutes
+@SLOW
 def test_a_run_that_was_interrupted_in_every_way_is_as_if_nothing_had_happened(interrupted, uninterrupted):
     starts, workdir = interrupted
     assert starts["to the end"].statuses == [0, 0], starts["to the end"].outputs
@@ -251,14 +254,14 @@ def test_a_run_that_was_interrupted_in_every_way_is_as_if_nothing_had_happened(i
     assert comparable(workdir) == comparable(uninterrupted)
 
 
-@pytest.mark.slow
+@SLOW
 def test_sigterm_to_one_of_two_saves_and_stops_both(interrupted):
     stopped = interrupted[0]["SIGTERM to 1"]
     assert stopped.statuses == [AGAIN, AGAIN], stopped.outputs
     assert 11 <= stopped.steps == stopped.saved < 14
 
 
-@pytest.mark.slow
+@SLOW
 def test_survivor_names_a_killed_process_and_stops(interrupted):
     stopped = interrupted[0]["SIGKILL to 1"]
     assert stopped.statuses == [AGAIN, -signal.SIGKILL], stopped.outputs
@@ -291,7 +294,7 @@ def test_without_process_0_the_other_ends_its_training(tmp_path):
     assert ended_without_process_0(*finish(processes))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_full_disk_during_a_save_stops_both_with_advice(interrupted):
     stopped = interrupted[0]["full disk"]
     said, errors = stopped.outputs
@@ -302,7 +305,7 @@ def test_a_full_disk_during_a_save_stops_both_with_advice(interrupted):
     assert stopped.saved == 16
 
 
-@pytest.mark.slow
+@SLOW
 def test_stop_during_the_rollouts_of_one_keeps_those_of_both(interrupted):
     """It happens in the second RL step; the other process, between two of its rollouts, is told."""
     stopped, ended = (interrupted[0][name] for name in ("SIGTERM in rollouts", "to the end"))
@@ -312,10 +315,8 @@ def test_stop_during_the_rollouts_of_one_keeps_those_of_both(interrupted):
     assert "interrupted_000025.jsonl.gz" not in ended.rollouts
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["--samples=2", pytest.param("--trajectories=rollouts/step_000026.jsonl.gz", marks=pytest.mark.variant)],
-)
+@SLOW
+@pytest.mark.parametrize("what", ["--samples=2", "--trajectories=rollouts/step_000026.jsonl.gz"])
 def test_two_processes_evaluate_as_one(what, uninterrupted):
     name, value = what.split("=")
     value = str(uninterrupted / value) if name == "--trajectories" else value
@@ -332,6 +333,7 @@ def test_two_processes_evaluate_as_one(what, uninterrupted):
         assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-4, abs=1e-6)), key
 
 
+@SLOW
 def test_two_processes_export_as_one(uninterrupted, tmp_path):
     files = []
     for count in (2, 1):
@@ -346,7 +348,7 @@ def test_two_processes_export_as_one(uninterrupted, tmp_path):
     assert SINGLE in files[0]
 
 
-@pytest.mark.slow
+@SLOW
 def test_run_resumes_with_a_different_number_of_processes(uninterrupted, tmp_path):
     """It uses recorded rollouts, so that only rounding can differ, and no KL, which is pure rounding at first."""
     recorded = uninterrupted / "rollouts" / "step_000025.jsonl.gz"

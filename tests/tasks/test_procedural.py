@@ -49,11 +49,11 @@ def new_tasks(name, parameters, count):
 
 @functools.cache
 def _tasks(name, parameters):
-    return new_tasks(name, dict(parameters), 600)
+    return new_tasks(name, dict(parameters), 400)
 
 
 def some_tasks(name, parameters, count):
-    """The first of 600 tasks, which are made once."""
+    """The first of 400 tasks, which are made once."""
     return _tasks(name, tuple(parameters.items()))[:count]
 
 
@@ -225,7 +225,7 @@ def test_slip_differs_from_the_solution(name, parameters):
 @LEVELLED
 def test_no_answer_is_worth_guessing(name, parameters):
     answers = collections.defaultdict(list)
-    for task in some_tasks(name, parameters, 600):
+    for task in some_tasks(name, parameters, 400):
         if isinstance(task.problem.goal, Answer):
             assert task.problem.goal.answer
             answers[task.template].append(task.problem.goal.answer)

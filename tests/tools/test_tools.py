@@ -10,7 +10,7 @@ from echo_jax.render.calls import describe
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import Limits, Sandbox, Status
 
-LIMITS = Limits(memory_bytes=256 << 20, disk_bytes=16 << 20, output_bytes=2048)
+LIMITS = Limits(memory_bytes=256 << 20, disk_bytes=16 << 20, output_bytes=2048, timeout_seconds=3.0)
 
 
 @pytest.fixture(scope="module")

@@ -118,9 +118,9 @@ PROCESS = """\
     folder=$(dirname "$0")
     printf '%s %s %s\\n' "$JAX_PROCESS_ID" "$JAX_NUM_PROCESSES" "$JAX_COORDINATOR_ADDRESS" >>"$folder/started"
     echo "$JAX_PROCESS_ID says hello"
+    stop=''
     trap 'echo INT >>"$folder/signals-$JAX_PROCESS_ID"; stop=130' INT
     trap 'echo TERM >>"$folder/signals-$JAX_PROCESS_ID"; stop=75' TERM
-    stop=''
     . "$folder/plan"
 """
 WAIT = 'touch "$folder/ready-$JAX_PROCESS_ID"; until [[ $stop ]]; do sleep 0.05; done; exit "$stop"'
@@ -168,7 +168,7 @@ def test_one_process_has_no_coordinator(several: Callable[[str], Path]):
 @pytest.mark.parametrize("others", [WAIT, STUBBORN, "sleep 0.3; exit 75", "kill -KILL $$"])
 def test_failed_process_ends_the_others_without_a_restart(several: Callable[[str], Path], others: str):
     fake = several(f"((JAX_PROCESS_ID == 1)) && sleep 0.2 && exit 1\n{others}")
-    result = launch(fake, "--local", "2", *RUN, GRACE_SECONDS="1" if others == STUBBORN else "30")
+    result = launch(fake, "--local", "2", *RUN, GRACE_SECONDS="1" if others in (WAIT, STUBBORN) else "30")
     assert result.returncode == 1, result.stderr
     assert len((fake / "started").read_text().splitlines()) == 2
     assert not left_behind(fake)

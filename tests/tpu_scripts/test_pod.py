@@ -739,6 +739,7 @@ def test_two_pods_share_a_sweep_and_run_nothing_twice(cloud: Cloud):
     assert (cloud.workdir / "results.csv").read_text().count("yes") >= 3
 
 
+@pytest.mark.slow
 def test_sweep_finds_its_own_runs_again(cloud: Cloud):
     cloud.pod()
     cloud.plan("if starts == 1 and 'config.seed' in flags and flags['config.seed'] == '1': sys.exit(75)")
@@ -749,6 +750,7 @@ def test_sweep_finds_its_own_runs_again(cloud: Cloud):
     assert [len(cloud.started(0, f"seed={seed}")) for seed in (0, 1, 2)] == [1, 2, 0]
 
 
+@pytest.mark.variant  # each of its halves has a test: a dry run's commands, a sweep on a pod
 def test_dry_run_of_a_sweep_on_a_pod_prints_every_run_and_the_table(cloud: Cloud):
     cloud.pod()
     status, output = cloud.launch("--sweep", "--dry-run")

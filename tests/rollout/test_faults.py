@@ -71,8 +71,10 @@ def test_training_continues_and_learns_from_the_observations(faulty_run):
     assert len(records) == config.num_steps
     assert sum(injected.values()) > 40
     assert all(injected[kind] > 0 for kind in FAULTS)
-    assert all(math.isfinite(record["loss/total"]) and record["train/gradient_norm"] > 0 for record in records)
-    assert total(records, "observation/tokens") > 0
+    assert all(math.isfinite(record["loss/total"]) for record in records)
+    with_observations = [record for record in records if record["observation/tokens"] > 0]
+    assert len(with_observations) > config.num_steps / 2  # the others' rollouts were all cut short
+    assert all(record["train/gradient_norm"] > 0 for record in with_observations)
 
 
 def test_every_rollout_is_accounted_for(faulty_run):

@@ -85,7 +85,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 # All axes at once; what each mesh takes is two programs to compile.
 FEW = ((2, 2, 2),)
-SLOW = pytest.mark.slow  # what needs the runs of two processes, which take minutes
+SLOW = pytest.mark.slow  # whole runs of two processes, and what starts three
 SHAPES = [pytest.param(shape, marks=[] if shape in FEW else pytest.mark.variant) for shape in MESHES]
 
 
@@ -392,6 +392,7 @@ with start(silence_seconds=30.0, barrier_seconds=2.0) as peers:
     assert late in outputs[1]  # process 1 is told why
 
 
+@SLOW
 def test_failed_process_keeps_its_exit_status_when_others_leave():
     """Process 0 fails and waits for two others to leave. One hangs; the other leaves, which changes nothing."""
     script = """

@@ -370,7 +370,10 @@ def test_status_is_one_word(cloud: Cloud, state: str, word: str):
     assert cloud.run("pod.sh", "status", "p", "--zone", "z") == (0, f"{word}\n")
 
 
-@pytest.mark.parametrize("state", ["ACTIVE PREEMPTED", "SUSPENDED -", "FAILED -"])
+@pytest.mark.parametrize(
+    "state",
+    ["ACTIVE PREEMPTED", *(pytest.param(other, marks=pytest.mark.variant) for other in ("SUSPENDED -", "FAILED -"))],
+)
 def test_restored_pod_is_what_it_was(cloud: Cloud, state: str):
     cloud.run("pod.sh", "create", "p", "--zone", "z", "--type", "v5p-8", "--spot", "--", "--network=n")
     cloud.pod(state=state)
@@ -556,7 +559,11 @@ def test_run_that_keeps_stopping_is_given_up(cloud: Cloud):
     assert len(cloud.started(0)) == 2
 
 
-@pytest.mark.parametrize("state", ["ACTIVE PREEMPTED", "SUSPENDED -", None])
+@pytest.mark.parametrize(
+    "state",
+    ["ACTIVE PREEMPTED", *(pytest.param(other, marks=pytest.mark.variant) for other in ("SUSPENDED -", None))],
+    ids=str,
+)
 def test_preempted_pod_is_restored_and_the_run_resumes(cloud: Cloud, state: str | None):
     cloud.run("pod.sh", "create", "p", "--zone", "z", "--type", "v5p-16", "--spot")
     cloud.plan("if starts == 1: wait()")
@@ -706,6 +713,7 @@ def test_paths_that_the_pod_would_not_find_are_refused(cloud: Cloud, arguments: 
 # A sweep on pods
 
 
+@pytest.mark.slow
 def test_two_pods_share_a_sweep_and_run_nothing_twice(cloud: Cloud):
     cloud.pod("a")
     cloud.pod("b")

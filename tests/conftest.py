@@ -42,8 +42,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # Each worker takes whole files. The longest go first, so that no worker ends with one of them alone.
 LONGEST = (
     "models/test_smollm2.py",
-    "system/test_peers.py",
     "run/test_lifecycle.py",
+    "system/test_peers.py",
     "tpu_scripts/test_local_runs.py",
     "models/test_parity.py",
     "objective/test_loss.py",

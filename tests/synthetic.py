@@ -36,7 +36,7 @@ SPARSE = dataclasses.replace(TINY, qk_norm=True, num_experts=6, experts_per_toke
 MESH = make_mesh(1, 1, 1)
 GRAPHDEF, ABSTRACT_PARAMS = abstract_params(TINY, MESH)
 HEAD = HeadOptions(token_block=16, vocab_block=24)  # blocks that divide neither the tokens nor the vocabulary
-OPTIONS = LossOptions(policy="grpo", head=HEAD, policy_options=(("clip_high", 0.28),), tools=tuple(TOOLS))
+OPTIONS = LossOptions(policy="grpo", head=HEAD, policy_options=(("clip_high", 0.28),), tools=("bash", "python"))
 ECHO = Objective(observation_weight=0.05, temperature=0.8)
 ROLES = (Role.SCAFFOLD, Role.ACTION, *ENVIRONMENT_ROLES)
 

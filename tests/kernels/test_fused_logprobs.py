@@ -145,7 +145,10 @@ def test_inactive_tokens_are_zero_and_give_no_gradient(implementation, active):
     check(problem(53, 200, active=active), implementation=implementation, token_block=8, vocab_block=64)
 
 
-@pytest.mark.parametrize(("token_block", "vocab_block"), [(1, 1), (7, 130), (1000, 1000), (37, 129)])
+@pytest.mark.parametrize(
+    ("token_block", "vocab_block"),
+    [(1, 1), (37, 129), *(pytest.param(*blocks, marks=VARIANT) for blocks in ((7, 130), (1000, 1000)))],
+)
 def test_any_block_size_is_right(token_block, vocab_block):
     check(problem(37, 130), token_block=token_block, vocab_block=vocab_block)
 
@@ -305,7 +308,7 @@ def test_omitted_arguments_have_plain_defaults(implementation):
     np.testing.assert_array_equal(score(temperature=0.7)[0], score(temperature=np.full(21, 0.7, np.float32))[0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.3, *(pytest.param(share, marks=VARIANT) for share in (0.0, 1.0))])
 def test_blocks_without_an_active_row_are_not_computed(share, monkeypatch):
     p = problem(53, 200, active=share)
     computed = []

@@ -303,7 +303,10 @@ def test_tokenizer_must_match_the_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [("none", "no weights at PATH: .*"), ("mamba", "PATH: model_type = 'mamba' is not supported, only .*")],
+    [
+        ("none", "no weights at PATH: .*"),
+        pytest.param("mamba", "PATH: model_type = 'mamba' is not supported, only .*", marks=pytest.mark.variant),
+    ],
 )
 def test_unusable_weights_give_one_message(tmp_path, weights, message):
     folder = tmp_path / "mamba"

@@ -133,8 +133,10 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--config=configs/tiny.py", "--topology=v5litepod-16"], "a chip of v4, v5e"),
-        (["--topology=v5e:2x2"], "set either --config, or --table"),
+        pytest.param(
+            ["--config=configs/tiny.py", "--topology=v5litepod-16"], "a chip of v4, v5e", marks=pytest.mark.variant
+        ),
+        pytest.param(["--topology=v5e:2x2"], "set either --config, or --table", marks=pytest.mark.variant),
         (["--table=configs/none.py", "--topology=v5e:2x2"], "config file configs/none.py does not exist"),
     ],
 )

@@ -608,7 +608,7 @@ def test_run_survives_a_lost_connection_and_is_found_again(cloud: Cloud):
     assert [len(cloud.started(i)) for i in (0, 1)] == [1, 1]
 
 
-@pytest.mark.parametrize("signals", [[], [signal.SIGINT]])
+@pytest.mark.parametrize("signals", [pytest.param([], marks=pytest.mark.variant), [signal.SIGINT]])
 def test_command_repeated_by_gcloud_starts_nothing_twice(cloud: Cloud, signals: list[int]):
     cloud.pod()
     cloud.plan("wait()")
@@ -658,7 +658,8 @@ def test_second_launch_on_a_busy_pod_is_refused(cloud: Cloud):
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "status"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 75)]
+    ("number", "name", "status"),
+    [(signal.SIGINT, "SIGINT", 130), pytest.param(signal.SIGTERM, "SIGTERM", 75, marks=pytest.mark.variant)],
 )
 def test_signal_reaches_all_workers_once_without_a_restart(cloud: Cloud, number, name: str, status: int):
     cloud.pod()
@@ -781,6 +782,7 @@ def test_commit_can_be_chosen(cloud: Cloud):
     assert cloud.launch("--commit", "nothing") == (2, "launch.sh: there is no commit nothing\n")
 
 
+@pytest.mark.variant
 def test_report_of_a_sweep_on_a_pod_starts_nothing(cloud: Cloud):
     cloud.pod()
     status, output = cloud.launch("--sweep", "--report")

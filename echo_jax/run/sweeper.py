@@ -206,11 +206,16 @@ def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with run.log.open("ab") as file:
-        # In a new session, or a terminal's Ctrl-C would reach it twice.
-        child = subprocess.Popen(
-            run.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        early: list[int] = []
+        handlers = _handle(lambda number, _: early.append(number))  # an exception in Popen would lose the child
         try:
+            # In a new session, or a terminal's Ctrl-C would reach it twice.
+            child = subprocess.Popen(
+                run.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            _handle(handlers)
+            if early:
+                raise KeyboardInterrupt
             status = child.wait()
         except KeyboardInterrupt:
             print(f"{title}: interrupted, waiting for it to stop (repeat to kill it)", file=output, flush=True)
@@ -220,6 +225,8 @@ def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
             except KeyboardInterrupt:
                 _kill(child)
             raise
+        finally:
+            _handle(handlers)
     seconds = time.monotonic() - began
     if status == 0 and (believe or run.done):
         print(f"{title}: done in {seconds:.0f} s", file=output, flush=True)
@@ -253,15 +260,19 @@ def _kill(child: subprocess.Popen) -> None:
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """Makes SIGTERM and SIGHUP stop the sweep as Ctrl-C does; otherwise the run would go on without its sweep."""
-    previous = {
-        number: signal.signal(number, signal.default_int_handler)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    previous = _handle(signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        _handle(previous)
+
+
+def _handle(handlers: Any) -> dict[int, Any]:
+    """Sets the handler of each signal that interrupts a sweep, one for all or one by number; returns the earlier
+    ones."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    by_number = handlers if isinstance(handlers, dict) else dict.fromkeys(numbers, handlers)
+    return {number: signal.signal(number, by_number[number]) for number in numbers}
 
 
 def _print_table(command: Sequence[str], output: TextIO) -> None:

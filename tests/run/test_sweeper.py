@@ -267,6 +267,28 @@ def test_interruption_reaches_the_run_once_and_stops_the_sweep(tmp_path: Path, n
     assert [row["done"] for row in sandbox.results()] == ["no", "no"]
 
 
+def test_interruption_while_a_run_is_being_started_reaches_it(tmp_path: Path):
+    """Broken on purpose: raising KeyboardInterrupt at once, the run goes on without its sweep."""
+    sandbox = Sandbox(tmp_path, [{"seed": 1}])
+    launcher = "trap 'touch stopped; exit 130' INT; touch ready; while :; do sleep 0.05; done"
+    late = """
+import os, signal, subprocess, sys, time
+class Late(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        while not os.path.exists("ready"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+subprocess.Popen = Late
+"""
+    code = f"{late}{RUN_SWEEP} exit(run_sweep(argv[1], argv[2], launcher=argv[3:]))"
+    command = [sys.executable, "-c", code, str(sandbox.config), str(sandbox.workdir), "bash", "-c", launcher]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130, ended.stderr
+    assert (tmp_path / "stopped").exists()
+
+
 def test_second_interruption_kills_the_run_and_what_it_started(tmp_path: Path):
     launcher = (
         "trap 'echo $((count += 1)) >signals; ((count < 2)) || exit 130' INT; touch ready; while :; do sleep 0.05; done"

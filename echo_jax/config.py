@@ -215,6 +215,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 20  # steps between checkpoints; the last step is always saved
+    c.checkpoint.minutes = 10.0  # also save once this much time has passed since the last checkpoint; 0: never
     c.checkpoint.keep = 2  # newest checkpoints to keep
 
     c.system = ml_collections.ConfigDict()

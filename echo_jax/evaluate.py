@@ -1,7 +1,11 @@
-"""Evaluates a run's latest checkpoint on held-out tasks and prints one JSON line.
+"""Evaluates a checkpoint of a run on held-out tasks and prints one JSON line, which evaluations.jsonl keeps.
 
-    python -m echo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --episodes=256 --samples=1
-    python -m echo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart --trajectories=FILE
+    python -m echo_jax.evaluate --workdir=runs/quickstart --episodes=256 --samples=1
+    python -m echo_jax.evaluate --workdir=runs/quickstart --step=150 --config.rollout.temperature=0.5
+    python -m echo_jax.evaluate --workdir=runs/quickstart --trajectories=FILE
+
+The config is the one that the workdir recorded, or a file given with `--config`. Overrides may change anything but what
+the run's parameters are: the temperature, the task mixture, limits.
 
 In: parameters. Out: the solve rate over sampled rollouts on tasks never trained on, and `eval/observation_ce`, the
 cross-entropy of tool output in fixed transcripts that a script, not the policy, produced on held-out tasks. With
@@ -14,11 +18,11 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from echo_jax.run.build import build, start_peers
 from echo_jax.run.evaluator import evaluate
-from echo_jax.system.cli import run_program
+from echo_jax.run.workdir import recorded_config
+from echo_jax.system.cli import define_config_of_run, run_program
 
 
 def main(args: flags.FlagValues) -> None:
@@ -26,6 +30,7 @@ def main(args: flags.FlagValues) -> None:
         result = evaluate(
             build(args.config, peers),
             Path(args.workdir),
+            step=args.step,
             episodes=args.episodes,
             samples=args.samples,
             trajectories=args.trajectories,
@@ -35,11 +40,12 @@ def main(args: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The run's config file, e.g. configs/quickstart.py.")
+    define_config_of_run(recorded_config)
     flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
     flags.DEFINE_integer(
         "episodes", None, "Number of held-out tasks; default: eval.episodes of the config.", lower_bound=1
     )
+    flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
     flags.DEFINE_integer("samples", 1, "Rollouts per task; above 1, also prints pass@k.", lower_bound=1)
     flags.DEFINE_string("trajectories", None, "File of saved rollouts to score instead of sampling new ones.")
-    run_program(main)
+    run_program(main, required=("workdir",))

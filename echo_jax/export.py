@@ -1,35 +1,39 @@
 """Writes a run's trained weights as a folder that transformers loads and servers serve.
 
-    python -m echo_jax.export --config=configs/NAME.py --workdir=runs/NAME --output=DIR
-    python -m echo_jax.export --config=configs/NAME.py --workdir=runs/NAME --output=DIR --adapter
+    python -m echo_jax.export --workdir=runs/NAME --output=DIR
+    python -m echo_jax.export --workdir=runs/NAME --step=STEP --output=DIR --adapter
 
-In: the newest checkpoint of a run. Out: safetensors, config.json, the tokenizer's files and generation_config.json.
-Adapters are merged into the weights or, with `--adapter`, written separately in PEFT's layout. The folder appears once
-it is complete. One process, or several, can export a run of several processes; the same holds for evaluation.
+In: a checkpoint of a run, by default the newest, and the config that its workdir recorded. Out: safetensors,
+config.json, the tokenizer's files and generation_config.json. Adapters are merged into the weights or, with
+`--adapter`, written separately in PEFT's layout. The folder appears once it is complete. One process, or several, can
+export a run of several processes; the same holds for evaluation.
 """
 
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from echo_jax.run.build import start_peers
 from echo_jax.run.exporter import export
-from echo_jax.system.cli import run_program
+from echo_jax.run.workdir import recorded_config
+from echo_jax.system.cli import define_config_of_run, run_program
 
 
 def main(args: flags.FlagValues) -> None:
     with start_peers(args.config) as peers:
         workdir, output = Path(args.workdir), Path(args.output)
-        message = export(args.config, workdir, output, dtype=args.dtype, adapter=args.adapter, peers=peers)
+        message = export(
+            args.config, workdir, output, dtype=args.dtype, adapter=args.adapter, step=args.step, peers=peers
+        )
         if peers.is_first:
             print(message)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The run's config file, e.g. configs/quickstart.py.")
-    flags.DEFINE_string("workdir", None, "Folder of the run; exports its newest checkpoint.")
+    define_config_of_run(recorded_config)
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
     flags.DEFINE_string("output", None, "Folder to create.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the written tensors.")
     flags.DEFINE_bool("adapter", False, "Write only the adapters, in PEFT's layout.")
-    run_program(main, required=("config", "workdir", "output"))
+    run_program(main, required=("workdir", "output"))

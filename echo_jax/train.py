@@ -2,14 +2,15 @@
 
     python -m echo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --config.seed=1
 
-The same command resumes the run in its workdir. The workdir holds config.json, provenance.jsonl (commit, diff and
-versions, one line per start), metrics.jsonl (one object per step), tensorboard/, rollouts/, checkpoints/, with a KL
-also reference/, and DONE once the run is complete. Ctrl-C and SIGTERM save a checkpoint and stop.
+The same command resumes the run in its workdir; with a larger num_steps it extends the run. The workdir holds
+config.json, provenance.jsonl (commit, diff and versions, one line per start), metrics.jsonl (one object per step),
+tensorboard/, rollouts/, checkpoints/, with a KL also reference/, and DONE once the run is complete. Ctrl-C, SIGTERM and
+closing the terminal save a checkpoint and stop.
 
 Several processes (see system/peers.py) can train one run, in a workdir that all of them see. Each samples its share of
 a step's rollouts with its engine, then all update together; process 0 writes the files that exist once. Exit statuses:
-0 complete, 75 stopped by SIGTERM or because a process was lost (the same command resumes), 69 the workdir belongs to
-another owner or process, 130 stopped by Ctrl-C, 1 an error to fix.
+0 complete, 75 stopped by SIGTERM or SIGHUP or because a process was lost (the same command resumes), 69 the workdir
+belongs to another owner or process, 130 stopped by Ctrl-C, 1 an error to fix.
 """
 
 from pathlib import Path

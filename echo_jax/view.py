@@ -1,13 +1,14 @@
 """Shows saved rollouts as text, each part with its writer.
 
-    python -m echo_jax.view --trajectories=runs/quickstart/rollouts/step_000300.jsonl.gz --show=3
+    python -m echo_jax.view --workdir=runs/quickstart
+    python -m echo_jax.view --workdir=runs/quickstart --step=150 --show=1
     python -m echo_jax.view --trajectories=FILE --rollout=19204
 
-In: a file that a run saved. Out: for each rollout its task and outcome, then its tokens as text: the prompt, the
-policy's turns, the tools' output, the harness's additions.
+In: a file that a run saved: with `--workdir` the rollouts of its newest saved step, or of `--step`. The tokenizer is
+that of the run whose workdir holds the file. Out: for each rollout its task and outcome, then its tokens as text: the
+prompt, the policy's turns, the tools' output, the harness's additions.
 """
 
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -16,27 +17,30 @@ from rich.console import Console
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.trajectory import TrajectoryError
 from echo_jax.rollout.transcripts import show
+from echo_jax.run.viewer import chosen_file, tokenizer_of
 from echo_jax.system.cli import run_program
-from echo_jax.tokenizer import load as load_tokenizer
 
 
 def main(args: flags.FlagValues) -> None:
-    tokenizer = load_tokenizer(args.tokenizer)
-    trajectories = trajectory_lib.load(Path(args.trajectories), vocab_size=tokenizer.vocab_size, padded=True)
+    path = chosen_file(args.workdir, args.step, args.trajectories)
+    tokenizer = tokenizer_of(path, args.tokenizer)
+    trajectories = trajectory_lib.load(path, vocab_size=tokenizer.vocab_size, padded=True)
     console = Console(highlight=False, soft_wrap=True)
     rewards = [t.reward for t in trajectories if t.scored]
     mean = f", mean reward {np.mean(rewards):.3f}" if rewards else ""
-    console.print(f"{args.trajectories}: {len(trajectories)} rollouts{mean}")
+    console.print(f"{path}: {len(trajectories)} rollouts{mean}")
     chosen = [t for t in trajectories if args.rollout in (None, t.rollout)][: args.show]
     if not chosen:
-        raise TrajectoryError(f"{args.trajectories} has no rollout {args.rollout}")
+        raise TrajectoryError(f"{path} has no rollout {args.rollout}")
     for trajectory in chosen:
         show(trajectory, tokenizer, console)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of a run: shows the rollouts of its newest saved step.")
+    flags.DEFINE_integer("step", None, "With --workdir: show the rollouts of this step.", lower_bound=1)
     flags.DEFINE_string("trajectories", None, "The file of saved rollouts.")
-    flags.DEFINE_string("tokenizer", "", "tokenizer.path of the run; empty: the built-in tokenizer.")
+    flags.DEFINE_string("tokenizer", "", "Path of a tokenizer; default: that of the run, or the built-in one.")
     flags.DEFINE_integer("show", 3, "Maximum number of rollouts to show.", lower_bound=1)
     flags.DEFINE_integer("rollout", None, "Show only the rollout with this index.")
-    run_program(main, required=("trajectories",))
+    run_program(main, required=())

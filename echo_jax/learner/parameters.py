@@ -53,14 +53,21 @@ def save(checkpointer: Checkpointer, step: int, state: TrainState, frozen: dict)
     checkpointer.save(step, state, {"step": step, "frozen": fingerprint(frozen)})
 
 
-def restore(checkpointer: Checkpointer, learner: Learner, source: Source | None, *, quiet: bool = False) -> Restored:
-    """Returns the newest checkpoint of a run.
+def restore(
+    checkpointer: Checkpointer,
+    learner: Learner,
+    source: Source | None,
+    *,
+    step: int | None = None,
+    quiet: bool = False,
+) -> Restored:
+    """Returns a checkpoint of a run: that of `step` or, by default, the newest.
 
     Raises:
       CheckpointError: there is no checkpoint, or it cannot be used.
       WeightsError: the frozen parameters have changed since.
     """
-    state, saved = checkpointer.restore(learner.abstract_state())
+    state, saved = checkpointer.restore(learner.abstract_state(), step)
     frozen = {}
     if learner.model_config.lora.rank:
         if "frozen" not in saved:

@@ -3,8 +3,11 @@
 In: parameters. Out: metrics under `eval/`.
 """
 
+import datetime
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from echo_jax.rollout.summary import Summary, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.joint_collector import JointCollector
-from echo_jax.run.workdir import check_workdir
+from echo_jax.run.workdir import check_workdir, differences, may_change
 from echo_jax.tasks.task import has_demonstrator
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation
@@ -29,17 +32,22 @@ SHUFFLE_SEED = 21
 NO_TRANSCRIPTS = (
     "the held-out tasks have no demonstrators; to get it, set config.eval.trajectories to a file of saved rollouts"
 )
+TRANSCRIPTS = "heldout_transcripts"
 TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
 
 
 class Evaluator:
     """Evaluates parameters of one run; one object serves all its evaluations."""
 
-    def __init__(self, parts: Parts, collector: JointCollector, engine: Engine, workdir: Path):
+    def __init__(
+        self, parts: Parts, collector: JointCollector, engine: Engine, workdir: Path, transcripts: str = TRANSCRIPTS
+    ):
+        """Scores the transcripts in the file of this name among the workdir's rollouts; makes them if there are
+        none."""
         self._parts = parts
+        self._file = workdir / "rollouts" / f"{transcripts}.jsonl.gz"
         self._collector = collector
         self._engine = engine
-        self._workdir = workdir
         self._score = Scorer(parts.learner, parts.peers)
         self._transcripts: list[Trajectory] | None = None
 
@@ -81,7 +89,7 @@ class Evaluator:
         parts, peers = self._parts, self._parts.peers
         if parts.transcripts:
             return parts.transcripts
-        path = self._workdir / "rollouts" / "heldout_transcripts.jsonl.gz"
+        path = self._file
         if not peers.first(path.exists):
             tasks = {i: parts.heldout_tasks[i] for i in range(parts.config.eval.transcripts)}
             scripted = [i for i, task in tasks.items() if has_demonstrator(task)]
@@ -115,19 +123,28 @@ def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
 
 
 def evaluate(
-    parts: Parts, workdir: Path, *, episodes: int | None = None, samples: int = 1, trajectories: str | None = None
+    parts: Parts,
+    workdir: Path,
+    *,
+    step: int | None = None,
+    episodes: int | None = None,
+    samples: int = 1,
+    trajectories: str | None = None,
 ) -> dict[str, Any]:
-    """Returns the results that `echo_jax.evaluate` prints for a run's newest checkpoint.
+    """Returns the results that `echo_jax.evaluate` prints for a checkpoint; `evaluations.jsonl` in the workdir keeps
+    them, with the fields in which the config differs from the run's.
 
     Args:
+      step: of the checkpoint; None: the newest.
       episodes: number of held-out tasks; None: eval.episodes of the config.
       samples: rollouts per task.
       trajectories: a file of saved rollouts to score instead of sampling.
     """
-    config = parts.config
-    check_workdir(config, workdir)
+    config, quiet = parts.config, not parts.peers.is_first
+    check_workdir(config, workdir, only_parameters=True)
+    overrides = {name: ours for name, (_, ours) in differences(config, workdir).items()}
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        policy = restore(checkpointer, parts.learner, parts.source, quiet=not parts.peers.is_first)
+        policy = restore(checkpointer, parts.learner, parts.source, step=step, quiet=quiet)
     result = {"step": policy.step}
     if trajectories:
         saved = trajectory_lib.load(Path(trajectories), vocab_size=parts.learner.vocab_size)
@@ -136,7 +153,26 @@ def evaluate(
     else:
         episodes = episodes or config.eval.episodes
         with parts.make_collector() as collector:
-            evaluator = Evaluator(parts, JointCollector(collector, parts.peers), parts.make_engine(), workdir)
+            joint, transcripts = JointCollector(collector, parts.peers), _transcripts_of(overrides)
+            evaluator = Evaluator(parts, joint, parts.make_engine(), workdir, transcripts)
             metrics = evaluator(policy.params, policy.step, episodes=episodes, samples=samples)
         result |= {"episodes": episodes, "samples": samples} | metrics
+    if parts.peers.is_first:
+        line = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "overrides": overrides}
+        with (workdir / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(line | result) + "\n")
     return result
+
+
+def _transcripts_of(overrides: Mapping[str, Any]) -> str:
+    """Returns the name of the fixed transcripts' file: other tasks, tools or limits than the run's have another."""
+    made_by = {
+        name: value
+        for name, value in overrides.items()
+        if name.startswith(("task.", "tools.", "render.", "rollout.", "sandbox.", "eval.transcripts"))
+        and name != "rollout.temperature"
+        and not may_change(name)
+    }
+    if not made_by:
+        return TRANSCRIPTS
+    return f"{TRANSCRIPTS}_{hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]}"

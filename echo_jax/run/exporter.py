@@ -1,6 +1,6 @@
 """Exports a run's trained weights as files that other software loads.
 
-In: the newest checkpoint of a run. Out: a folder that gets its name once it is complete.
+In: a checkpoint of a run. Out: a folder that gets its name once it is complete.
 """
 
 import contextlib
@@ -56,9 +56,10 @@ def export(
     *,
     dtype: str,
     adapter: bool,
+    step: int | None = None,
     peers: Peers | None = None,
 ) -> str:
-    """Writes the newest checkpoint of a run to `output`; returns a message for the user.
+    """Writes a checkpoint of a run, by default the newest, to `output`; returns a message for the user.
 
     Raises:
       UserError, OSError: before anything is written.
@@ -70,7 +71,7 @@ def export(
             f"config.lora.rank = {config.lora.rank}, config.model.weights = {config.model.weights!r}: this run has no "
             "adapters on published weights; remove --adapter"
         )
-    check_workdir(config, workdir)
+    check_workdir(config, workdir, only_parameters=True)
     if peers.first(output.exists):
         raise ExportError(f"{output} exists; choose another --output, or remove it")
     try:
@@ -78,7 +79,7 @@ def export(
     except FamilyError as error:
         raise ExportError(str(error)) from error
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        policy = parameters.restore(checkpointer, parts.learner, parts.source, quiet=not peers.is_first)
+        policy = parameters.restore(checkpointer, parts.learner, parts.source, step=step, quiet=not peers.is_first)
     model_config = parts.learner.model_config
     with complete(output) if peers.is_first else contextlib.nullcontext() as folder:
         if adapter:

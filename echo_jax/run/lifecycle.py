@@ -16,7 +16,15 @@ import ml_collections
 from echo_jax.rollout.collector import Collector, Interrupted
 from echo_jax.run.build import Parts, build
 from echo_jax.run.trainer import Trainer
-from echo_jax.run.workdir import Taken, check_workdir, claim_for, claim_workdir, only_process_in
+from echo_jax.run.workdir import (
+    Taken,
+    check_workdir,
+    claim_for,
+    claim_workdir,
+    finished_steps,
+    only_process_in,
+    record_config,
+)
 from echo_jax.system import provenance
 from echo_jax.system.metrics import read_metrics
 from echo_jax.system.peers import AGAIN, TAKEN, Peers
@@ -24,12 +32,13 @@ from echo_jax.system.peers import AGAIN, TAKEN, Peers
 
 @contextlib.contextmanager
 def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
-    """Turns the first SIGINT or SIGTERM, to this process or another of the run, into `collector.stop`; a second one
-    ends the process as usual.
+    """Turns the first SIGINT, SIGTERM or SIGHUP (the terminal was closed), to this process or another of the run, into
+    `collector.stop`; a second one ends the process as usual.
 
-    Yields a list; the signal's number is appended to it.
+    Yields a list; the signal's number is appended to it. A run under nohup goes on after SIGHUP.
     """
     received: list[int] = []
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def stop(number):
         received.append(number)
@@ -39,10 +48,16 @@ def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
         stop(number)
         peers.stop(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGHUP:  # whatever is printed from now on would raise
+            for terminal in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         os.write(1, b"\nstopping: saving a checkpoint (repeat to stop at once)\n")  # print is not reentrant
 
     peers.on_stop(stop)
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
@@ -60,12 +75,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
     peers = parts.peers
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
-    done = workdir / "DONE"
+    done, steps = workdir / "DONE", config.warm_start.num_steps + config.num_steps
     with contextlib.ExitStack() as held:
 
         def claim() -> str:
             claim_workdir(config, workdir)
-            if done.exists():
+            if finished_steps(workdir) == steps:
                 return "done"
             try:
                 held.enter_context(only_process_in(workdir))
@@ -74,6 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
             except Taken as taken:
                 print(f"error: {taken}", file=sys.stderr)
                 return "taken"
+            done.unlink(missing_ok=True)  # the run is extended
+            record_config(config, workdir)
             return "ours"
 
         whose = peers.first(claim)
@@ -83,7 +100,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
         if whose == "ours":
             if status := _run(parts, workdir):
                 return status
-            peers.first(lambda: done.write_text(f"{config.warm_start.num_steps + config.num_steps} steps\n"))
+            peers.first(lambda: done.write_text(f"{steps} steps\n"))
         if peers.is_first:
             print(summary(workdir))
     return 0

@@ -61,7 +61,13 @@ class Trainer:
         self.last_step = self.warm_steps + self.config.num_steps
         self.step = 0
         self.state, self.frozen = self._restore_or_init()
+        if self.step > self.last_step:
+            raise TrainError(
+                f"{workdir} has made {self.step - self.warm_steps} RL steps, but config.num_steps = "
+                f"{self.config.num_steps}. Use at least as many, or another --workdir"
+            )
         self.saved_step = self.checkpointer.latest_step()
+        self.saved_time = time.monotonic()
         self.recorded_step = self.step  # a step is complete once its metrics are written
         self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
         self.metrics = (
@@ -255,7 +261,8 @@ class Trainer:
         self._record(metrics)
         self.recorded_step = self.step
         progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
-        if _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step):
+        due = _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step)
+        if due or self._minutes_are_over():
             self.save()
 
     def save(self) -> None:
@@ -263,6 +270,12 @@ class Trainer:
         if self.saved_step != self.step:
             parameters.save(self.checkpointer, self.step, self.state, self.frozen)
             self.saved_step = self.step
+            self.saved_time = time.monotonic()
+
+    def _minutes_are_over(self) -> bool:
+        """Returns whether checkpoint.minutes have passed since the last save, by the clock of process 0."""
+        minutes = self.config.checkpoint.minutes
+        return minutes > 0 and self.peers.first(lambda: time.monotonic() - self.saved_time > 60 * minutes)
 
     def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
         path = self._rollouts_file(name)

@@ -1,6 +1,7 @@
 """Who may train in a workdir: one config, one run at a time, one owner.
 
-In: a config and a folder. Out: the folder's `config.json`, `.lock` and `owner`, or an error that says who has it.
+In: a config and a folder. Out: the folder's `config.json`, `.lock` and `owner`, or an error that says who has it. And
+the other way: `recorded_config` reads a run's config back from its folder.
 """
 
 import contextlib
@@ -14,67 +15,176 @@ from typing import Any
 import ml_collections
 
 from echo_jax.config import OPEN_SECTIONS, ConfigError, default_config, flat
+from echo_jax.system import named
 from echo_jax.system.errors import UserError
+
+# What may differ when a run goes on, and why: a field's name, or a section's with a dot. No other field may.
+PLACEMENT = "it decides where and how the run is computed; results stay equal up to rounding"
+LOOKING = "it decides how often the run is looked at or saved, not what it learns"
+LENGTH = "the run is extended, unless a schedule depends on its length"
+MAY_CHANGE = {
+    "mesh.": PLACEMENT,
+    "system.": PLACEMENT,
+    "pack.rows": PLACEMENT,
+    "rollout.tool_threads": PLACEMENT,
+    "model.remat": PLACEMENT,
+    "model.attention": PLACEMENT,
+    "checkpoint.": LOOKING,
+    "eval.every": LOOKING,
+    "eval.trajectories": LOOKING,
+    "rollout.save_every": LOOKING,
+    "num_steps": LENGTH,
+}
+# What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
+# adapters.
+READS_PARAMETERS = ("model.", "lora.", "tokenizer.", "seed")
+
+
+def may_change(name: str) -> bool:
+    """Returns whether a run may go on with another value of this field; see `MAY_CHANGE`."""
+    return any(name == key or (key.endswith(".") and name.startswith(key)) for key in MAY_CHANGE)
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes config.json into a new workdir, or checks that an old one belongs to the same config."""
-    path = workdir / "config.json"
-    if path.exists():
+    """Writes config.json into a new workdir, or checks that the run in an old one may go on with this config."""
+    if (workdir / "config.json").exists():
         check_workdir(config, workdir)
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    record_config(config, workdir)
+
+
+def record_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes config.json. Of a run that goes on with other values it then holds those."""
+    text = json.dumps(flat(config), indent=2, sort_keys=True) + "\n"
+    path = workdir / "config.json"
+    if path.exists() and path.read_text() == text:
+        return
     scratch = path.with_name("config.json.tmp")
-    scratch.write_text(json.dumps(flat(config), indent=2, sort_keys=True) + "\n")
+    scratch.write_text(text)
     os.replace(scratch, path)
 
 
-# A run may resume with other values of these fields: they decide where and how it is computed, not its results, which
-# stay equal up to rounding; or only on what it is evaluated.
-_MAY_DIFFER = (
-    "mesh.",
-    "system.",
-    "pack.rows",
-    "rollout.tool_threads",
-    "model.remat",
-    "model.attention",
-    "checkpoint.",
-    "eval.trajectories",
-)
+def check_workdir(config: ml_collections.ConfigDict, workdir: Path, *, only_parameters: bool = False) -> None:
+    """Checks that a workdir holds a run that may go on with this config.
 
+    A field that the run's version did not have yet counts as its default.
 
-def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Checks that a workdir holds a run of this config.
-
-    A field that the run's version did not have yet counts as its default. Fields of placement may differ, so that a run
-    can move to other machines.
+    Args:
+      only_parameters: check only the fields that decide what the run's parameters are, to evaluate or export them.
 
     Raises:
       ConfigError: it holds no run, or a run with a different config (the message lists the differences); resuming would
         mix two experiments.
     """
+    changes = differences(config, workdir)
+    refused = {name: pair for name, pair in changes.items() if not may_change(name)}
+    if only_parameters:
+        refused = {name: pair for name, pair in refused.items() if name.startswith(READS_PARAMETERS)}
+    elif "num_steps" in changes:
+        _check_length(config, workdir, *changes["num_steps"])
+    if refused:
+        lines = [f"  {name}: the run has {theirs!r}, this config {ours!r}" for name, (theirs, ours) in refused.items()]
+        advice = (
+            "Remove these overrides: they decide what the run's parameters are."
+            if only_parameters
+            else "Use the same config to resume it, or another --workdir for a new run."
+        )
+        raise ConfigError("\n".join([f"workdir {workdir} holds a run with a different config:", *lines, advice]))
+
+
+def differences(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, tuple[Any, Any]]:
+    """Returns {field: (the run's value, the config's)} of the fields in which they differ.
+
+    Raises:
+      ConfigError: the workdir holds no run.
+    """
+    recorded, current = _recorded(workdir), _plain(flat(config))
+    recorded |= {name: value for name, value in _later_fields(recorded).items() if name in current}
+    pairs = {
+        name: tuple(fields.get(name, _absent(name)) for fields in (recorded, current))
+        for name in sorted(current.keys() | recorded.keys())
+    }
+    return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
+
+
+def _check_length(config: ml_collections.ConfigDict, workdir: Path, before: int, after: int) -> None:
+    """Checks that a run may end at another step than it was started with."""
+    changed = f"  num_steps: the run has {before}, this config {after}"
+    loss = config.loss
+    if loss.observation_schedule != "constant" and not loss.observation_schedule_steps:
+        raise ConfigError(
+            f"workdir {workdir} holds a run of another length:\n{changed}\nIts loss.observation_schedule = "
+            f"{loss.observation_schedule!r} lasts num_steps steps, so the steps made so far would have been different. "
+            "Use the same num_steps, or another --workdir; with loss.observation_schedule_steps set, a run can be "
+            "extended."
+        )
+    if (made := finished_steps(workdir)) is not None and made > config.warm_start.num_steps + after:
+        raise ConfigError(
+            f"workdir {workdir} holds a longer run:\n{changed}\nIt has made {made - config.warm_start.num_steps} RL "
+            "steps. Use at least as many, or another --workdir."
+        )
+
+
+def finished_steps(workdir: Path) -> int | None:
+    """Returns how many steps a complete run has made; None if there is none in the workdir."""
+    path = workdir / "DONE"
+    return int(path.read_text().split()[0]) if path.exists() else None
+
+
+def recorded_config(workdir: Path) -> ml_collections.ConfigDict:
+    """Returns the config of the run in a workdir, locked; a field that its version lacked has its default.
+
+    Raises:
+      ConfigError: it holds no run, or one of a later version with fields that this version does not know.
+    """
+    recorded = _recorded(workdir)
+    config = default_config()
+    known = flat(config)
+    with config.unlocked():
+        for section in OPEN_SECTIONS:
+            if any(name.startswith(f"{section}.") for name in recorded):
+                _set(config, section, {})
+        for name, value in recorded.items():
+            if name not in known and not name.startswith((*(f"{section}." for section in OPEN_SECTIONS), "task.")):
+                raise ConfigError(
+                    f"{workdir / 'config.json'} has the field {name}, which this version of echo_jax does not know; "
+                    "use the version that made the run"
+                )
+            _set(config, name, _tuples(value))
+    provenance = workdir / "provenance.jsonl"
+    for line in provenance.read_text().splitlines()[-1:] if provenance.exists() else ():
+        for folder in json.loads(line).get("module_folders", ()):  # of the config's own modules
+            named.add_folder(folder)
+    return config
+
+
+def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        if section not in config:
+            config[section] = ml_collections.ConfigDict()
+        config = config[section]
+    config[leaf] = ml_collections.ConfigDict() if isinstance(value, dict) else value
+
+
+def _tuples(value: Any) -> Any:
+    """Returns a value with tuples again where JSON has lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _recorded(workdir: Path) -> dict[str, Any]:
+    """Returns the fields in a workdir's config.json."""
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
-    current = _plain(flat(config))
     try:
         recorded = json.loads(path.read_text())
         if not isinstance(recorded, dict):
             raise ValueError(f"a {type(recorded).__name__}, not an object")
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
-    recorded |= {name: value for name, value in _later_fields(recorded).items() if name in current}
-    differing = []
-    for name in sorted(current.keys() | recorded.keys()):
-        theirs, ours = (fields.get(name, _absent(name)) for fields in (recorded, current))
-        if theirs != ours and not name.startswith(_MAY_DIFFER):
-            differing.append(f"  {name}: the run has {theirs!r}, this config {ours!r}")
-    if differing:
-        raise ConfigError(
-            f"workdir {workdir} holds a run with a different config:\n"
-            + "\n".join(differing)
-            + "\nUse the same config to resume it, or another --workdir for a new run."
-        )
+    return recorded
 
 
 def _absent(name: str) -> Any:

@@ -7,7 +7,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from echo_jax.system import named
 from echo_jax.system.errors import USER_ERRORS
@@ -32,6 +34,31 @@ def run_program(
             return 1
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def define_config_of_run(recorded: Callable[[Path], ml_collections.ConfigDict]) -> None:
+    """Defines --config for a program that reads a run: a config file or, without one, what `recorded` returns for
+    --workdir. Either takes overrides: --config.section.field=value. Exits with a message if there is no run."""
+    workdir = _given("workdir")
+    if _given("config") is not None or workdir is None:
+        help = (
+            "A config file; default: the config that the workdir recorded. Override a field with --config.NAME=value."
+        )
+        config_flags.DEFINE_config_file("config", None, help)
+        return
+    try:
+        config_flags.DEFINE_config_dict("config", recorded(Path(workdir)), "The config that the workdir recorded.")
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+def _given(name: str) -> str | None:
+    """Returns the value of a flag on the command line, before it is parsed."""
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            return value if equals else following
+    return None
 
 
 def _cause(message: str) -> str:

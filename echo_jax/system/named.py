@@ -12,11 +12,19 @@ from typing import Any
 
 from echo_jax.system.errors import ConfigError
 
+folders: list[str] = []  # those added by `add_to_path`
+
 
 def add_to_path(config_file: Path) -> None:
     """Lets Python find modules in a config file's folder, after all others, so that the config can name their
     contents."""
-    folder = str(config_file.absolute().parent)
+    add_folder(str(config_file.absolute().parent))
+
+
+def add_folder(folder: str) -> None:
+    """Lets Python find the modules in a folder, after all others."""
+    if folder not in folders:
+        folders.append(folder)
     if folder not in sys.path:
         sys.path.append(folder)
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from echo_jax.system import named
+
 ROOT = Path(__file__).resolve().parents[2]  # of the repository, unless the package is installed elsewhere
 
 
@@ -20,6 +22,7 @@ def record(workdir: Path, root: Path = ROOT) -> None:
     line = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.orig_argv,
+        "module_folders": named.folders,  # where the config's own modules were found
         "git_sha": sha,
         "git_diff": diff,
         "python": platform.python_version(),

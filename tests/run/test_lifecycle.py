@@ -1,10 +1,14 @@
 """The whole system on configs/tiny.py: real tools, real rollouts, real updates."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +22,7 @@ from runs import after_step, comparable, environment, patched, raise_signal, wai
 
 from configs import tiny
 from echo_jax import config as config_lib
+from echo_jax.config import ConfigError
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.render.calls import MALFORMED
 from echo_jax.roles import ENVIRONMENT_CLASSES, Role
@@ -127,10 +132,10 @@ class Start(NamedTuple):
     kept: int | None  # rollouts of an interrupted step, if there are any
 
 
-def begun(workdir: Path, patch: str = "") -> Start:
+def begun(workdir: Path, patch: str = "", *flags: str) -> Start:
     """Starts a run, with a patch applied, and waits for its end."""
     run = subprocess.run(
-        [sys.executable, *patched(patch, "--config=configs/tiny.py", f"--workdir={workdir}")],
+        [sys.executable, *patched(patch, "--config=configs/tiny.py", f"--workdir={workdir}", *flags)],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
     )  # fmt: skip
     steps, done = read_metrics(workdir / "metrics.jsonl")[-1]["step"], (workdir / "DONE").exists()
@@ -144,14 +149,12 @@ def begun(workdir: Path, patch: str = "") -> Start:
 def interrupted(tmp_path_factory) -> tuple[dict[str, Start], Path]:
     """Returns the result of each start of a run, interrupted repeatedly and then completed, and its workdir."""
     workdir = tmp_path_factory.mktemp("run") / "interrupted"
-    starts = {}
-    for name, patch in {
-        "killed": after_step(13, raise_signal("SIGKILL")),  # in the warm start, three steps after a checkpoint
-        "in the rollouts": IN_THE_ROLLOUTS,
-        "to the end": "",
-    }.items():
-        starts[name] = begun(workdir, patch)
-    return starts, workdir
+    shorter = "--config.num_steps=2"  # than the last start wants
+    return {
+        "killed": begun(workdir, after_step(13, raise_signal("SIGKILL")), shorter),  # three steps after a checkpoint
+        "in the rollouts": begun(workdir, IN_THE_ROLLOUTS, shorter),
+        "to the end": begun(workdir),
+    }, workdir
 
 
 def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, interrupted):
@@ -172,6 +175,44 @@ def test_ctrl_c_stops_a_run_and_prints_how_to_resume(interrupted):
     assert stopped.status == 130, stopped.output
     assert "run the same command again to resume from step 30" in stopped.output
     assert "Traceback" not in stopped.output
+
+
+@pytest.mark.slow
+def test_an_extended_run_equals_one_of_that_length_bit_for_bit(finished, tmp_path):
+    workdir = tmp_path / "w"
+    assert begun(workdir, "", "--config.num_steps=2").done
+    assert (workdir / "DONE").read_text() == "32 steps\n"
+    assert begun(workdir, "", "--config.eval.every=1").status == 0
+    assert (workdir / "DONE").read_text() == "34 steps\n"
+    for ours, theirs in zip(comparable(workdir), comparable(finished), strict=True):
+        assert theirs.items() <= ours.items()  # ours has more evaluations
+    for own, expected in zip(
+        jax.tree.leaves(final_state(workdir)), jax.tree.leaves(final_state(finished)), strict=True
+    ):
+        np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.slow
+def test_closing_the_terminal_saves_and_stops(tmp_path):
+    controller, terminal = os.openpty()
+    process = subprocess.Popen(
+        command("train", tmp_path / "w", "--config.checkpoint.every=0"), cwd=ROOT, env=environment(),
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    drain = threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(controller, 4096), b"")], daemon=True)
+    drain.start()
+    while not any(record["step"] >= 12 for record in read_metrics(tmp_path / "w" / "metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGSTOP)  # so that the terminal closes in the middle of a step
+    os.close(controller)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(timeout=120) == 75
+    records = read_metrics(tmp_path / "w" / "metrics.jsonl")
+    assert records[-1]["step"] < 30
+    assert (tmp_path / "w" / "checkpoints" / str(records[-1]["step"])).exists()
 
 
 @pytest.mark.slow
@@ -251,10 +292,14 @@ def test_misspelt_field_gives_one_line_with_a_suggestion(tmp_path):
 
 
 def test_evaluate_prints_one_line_of_json(finished):
-    run = evaluate(finished, "--episodes=3", "--samples=2")
+    run = evaluate(finished, "--episodes=3", "--samples=2", "--config.rollout.temperature=0.5")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["step"] == 34
+    kept = json.loads((finished / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert kept.pop("overrides") == {"rollout.temperature": 0.5}
+    assert kept.pop("time")
+    assert kept == result
     assert {
         "eval/solve_rate",
         "eval/pass@1",
@@ -267,7 +312,7 @@ def test_evaluate_prints_one_line_of_json(finished):
 
 
 def evaluate(workdir, *arguments):
-    evaluation = command("evaluate", workdir, *arguments)
+    evaluation = [sys.executable, "-m", "echo_jax.evaluate", f"--workdir={workdir}", *arguments]
     return subprocess.run(evaluation, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
 
 
@@ -308,6 +353,24 @@ def test_saved_rollouts_can_be_viewed(finished):
     assert (none.returncode, "no rollout 7" in none.stderr) == (1, True)
 
 
+def test_a_finished_run_is_extended_and_config_json_follows(tmp_path):
+    config = tiny.get_config()
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lifecycle, "_run", lambda parts, workdir: asked.append((workdir / "DONE").exists()) or 0)
+        for num_steps in (4, 4, 6):
+            config.num_steps = num_steps
+            (tmp_path / "w").mkdir(exist_ok=True)
+            (tmp_path / "w" / "metrics.jsonl").touch()
+            assert lifecycle.train(config, tmp_path / "w") == 0
+        assert asked == [False, False]  # the second start found it complete
+        assert json.loads((tmp_path / "w" / "config.json").read_text())["num_steps"] == 6
+        config.num_steps = 5
+        with pytest.raises(ConfigError, match=r"num_steps: the run has 6, this config 5\nIt has made 6 RL steps"):
+            lifecycle.train(config, tmp_path / "w")
+    assert (tmp_path / "w" / "DONE").read_text() == "36 steps\n"
+
+
 def test_steps_are_profiled_as_configured(finished):
     assert list((finished / "profile").rglob("*.xplane.pb"))
 
@@ -338,6 +401,7 @@ def replayed(finished, tmp_path_factory) -> tuple[Path, list[dict], list]:
     config.num_steps = 2
     config.warm_start.update(trajectories=str(finished / "rollouts" / "demonstrations.jsonl.gz"), min_reward=1.0)
     config.rollout.update(replay=str(finished / "rollouts" / "step_000034.jsonl.gz"), groups=6)
+    config.checkpoint.minutes = 1e-9
     workdir = tmp_path_factory.mktemp("replayed") / "w"
     sampled = []
     with pytest.MonkeyPatch.context() as patch:
@@ -358,6 +422,11 @@ def test_saved_rollouts_can_be_trained_on_off_policy(finished, replayed):
         assert record["rollout/tokens"] == pytest.approx(np.mean([len(t.ids) for t in saved]))
         assert record["policy/sampler_gap"] > 1e-3  # another policy wrote them
         assert record["train/flops_per_second"] > 0
+
+
+def test_a_checkpoint_comes_after_some_minutes(replayed):
+    """The others are due after the warm start, at step 2, and at the end."""
+    assert {path.name for path in (replayed[0] / "checkpoints").iterdir()} == {"3", "4"}
 
 
 def test_small_file_is_replayed_repeatedly_as_separate_groups(replayed):

@@ -1,0 +1,112 @@
+"""What may change when a run goes on is one table, and a workdir gives back the config that it was made with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs import quickstart, tiny
+from echo_jax.config import ConfigError, default_config, flat
+from echo_jax.run.workdir import (
+    MAY_CHANGE,
+    check_workdir,
+    claim_workdir,
+    differences,
+    may_change,
+    record_config,
+    recorded_config,
+)
+
+WORKDIRS = Path(__file__).parents[1] / "fixtures" / "workdirs"
+
+
+def another(value):
+    """Returns another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if value is None:  # a float that may be left out
+        return 0.5
+    change = {int: lambda x: x + 1, float: lambda x: x + 0.5, str: lambda x: x + "x", tuple: lambda x: (*x, 1)}
+    return change[type(value)](value)
+
+
+@pytest.mark.parametrize("name", flat(default_config()))
+def test_every_field_either_may_change_or_is_refused_with_both_values(name, tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path)
+    before = flat(config)[name]
+    config.update_from_flattened_dict({name: another(before)})
+    before, after = (json.loads(json.dumps(value)) for value in (before, another(before)))
+    if may_change(name):
+        claim_workdir(config, tmp_path)
+        record_config(config, tmp_path)
+        assert flat(recorded_config(tmp_path)) == flat(config)
+        return
+    with pytest.raises(ConfigError) as error:
+        claim_workdir(config, tmp_path)
+    assert f"  {name}: the run has {before!r}, this config {after!r}\n" in str(error.value)
+    assert "or another --workdir for a new run" in str(error.value)
+    assert flat(recorded_config(tmp_path)) == flat(default_config())
+
+
+def test_the_table_names_only_fields_that_exist():
+    fields = flat(default_config())
+    for key in MAY_CHANGE:
+        assert any(name.startswith(key) if key.endswith(".") else name == key for name in fields), key
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_whose_schedule_depends_on_its_length_is_not_extended(schedule, tmp_path):
+    config = default_config()
+    config.loss.observation_schedule = schedule
+    claim_workdir(config, tmp_path)
+    config.num_steps = 150
+    with pytest.raises(
+        ConfigError, match=r"num_steps: the run has 100, this config 150\nIts loss.observation_schedule"
+    ):
+        claim_workdir(config, tmp_path)
+    config.num_steps, config.loss.observation_schedule_steps = 100, 50
+    shutil.rmtree(tmp_path)
+    claim_workdir(config, tmp_path)
+    config.num_steps = 150
+    claim_workdir(config, tmp_path)
+
+
+def test_a_workdir_gives_back_the_config_of_its_run(tmp_path):
+    config = quickstart.get_config()
+    config.task.mine = {"family": "mine:Family", "size": 3, "names": ("a", "b")}
+    config.task.mixture = {"mine": 1.0}
+    config.tools = {"count": {"tool": "mine:Count", "limit": 2}}
+    config.loss.class_weights = {"body": 1.0}
+    config.loss.mode_changes = ((2, "grpo"), (5, "echo"))
+    claim_workdir(config, tmp_path)
+    found = recorded_config(tmp_path)
+    assert flat(found) == flat(config)
+    assert not differences(found, tmp_path)
+    with pytest.raises(AttributeError):
+        found.loss.nothing = 1
+
+
+def test_an_older_workdir_gives_back_its_config_with_defaults_for_later_fields():
+    assert flat(recorded_config(WORKDIRS / "tiny")) == flat(tiny.get_config())
+
+
+def test_a_field_of_a_later_version_is_named(tmp_path):
+    claim_workdir(default_config(), tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | {"rollout.patience": 7}))
+    with pytest.raises(ConfigError, match=r"has the field rollout\.patience, which this version"):
+        recorded_config(tmp_path)
+
+
+def test_evaluation_may_change_anything_but_what_the_parameters_are(tmp_path):
+    config = default_config()
+    claim_workdir(config, tmp_path)
+    config.rollout.temperature = 0.3
+    config.task.mixture = {"maze": 1.0}
+    check_workdir(config, tmp_path, only_parameters=True)
+    assert differences(config, tmp_path).keys() == {"rollout.temperature", "task.mixture.lookup", "task.mixture.maze"}
+    config.model.num_layers = 5
+    with pytest.raises(ConfigError, match=r"model.num_layers: the run has 3, this config 5\nRemove these overrides"):
+        check_workdir(config, tmp_path, only_parameters=True)

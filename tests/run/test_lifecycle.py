@@ -3,12 +3,12 @@
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import termios
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -196,16 +196,16 @@ def test_an_extended_run_equals_one_of_that_length_bit_for_bit(finished, tmp_pat
 def test_closing_the_terminal_saves_and_stops(tmp_path):
     controller, terminal = os.openpty()
     process = subprocess.Popen(
-        command("train", tmp_path / "w", "--config.checkpoint.every=0"), cwd=ROOT, env=environment(),
+        command("train", tmp_path / "w", "--config.checkpoint.every=1000"), cwd=ROOT, env=environment(),
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(terminal)
-    drain = threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(controller, 4096), b"")], daemon=True)
-    drain.start()
+    output = b""
     while not any(record["step"] >= 12 for record in read_metrics(tmp_path / "w" / "metrics.jsonl")):
-        assert process.poll() is None
-        time.sleep(0.02)
+        assert process.poll() is None, output.decode()
+        if select.select([controller], [], [], 0.02)[0]:
+            output += os.read(controller, 4096)
     os.kill(process.pid, signal.SIGSTOP)  # so that the terminal closes in the middle of a step
     os.close(controller)
     os.kill(process.pid, signal.SIGCONT)

@@ -114,6 +114,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.engine_options = ml_collections.ConfigDict()  # keyword arguments of the engine
     c.rollout.tool_threads = 8  # tool calls that run at once; every open rollout has a sandbox
     c.rollout.save_every = 10  # save the rollouts of every n-th step, and of the last one; 0: of the last one only
+    c.rollout.keep = 0  # newest of these files to keep; 0: all
     c.rollout.grammar = "plain"  # syntax of tool calls: plain | json | llama, see render/calls.py
     c.rollout.max_seconds = 60.0  # total run time of one rollout's tool calls
     c.rollout.max_format_errors = 4  # end a rollout after this many turns in a row without a runnable call

@@ -9,7 +9,6 @@ that of the run whose workdir holds the file. Out: for each rollout its task and
 prompt, the policy's turns, the tools' output, the harness's additions.
 """
 
-
 import numpy as np
 from absl import flags
 from rich.console import Console

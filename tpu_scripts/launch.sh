@@ -22,7 +22,8 @@ Usage: launch.sh --local N | --pod NAME --zone ZONE  [--sweep] --config=PATH --w
   --restarts R    restart up to R times if the run is stopped, lost or preempted (default: 2, with --pod 10)
   --dry-run       print the exact commands and do nothing
 
-Other arguments go to the program. PYTHON is the interpreter (default: python). Paths are relative to the current
+Other arguments go to the program. PYTHON is the interpreter (default: that of an activated environment, of .venv in this
+repository, or python on PATH). Paths are relative to the current
 folder. Output goes to the screen and to DIR/launch/worker-0.log etc.; each run records commit, diff and versions in
 provenance.jsonl. The same command resumes. The exit status is that of the program; of several processes, the most
 telling one: 0 complete, 1 an error to fix, 2 wrong use, 69 owned by another, 75 the same command resumes.
@@ -60,6 +61,9 @@ done
 [[ $workdir ]] || die '--workdir=DIR is missing'
 if [[ $logs ]] || ((report)); then ((sweep)) || die '--logs and --report need --sweep'; fi
 python=${PYTHON:-python}
+if [[ ! ${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $root/.venv/bin/python ]]; then
+  python=$root/.venv/bin/python
+fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if [[ $pod ]]; then
   [[ $workdir == /* ]] || die "--workdir=$workdir is not absolute; all workers of the pod must share it"

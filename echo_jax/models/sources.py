@@ -96,7 +96,13 @@ def open_source(path: Path) -> Source:
     if path.suffix == ".gguf":
         return Gguf(path)
     if not path.is_dir():
-        raise WeightsError(f"no weights at {path}: it must be a folder with safetensors, or a .gguf file")
+        missing = f"no weights at {path}: it must be a folder with safetensors, or a .gguf file"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            missing += (
+                f". If it is a name on the Hugging Face hub, download it first (pip install huggingface_hub): "
+                f"hf download {path} --local-dir {path.name}, and give the folder {path.name}"
+            )
+        raise WeightsError(missing)
     return Safetensors(path)
 
 

@@ -169,6 +169,7 @@ class Trainer:
                 metrics["rollout/tokens_per_second"] = sum(r.tokens for r in everyone) / rollout_seconds
                 if _due(self.step, rollout.save_every) or self.step == self.last_step:
                     self._save_rollouts(f"step_{self.step:06d}", trajectories)
+                    self.peers.first(self._forget_old_rollouts)
                 if _due(self.step - self.warm_steps, self.config.eval.every) or self.step == self.last_step:
                     metrics |= self._evaluate()
                 self.profiler.after(self.step - self.warm_steps)
@@ -280,6 +281,12 @@ class Trainer:
     def _save_rollouts(self, name: str, trajectories: list[Trajectory]) -> None:
         path = self._rollouts_file(name)
         trajectory_lib.save_shares(path, trajectories, vocab_size=self.learner.vocab_size, peers=self.peers)
+
+    def _forget_old_rollouts(self) -> None:
+        """Removes all but the newest rollout.keep files of whole steps."""
+        if keep := self.config.rollout.keep:
+            for path in sorted((self.workdir / "rollouts").glob("step_*.jsonl.gz"))[:-keep]:
+                path.unlink()
 
     def _rollouts_file(self, name: str) -> Path:
         return self.workdir / "rollouts" / f"{name}.jsonl.gz"

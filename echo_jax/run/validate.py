@@ -57,6 +57,7 @@ MAY_BE_ZERO = (
     "num_steps",
     "task.rooms.map_seed",
     "rollout.save_every",
+    "rollout.keep",
     "warm_start.num_steps",
     "warm_start.demonstrations",
     "optimizer.warmup_steps",
@@ -67,6 +68,7 @@ MAY_BE_ZERO = (
     "eval.every",
 )
 NOT_NEGATIVE = (
+    "checkpoint.minutes",
     "loss.observation_weight",
     "loss.clip_low",
     "loss.clip_high",

@@ -33,6 +33,7 @@ MAY_CHANGE = {
     "eval.every": LOOKING,
     "eval.trajectories": LOOKING,
     "rollout.save_every": LOOKING,
+    "rollout.keep": LOOKING,
     "num_steps": LENGTH,
 }
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under

@@ -306,7 +306,13 @@ def test_integer_weights_are_refused(tmp_path):
 
 
 def test_path_without_weights_is_named(tmp_path):
-    with pytest.raises(WeightsError, match="no weights at .*none"):
+    with pytest.raises(
+        WeightsError, match=r"hf download Qwen/Qwen3-0\.6B --local-dir Qwen3-0\.6B, and give the folder"
+    ):
+        open_source(Path("Qwen/Qwen3-0.6B"))
+    with pytest.raises(
+        WeightsError, match=r"no weights at .*none: it must be a folder with safetensors, or a .gguf file$"
+    ):
         open_source(tmp_path / "none")
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
         open_source(tmp_path)

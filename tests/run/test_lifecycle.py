@@ -402,6 +402,7 @@ def replayed(finished, tmp_path_factory) -> tuple[Path, list[dict], list]:
     config.warm_start.update(trajectories=str(finished / "rollouts" / "demonstrations.jsonl.gz"), min_reward=1.0)
     config.rollout.update(replay=str(finished / "rollouts" / "step_000034.jsonl.gz"), groups=6)
     config.checkpoint.minutes = 1e-9
+    config.rollout.keep = 1
     workdir = tmp_path_factory.mktemp("replayed") / "w"
     sampled = []
     with pytest.MonkeyPatch.context() as patch:
@@ -427,6 +428,11 @@ def test_saved_rollouts_can_be_trained_on_off_policy(finished, replayed):
 def test_a_checkpoint_comes_after_some_minutes(replayed):
     """The others are due after the warm start, at step 2, and at the end."""
     assert {path.name for path in (replayed[0] / "checkpoints").iterdir()} == {"3", "4"}
+
+
+def test_only_the_newest_rollout_files_are_kept(replayed):
+    names = {path.name for path in (replayed[0] / "rollouts").iterdir()}
+    assert names == {"step_000004.jsonl.gz", "heldout_transcripts.jsonl.gz"}
 
 
 def test_small_file_is_replayed_repeatedly_as_separate_groups(replayed):

@@ -23,12 +23,19 @@ def test_commit_diff_and_versions_are_recorded_at_each_start(tmp_path):
         subprocess.run([*git, *command], check=True)
     provenance.record(workdir, root)
     (root / "a.py").write_text("two\n")
+    (root / "new.py").write_text("mine\n")
+    (root / "large.csv").write_text("0" * 200_000)
     provenance.record(workdir, root)
+    status = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    assert "?? new.py" in status  # git's own index is as it was
     sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     first, second = lines(workdir)
     assert first["git_sha"] == second["git_sha"] == sha
     assert first["git_diff"] == ""
     assert "-one\n+two\n" in second["git_diff"]
+    assert "+++ b/new.py" in second["git_diff"]
+    assert "+mine\n" in second["git_diff"]
+    assert second["git_diff"].endswith("untracked, not shown: large.csv\n")
     assert first["packages"]["jax"] == importlib.metadata.version("jax")
     assert first["command"] == sys.orig_argv
 

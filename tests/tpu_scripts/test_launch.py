@@ -38,8 +38,9 @@ def fake(tmp_path: Path) -> Path:
 def launch(fake: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the script outside the repository."""
     path = f"{fake}:{os.environ['PATH']}"
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH")}
-    settings = {"PATH": path, "POLL_SECONDS": "0.05"} | environment
+    own = ("PYTHON", "PYTHONPATH", "CONDA_PREFIX")
+    clean = {name: value for name, value in os.environ.items() if name not in own}
+    settings = {"PATH": path, "POLL_SECONDS": "0.05", "VIRTUAL_ENV": str(fake.parent)} | environment
     return subprocess.run(
         [LAUNCH, *arguments], cwd=fake.parent, env=clean | settings, capture_output=True, text=True, timeout=60
     )
@@ -47,6 +48,22 @@ def launch(fake: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 def call(fake: Path) -> list[str]:
     return (fake / "call").read_text().split("\0")[1:-1]
+
+
+def test_interpreter_of_the_repositorys_venv_is_used_unless_an_environment_is_active(fake: Path):
+    root = fake.parent / "repository"
+    shutil.copytree(LAUNCH.parent, root / "tpu_scripts")
+    (root / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(fake / "python", root / ".venv" / "bin" / "python")
+    shutil.copy(fake / "status", root / ".venv" / "bin" / "status")
+    command = [root / "tpu_scripts" / "launch.sh", "--local=1", *RUN]
+    for active, used in (("", root / ".venv" / "bin"), (str(fake), fake)):
+        environment = os.environ | {"PATH": f"{fake}:{os.environ['PATH']}", "PYTHON": "", "VIRTUAL_ENV": active}
+        environment |= {"CONDA_PREFIX": "", "POLL_SECONDS": "0.05"}
+        subprocess.run(command, cwd=fake.parent, env=environment, check=True, timeout=60)
+        assert (used / "call").exists()
+        (used / "call").unlink()
+        assert not (fake / "call").exists()
 
 
 @pytest.mark.parametrize(("flags", "module"), [((), "echo_jax.train"), (("--sweep",), "echo_jax.sweep")])

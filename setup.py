@@ -7,7 +7,7 @@ HF = ["gguf>=0.19", "httpx>=0.27", "jinja2>=3.1", "renderers>=0.1.12", "safetens
 
 setuptools.setup(
     name="echo_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="ECHO for JAX: train tool-using language models on their actions and on what the tools wrote back.",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -32,6 +32,9 @@ def default_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # root of every random key: weights, tasks, sampling
     c.num_steps = 100  # RL steps after the warm start
+    # Start from another run's weights instead of a warm start of its own: WORKDIR or WORKDIR:STEP of a checkpoint after
+    # the warm start, the newest by default. Its steps count as this run's, and its tasks are not used again.
+    c.init_from = ""
 
     c.task = ml_collections.ConfigDict()
     # Entry -> sampling weight. An entry is the name of a built-in family, or any name with a section

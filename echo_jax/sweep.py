@@ -8,6 +8,10 @@ is log.txt there. Runs whose workdir holds DONE are skipped, others resume: afte
 again. Further overrides (--config.num_steps=50) apply to all runs. The results are printed as a table and saved in
 DIR/results.csv; --report prints the table at any time and starts nothing.
 
+With `shared_warm_start = ("seed",)` in the config file, the runs that agree in these fields share one warm start: it is
+a run of its own, DIR/warm_start,seed=1, without RL steps, from which they start. Their other overrides then apply to RL
+only. With `()`, all runs share one.
+
 Several machines can share one sweep if each has a different --owner=NAME: a run taken by another owner (status 69) is
 left to it. --launcher=COMMAND starts each run instead of `python -m echo_jax.train`; the run is done if COMMAND exits
 with status 0. If this machine does not see DIR, --logs=FOLDER holds the files written here, and --table=COMMAND prints

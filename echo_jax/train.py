@@ -25,6 +25,8 @@ from echo_jax.system.cli import run_program
 
 def main(args: flags.FlagValues) -> int:
     with start_peers(args.config) as peers:
+        if args.init_from:
+            args.config.init_from = args.init_from
         return train(args.config, Path(args.workdir), owner=args.owner, peers=peers)
 
 
@@ -33,6 +35,11 @@ if __name__ == "__main__":
         "config", None, "Config file; override any field with --config.section.field=value."
     )
     flags.DEFINE_string("workdir", None, "Folder of the run; resumes an unfinished run in it.")
+    flags.DEFINE_string(
+        "init_from",
+        "",
+        "WORKDIR or WORKDIR:STEP of a run with the same warm start, whose weights this one starts from.",
+    )
     flags.DEFINE_string(
         "owner", "", "Train only if no other owner has taken the run; lets several machines share one sweep."
     )

@@ -128,7 +128,9 @@ def _run(parts: Parts, workdir: Path) -> int:
         with _closing(trainer, peers):
             if peers.is_first:
                 provenance.record(workdir)
-            if trainer.step:
+            if trainer.starts_at:
+                say(f"starting {workdir} at step {trainer.step} of {trainer.last_step}, from {parts.config.init_from}")
+            elif trainer.step:
                 say(f"resuming {workdir} from step {trainer.step} of {trainer.last_step}")
             try:
                 trainer.run()

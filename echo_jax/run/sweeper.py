@@ -50,6 +50,7 @@ class Run:
     workdir: Path
     command: tuple[str, ...]
     log: Path
+    needs: str = ""  # name of the run whose warm start it starts from
 
     @property
     def done(self) -> bool:
@@ -97,9 +98,11 @@ def run_sweep(
     command = (*(launcher or train), *([f"--owner={owner}"] if owner else []))
     runs = plan(config, Path(workdir), common or {}, command, logs)
     try:
-        chosen = [run for run in runs if re.search(only, run.name)]
+        matching = [run for run in runs if re.search(only, run.name)]
     except re.error as error:
         raise SweepError(f"--only={only} is not a regular expression: {error}") from error
+    needed = {run.needs for run in matching}
+    chosen = [run for run in runs if run in matching or run.name in needed]
     if not chosen:
         raise SweepError(f"--only={only} matches none of the runs: {', '.join(run.name for run in runs)}")
     if dry_run:
@@ -113,6 +116,10 @@ def run_sweep(
     try:
         with _signals_interrupt():
             for number, run in enumerate([] if report else chosen, start=1):
+                if run.needs and run.needs not in done:
+                    print(f"{run.name}: waits for the warm start of {run.needs}; repeat the command later", file=output)
+                    status = 1
+                    continue
                 ended = _execute(run, f"[{number}/{len(chosen)}] {run.name}", output, believe=launcher is not None)
                 if ended == 0:
                     done.add(run.name)
@@ -139,17 +146,30 @@ def plan(
         raise SweepError(str(error)) from error
     if not hasattr(module, "sweep"):
         raise SweepError(f"{path} has no sweep(); to train one run of it: python -m echo_jax.train --config={config} …")
+    shared = getattr(module, "shared_warm_start", None)
     runs: dict[str, Run] = {}
+
+    def add(name: str, overrides: Mapping[str, Any], more: Mapping[str, Any], needs: str = "") -> None:
+        fields = common | overrides | more
+        arguments = [f"--config.{field}={_argument(value)}" for field, value in fields.items()]
+        _check(module.get_config(*arg), name, fields, arguments)
+        command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
+        runs[name] = Run(name, overrides, workdir / name, command, (logs or workdir) / name / "log.txt", needs)
+
     for overrides in map(dict, module.sweep()):
         name = run_name(overrides)
         if name in runs:
             raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
         if twice := common.keys() & overrides.keys():
             raise SweepError(f"run {name}: {', '.join(sorted(twice))} is set both by the sweep and on the command line")
-        arguments = [f"--config.{field}={_argument(value)}" for field, value in (common | overrides).items()]
-        _check(module.get_config(*arg), name, common | overrides, arguments)
-        command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
-        runs[name] = Run(name, overrides, workdir / name, command, (logs or workdir) / name / "log.txt")
+        if shared is None:
+            add(name, overrides, {})
+            continue
+        begins = {field: overrides[field] for field in shared if field in overrides}
+        first = ",".join(["warm_start", *([run_name(begins)] if begins else [])])
+        if first not in runs:
+            add(first, begins, {"num_steps": 0})
+        add(name, overrides, {"init_from": str(workdir / first)}, first)
     if not runs:
         raise SweepError(f"sweep() in {config} yields no run")
     return list(runs.values())

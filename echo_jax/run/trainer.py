@@ -28,6 +28,7 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.evaluator import Evaluator
 from echo_jax.run.joint_collector import JointCollector
+from echo_jax.run.workdir import check_start, differences
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import MetricsWriter
 from echo_jax.system.profiler import Profiler
@@ -60,6 +61,7 @@ class Trainer:
         self.warm_steps = self.config.warm_start.num_steps
         self.last_step = self.warm_steps + self.config.num_steps
         self.step = 0
+        self.starts_at = 0  # or the step of another run whose weights this one starts from
         self.state, self.frozen = self._restore_or_init()
         if self.step > self.last_step:
             raise TrainError(
@@ -70,9 +72,8 @@ class Trainer:
         self.saved_time = time.monotonic()
         self.recorded_step = self.step  # a step is complete once its metrics are written
         self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
-        self.metrics = (
-            MetricsWriter(workdir, resume_step=self.step + 1 if self.step else 0) if self.peers.is_first else None
-        )
+        first = self.step if self.step == self.starts_at else self.step + 1
+        self.metrics = MetricsWriter(workdir, resume_step=first) if self.peers.is_first else None
         self.console = Console(quiet=not self.peers.is_first)
 
     @property
@@ -84,7 +85,7 @@ class Trainer:
         """Trains from the state of the workdir to the end of the run."""
         if self.step < self.warm_steps:
             self._warm_start()
-        elif self.step == 0:
+        elif self.step == self.starts_at:
             self._record(self._evaluate())
         if self.step < self.last_step:
             self._reinforce()
@@ -192,7 +193,7 @@ class Trainer:
     def _reference(self):
         """Returns the parameters at the start of RL, the reference of the KL; the workdir keeps them."""
         with Checkpointer(self.workdir / "reference", keep=1) as saved:
-            if self.step == self.warm_steps and saved.latest_step() is None:
+            if self.step in (self.warm_steps, self.starts_at) and saved.latest_step() is None:
                 self.checkpointer.wait()  # orbax tells saves apart by their step alone: one at a time
                 saved.save(self.step, self.state.params, {})
             return saved.restore(self.learner.abstract_trained)[0]
@@ -302,8 +303,39 @@ class Trainer:
             return restored.state, restored.frozen
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.learner.abstract_state()))
         check_free_space(self.workdir, size, self.config.checkpoint.keep)
+        if self.config.init_from:
+            return self._start_from_another_run()
         trained, frozen = parameters.begin(self.learner, self.parts.source, quiet=not self.peers.is_first)
         return init_state(trained, self.learner.make_optimizer(0.0), self.learner.mesh), frozen
+
+    def _start_from_another_run(self) -> tuple[TrainState, dict]:
+        """Returns the state after the warm start, or after some RL, of the run that config.init_from names, with a
+        fresh optimizer; its steps count as this run's."""
+        name, colon, step = self.config.init_from.rpartition(":")
+        workdir = Path(name if colon and step.isdecimal() else self.config.init_from)
+        check_start(self.config, workdir)
+        with Checkpointer(workdir / "checkpoints") as saved:
+            found = parameters.restore(
+                saved,
+                self.learner,
+                self.parts.source,
+                step=int(step) if colon and step.isdecimal() else None,
+                quiet=not self.peers.is_first,
+            )
+        if not self.warm_steps <= found.step <= self.last_step:
+            raise TrainError(
+                f"config.init_from = {self.config.init_from!r}: its checkpoint is of step {found.step}, but this run "
+                f"has a warm start of {self.warm_steps} steps and ends at step {self.last_step}; choose a step between"
+            )
+        if found.step > self.warm_steps and "rollout.groups" in differences(self.config, workdir):
+            raise TrainError(
+                f"config.init_from = {self.config.init_from!r} has made RL steps with other rollout.groups than this "
+                f"config's {self.config.rollout.groups}, so tasks would be used twice; use the same, or start from "
+                f"step {self.warm_steps}"
+            )
+        self.step = self.starts_at = found.step
+        fresh = self.learner.make_optimizer(self.config.optimizer.learning_rate)
+        return init_state(found.state.params, fresh, self.learner.mesh, self.step), found.frozen
 
 
 def nothing_trained(trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights]) -> int:

@@ -36,6 +36,8 @@ MAY_CHANGE = {
     "rollout.keep": LOOKING,
     "num_steps": LENGTH,
 }
+# What a run that starts from another's weights must have in common with it.
+STARTS_FROM = ("model.", "lora.", "tokenizer.", "warm_start.")
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
 # adapters.
 READS_PARAMETERS = ("model.", "lora.", "tokenizer.", "seed")
@@ -107,6 +109,25 @@ def differences(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, t
         for name in sorted(current.keys() | recorded.keys())
     }
     return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
+
+
+def check_start(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Checks that a run with this config may start from the weights of the run in another workdir.
+
+    Raises:
+      ConfigError: the other holds no run, or one of another model or warm start.
+    """
+    pairs = {
+        name: pair
+        for name, pair in differences(config, workdir).items()
+        if name.startswith(STARTS_FROM) and not may_change(name)
+    }
+    if pairs:
+        lines = [f"  {name}: that run has {theirs!r}, this config {ours!r}" for name, (theirs, ours) in pairs.items()]
+        raise ConfigError(
+            "\n".join([f"config.init_from = {config.init_from!r} is a run with another start:", *lines])
+            + "\nSet these fields as that run did, or start from another run."
+        )
 
 
 def _check_length(config: ml_collections.ConfigDict, workdir: Path, before: int, after: int) -> None:

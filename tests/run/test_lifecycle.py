@@ -33,6 +33,7 @@ from echo_jax.run import lifecycle
 from echo_jax.run import workdir as workdir_lib
 from echo_jax.run.build import build
 from echo_jax.system import metric_table
+from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import read_metrics
 from echo_jax.tools import TOOLS, bubblewrap, sandbox
 
@@ -190,6 +191,42 @@ def test_an_extended_run_equals_one_of_that_length_bit_for_bit(finished, tmp_pat
         jax.tree.leaves(final_state(workdir)), jax.tree.leaves(final_state(finished)), strict=True
     ):
         np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.slow
+def test_a_run_from_anothers_warm_start_has_the_lines_of_one_that_made_it_itself(finished, tmp_path):
+    started = begun(tmp_path / "w", "", f"--config.init_from={finished}:30")
+    assert started.status == 0, started.output
+    assert f"at step 30 of 34, from {finished}:30" in started.output
+    assert comparable(tmp_path / "w")[1:] == comparable(finished)[30:]
+    first, theirs = comparable(tmp_path / "w")[0], comparable(finished)[29]
+    assert first["step"] == 30
+    assert first.items() <= theirs.items()  # of the warm start's end only the evaluation is made again
+    for own, expected in zip(
+        jax.tree.leaves(final_state(tmp_path / "w")), jax.tree.leaves(final_state(finished)), strict=True
+    ):
+        np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"warm_start.batch": 4}, "warm_start.batch: that run has 8, this config 4"),
+        ({"model.num_layers": 3}, "model.num_layers: that run has 2, this config 3"),
+        (
+            {"num_steps": 2},
+            "its checkpoint is of step 34, but this run has a warm start of 30 steps and ends at step 32",
+        ),
+        ({"num_steps": 9, "rollout.groups": 3}, "other rollout.groups"),
+        ({"init_from": "nowhere"}, "nowhere holds no run"),
+    ],
+)
+def test_a_run_that_cannot_start_from_another_says_why(finished, tmp_path, fields, message):
+    config = tiny.get_config()
+    config.init_from = str(finished)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=message):
+        lifecycle.train(config, tmp_path / "w")
 
 
 @pytest.mark.slow

@@ -267,6 +267,28 @@ def test_interruption_reaches_the_run_once_and_stops_the_sweep(tmp_path: Path, n
     assert [row["done"] for row in sandbox.results()] == ["no", "no"]
 
 
+def test_runs_share_a_warm_start_of_their_own(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"seed": seed, "loss.weight": weight} for seed in (1, 2) for weight in (0.1, 0.2)])
+    text = sandbox.config.read_text().replace('"seed": 0,', '"seed": 0, "num_steps": 9, "init_from": "",')
+    sandbox.config.write_text(text + '\nshared_warm_start = ("seed",)\n')
+    output = io.StringIO()
+    train = (sys.executable, str(tmp_path / "train.py"))
+    assert run_sweep(str(sandbox.config), sandbox.workdir, train=train, output=output) == 0
+    names = ["warm_start,seed=1", "weight=0.1,seed=1", "weight=0.2,seed=1"]
+    assert [line.split("] ")[1].split(":")[0] for line in output.getvalue().splitlines() if ": started" in line] == [
+        *names, *(name.replace("seed=1", "seed=2") for name in names)
+    ]  # fmt: skip
+    printed = (sandbox.workdir / names[0] / "log.txt").read_text()
+    assert "--config.seed=1" in printed
+    assert "--config.num_steps=0" in printed
+    assert f"--config.init_from={sandbox.workdir / names[0]}" in (sandbox.workdir / names[2] / "log.txt").read_text()
+
+    output = io.StringIO()
+    other = tmp_path / "other"
+    assert run_sweep(str(sandbox.config), other, train=train, only="weight=0.2,seed=2", output=output) == 0
+    assert {path.name for path in other.iterdir()} == {"warm_start,seed=2", "weight=0.2,seed=2", "results.csv"}
+
+
 def test_interruption_while_a_run_is_being_started_reaches_it(tmp_path: Path):
     """Broken on purpose: raising KeyboardInterrupt at once, the run goes on without its sweep."""
     sandbox = Sandbox(tmp_path, [{"seed": 1}])

@@ -1,6 +1,5 @@
 """The whole system on configs/tiny.py: real tools, real rollouts, real updates."""
 
-import fcntl
 import json
 import os
 import select
@@ -8,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -232,11 +230,9 @@ def test_a_run_that_cannot_start_from_another_says_why(finished, tmp_path, field
 @pytest.mark.slow
 def test_closing_the_terminal_saves_and_stops(tmp_path):
     controller, terminal = os.openpty()
-    process = subprocess.Popen(
-        command("train", tmp_path / "w", "--config.checkpoint.every=1000"), cwd=ROOT, env=environment(),
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    in_it = ["setsid", "--ctty", *command("train", tmp_path / "w", "--config.checkpoint.every=1000")]
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen(in_it, cwd=ROOT, env=environment(), **streams)
     os.close(terminal)
     output = b""
     while not any(record["step"] >= 12 for record in read_metrics(tmp_path / "w" / "metrics.jsonl")):
@@ -518,7 +514,7 @@ def test_file_without_rollouts_gives_one_line(finished, tmp_path):
         *(
             pytest.param(*other, marks=pytest.mark.variant)
             for other in (
-                ("evaluate", ("config", "workdir")),
+                ("evaluate", ("workdir", "config", "step")),
                 ("sweep", ("config", "workdir")),
                 ("view", ("trajectories", "rollout")),
                 ("tasks", ("task", "show")),

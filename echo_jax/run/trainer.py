@@ -311,15 +311,17 @@ class Trainer:
     def _start_from_another_run(self) -> tuple[TrainState, dict]:
         """Returns the state after the warm start, or after some RL, of the run that config.init_from names, with a
         fresh optimizer; its steps count as this run's."""
-        name, colon, step = self.config.init_from.rpartition(":")
-        workdir = Path(name if colon and step.isdecimal() else self.config.init_from)
+        name, _, step = self.config.init_from.rpartition(":")
+        if not name or not step.isdecimal():
+            name, step = self.config.init_from, ""
+        workdir = Path(name)
         check_start(self.config, workdir)
         with Checkpointer(workdir / "checkpoints") as saved:
             found = parameters.restore(
                 saved,
                 self.learner,
                 self.parts.source,
-                step=int(step) if colon and step.isdecimal() else None,
+                step=int(step) if step else None,
                 quiet=not self.peers.is_first,
             )
         if not self.warm_steps <= found.step <= self.last_step:

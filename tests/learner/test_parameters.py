@@ -114,6 +114,7 @@ def test_run_with_adapters_trains_and_saves_only_them(adapted, weights):
     assert divergences[3] == pytest.approx(0.0, abs=1e-9)  # RL starts at the reference, adapters included
 
 
+@pytest.mark.variant  # run/test_lifecycle.py stops a run without adapters, test_old_runs.py resumes one with them
 def test_stopped_run_with_adapters_resumes_exactly(adapted, tmp_path):
     """The run as it was when it had saved step 4 of 5."""
     config, workdir = adapted

@@ -248,7 +248,7 @@ def test_config_without_a_sweep_or_a_file_is_refused(tmp_path: Path):
         sandbox.run()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.variant)])
 def test_interruption_reaches_the_run_once_and_stops_the_sweep(tmp_path: Path, number: int):
     sandbox = Sandbox(tmp_path, [{"seed": 7}, {"seed": 1}])
     code = f"{RUN_SWEEP} exit(run_sweep(argv[1], argv[2], train=argv[3:]))"

@@ -452,6 +452,7 @@ with start(silence_seconds=3.0, barrier_seconds=60.0) as peers:
     assert statuses == [0, 0], outputs
 
 
+@pytest.mark.variant  # of a process that is late
 def test_process_whose_watch_ended_is_not_taken_for_dead():
     """One process's watch is in the middle of a round when all are done."""
     statuses, outputs = two_that_run("""

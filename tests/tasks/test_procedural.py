@@ -179,7 +179,9 @@ def test_templates_are_about_equally_frequent(name, parameters):
     assert max(counts.values()) < 3 * min(counts.values())
 
 
-@pytest.mark.parametrize("name", ["shell", "python", "sqlite"])
+@pytest.mark.parametrize(
+    "name", ["shell", *(pytest.param(name, marks=pytest.mark.variant) for name in ("python", "sqlite"))]
+)
 def test_higher_level_means_more_data_and_longer_solutions(name):
     def mean(level, measure):
         return np.mean([measure(make(name, level, "train", i)) for i in range(150)])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo_jax.rollout.trajectory import Trajectory
-from echo_jax.system import named
+from echo_jax.system import named, user_code
 from echo_jax.system.errors import UserError
 
 EPSILON = 1e-6  # added to the standard deviation
@@ -97,9 +97,10 @@ def advantages_of(
         if not rewards:
             continue
         values = np.asarray(list(rewards.values()), np.float64)
-        found = np.asarray(estimator(values.copy()))
+        name = named.name_of(estimator)
+        with user_code.calling(f"the advantage estimator {name} on the rewards {values.tolist()}"):
+            found = np.asarray(estimator(values.copy()))
         if found.shape != values.shape or not np.isfinite(found).all():
-            name = getattr(estimator, "__name__", estimator)
             raise AdvantageError(
                 f"the advantage estimator {name} returned {found.tolist()} for the rewards {values.tolist()}; it must "
                 "return one finite number for each"

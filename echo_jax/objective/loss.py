@@ -15,6 +15,7 @@ from echo_jax.kernels.fused_logprobs import Axes, LogProbs, fused_logprobs
 from echo_jax.objective.batch import Batch
 from echo_jax.objective.policy_losses import KL_ESTIMATORS, TokenLoss, Tokens, find_policy_loss
 from echo_jax.roles import ENVIRONMENT_CLASSES, ENVIRONMENT_ROLES, Role
+from echo_jax.system import user_code
 from echo_jax.system.errors import ConfigError
 from echo_jax.system.sharding import MESH_AXIS_OF
 
@@ -130,7 +131,8 @@ def echo_loss(
     scored = scored_tokens(batch, options.head)
     tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
     policy = find_policy_loss(options.policy)
-    returned = policy.surrogate(tokens, **(dict(policy.options) | dict(options.policy_options)))
+    with user_code.calling(f"the policy loss {options.policy!r}"):
+        returned = policy.surrogate(tokens, **(dict(policy.options) | dict(options.policy_options)))
     if not isinstance(returned, TokenLoss):
         raise ConfigError(
             f"the policy loss {options.policy!r} returned a {type(returned).__name__}; it must return a TokenLoss"

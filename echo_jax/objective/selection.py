@@ -17,7 +17,7 @@ from echo_jax.objective.advantages import Pool, alone
 from echo_jax.render.calls import MALFORMED
 from echo_jax.roles import ENVIRONMENT_CLASSES, Role
 from echo_jax.rollout.trajectory import Trajectory
-from echo_jax.system import named
+from echo_jax.system import named, user_code
 from echo_jax.system.errors import UserError
 
 # (trajectory, bool [T] of the tokens to be trained) -> bool [T] of those that remain.
@@ -99,7 +99,8 @@ def _class_and_tool(trajectory: Trajectory, selection: Selection) -> np.ndarray:
 
 
 def _filtered(trajectory: Trajectory, mask: np.ndarray, keep: ObservationFilter) -> np.ndarray:
-    narrowed = keep(trajectory, mask.copy())
+    with user_code.calling(f"the observation filter {named.name_of(keep)} on a rollout of task {trajectory.task}"):
+        narrowed = keep(trajectory, mask.copy())
     if not isinstance(narrowed, np.ndarray) or narrowed.dtype != bool or narrowed.shape != mask.shape:
         got = f"{narrowed.dtype} {narrowed.shape}" if isinstance(narrowed, np.ndarray) else type(narrowed).__name__
         raise SelectionError(

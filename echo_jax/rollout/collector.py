@@ -21,6 +21,7 @@ from echo_jax.rollout.engine.interface import Engine
 from echo_jax.rollout.episode import Episode, Outcome, Phase, Rules
 from echo_jax.rollout.trajectory import Sampled, Trajectory
 from echo_jax.rollout.world import EpisodeWorld, Machine
+from echo_jax.system import user_code
 from echo_jax.system.errors import UserError
 from echo_jax.tasks.task import Message, Task
 from echo_jax.tools.sandbox import CommandResult, Status
@@ -57,6 +58,7 @@ class Collector:
         self.stop = threading.Event()  # if set, from any thread, the current collection soon raises Interrupted
         self.retried = 0  # number of rollouts that the last collection repeated
         self.fault = ""  # why the last unscored rollout of that collection has no score
+        self.raised: list[str] = []  # of each of its rollouts that met exceptions in a task or tool, the first
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
@@ -92,7 +94,7 @@ class Collector:
             return collection.run(on_finish)
         finally:
             collection.close()
-            self.retried, self.fault = collection.retried, collection.fault
+            self.retried, self.fault, self.raised = collection.retried, collection.fault, collection.raised
 
     def scripted(
         self,
@@ -106,6 +108,7 @@ class Collector:
         Raises:
           RolloutError: one failed. Scripts do not fail, so the machine is at fault. The result is saved and used for
             the whole run, so it must be complete.
+          UserCodeError: a script or a score raised an exception.
           Interrupted: `stop` was set.
         """
         futures = [self._pool.submit(self._script, job, right, seed) for job, right in zip(jobs, solve, strict=True)]
@@ -136,7 +139,9 @@ class Collector:
         try:
             if not world.open():
                 episode = episode_lib.abandon(episode)
-            script = job.task.demonstrate(rng, solve=solve)
+            what = f"the script of task {job.task.name}"
+            with user_code.calling(what):
+                script = job.task.demonstrate(rng, solve=solve)
             if script is None:
                 raise RolloutError(f"task {job.task.name} has no demonstrator")
             observation = None
@@ -152,9 +157,11 @@ class Collector:
                     text = script.send(observation)
                 except StopIteration as error:
                     raise RolloutError(
-                        f"the script of task {job.task.name} ended without submitting; perhaps one of its turns "
+                        f"{what} ended without submitting; perhaps one of its turns "
                         f"is longer than rollout.max_turn_tokens = {self._rules.max_turn_tokens} tokens"
                     ) from error
+                except Exception as error:
+                    raise user_code.UserCodeError(user_code.describe(what, error)) from error
                 observation = ""
                 action = self._renderer.action(self._spoken(text, episode.available))
                 ids = action.ids[: episode.sample_budget]
@@ -166,12 +173,15 @@ class Collector:
                     stopped=len(ids) == len(action.ids),
                 )
                 episode = episode_lib.advance(episode, turn)
-            return _score(job, episode, world), world.fault
+            trajectory = _score(job, episode, world)
+            if world.score_raised:
+                raise user_code.UserCodeError(world.score_raised)
+            return trajectory, world.fault
         finally:
             world.close()
 
     def _run(self, world: EpisodeWorld, call: Call, seconds: float) -> CommandResult:
-        return world.run(self._rules.tools[call.tool], call.arguments, seconds)
+        return world.run(call.tool, self._rules.tools[call.tool], call.arguments, seconds)
 
     def _spoken(self, text: str, available: Mapping[str, Tool]) -> str:
         """Returns a script's turn, written in the plain grammar, in the grammar of the episodes."""
@@ -258,6 +268,11 @@ class _Collection:
         """Why the last unscored rollout has no score."""
         faults = [world.fault for world in self._worlds.values() if world.fault]
         return faults[-1] if faults else ""
+
+    @property
+    def raised(self) -> list[str]:
+        """Of each rollout that met exceptions in a task or tool, the first."""
+        return [world.raised[0] for _, world in sorted(self._worlds.items()) if world.raised]
 
     def close(self) -> None:
         """Ends everything that still runs, so that no session or sandbox outlives a stopped collection."""

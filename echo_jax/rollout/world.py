@@ -1,16 +1,28 @@
 """The world of one episode, a sandbox or a world that its task makes, from setup to scoring.
 
 In: a task and the tool calls of its agent. Out: results, and in the end a reward. Setup, calls and scoring have
-separate budgets. Faults of the machine are kept apart from those that the agent caused.
+separate budgets. Faults of the machine are kept apart from those that the agent caused, and both from exceptions of
+the user's task and tools: out of a tool they are an observation, out of a score the reward 0; each is logged.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from echo_jax.system import user_code
 from echo_jax.system.errors import UserError
 from echo_jax.tasks.task import CannotScore, FinishedEpisode, Message, Task
-from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
+from echo_jax.tools.sandbox import (
+    CommandResult,
+    Limits,
+    Sandbox,
+    SandboxBroken,
+    SandboxError,
+    SandboxUsedUp,
+    Status,
+    failure,
+)
 from echo_jax.tools.tool import Tool, World
 
 START_ATTEMPTS = 3  # at starting a sandbox; then its rollout counts as a fault of the machine
@@ -39,11 +51,17 @@ class EpisodeWorld:
         self._world: World | None = None
         self.fault = ""  # why the world could not be made or scored
         self.unscored = False  # whether the task raised `CannotScore`
+        self.score_raised = ""  # the exception of the score
+        self.raised: list[str] = []  # exceptions of the task and of tools, see `user_code.describe`
         self.limits_by = ""
 
     def open(self) -> bool:
         """Starts the world; returns whether it is ready. Retries after faults of the machine."""
-        self._world = self._task.world()
+        try:
+            self._world = self._task.world()
+        except Exception as error:
+            self.fault = self._log("the world of task", error)
+            return False
         if self._world is not None:
             return True
         for _ in range(START_ATTEMPTS):
@@ -68,10 +86,21 @@ class EpisodeWorld:
     def _setup(self) -> CommandResult | None:
         return self._world.run(self._task.setup, timeout=self._machine.setup_seconds) if self._task.setup else None
 
-    def run(self, tool: Tool, arguments: Mapping[str, Any], seconds: float) -> CommandResult:
-        """Runs a call for at most `seconds`, and at most the time-out of the limits."""
+    def run(self, name: str, tool: Tool, arguments: Mapping[str, Any], seconds: float) -> CommandResult:
+        """Runs a call for at most `seconds`, and at most the time-out of the limits. An exception of the tool is what
+        the agent observes."""
         self._world.timeout = min(self._machine.limits.timeout_seconds, seconds)
-        result = tool.run(self._world, arguments)
+        start = time.monotonic()
+        try:
+            result = tool.run(self._world, arguments)
+            if not isinstance(result, CommandResult):
+                raise TypeError(f"it returned a {type(result).__name__}; it must return a CommandResult")
+        except Exception as error:
+            text = str(error) if isinstance(error, SandboxError) else f"{type(error).__name__}: {error}"
+            seconds, limit = time.monotonic() - start, self._machine.limits.output_bytes
+            result = failure(error, text, limit, seconds=seconds, cwd=self._world.cwd)
+            if not isinstance(error, SandboxError):
+                self._log(f"tool {name!r} in task", error)
         if result.status is Status.INFRA:
             self.fault = result.head.decode(errors="replace")
         return result
@@ -87,18 +116,20 @@ class EpisodeWorld:
         """Ends the agent's processes, scores the episode and closes the world.
 
         Returns:
-          The reward; None if the machine failed meanwhile, or if the task cannot score it (`unscored`).
+          The reward, 0 if the score raised an exception; None if the machine failed meanwhile, or if the task cannot
+          score it (`unscored`).
 
         Raises:
           ScoreError: the reward is outside the range that the task declares.
         """
         low, high = self._task.reward_range
+        reward = min(max(0.0, low), high)
         try:
             if self._world is None:
                 return None
             self._world.timeout = self._machine.score_seconds
             self._world.kill_processes()
-            reward = self._task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript))
+            reward = float(self._task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
         except SandboxUsedUp:
             return low
         except CannotScore as error:
@@ -107,15 +138,29 @@ class EpisodeWorld:
         except SandboxError as error:
             self.fault = str(error)
             return None
+        except Exception as error:
+            self.score_raised = self._log("the score of task", error)
         finally:
             self.close()
         if not low <= reward <= high:
             raise ScoreError(
                 f"the score of task {self._task.name} is {reward}, outside its reward_range [{low:g}, {high:g}]"
             )
-        return float(reward)
+        return reward
 
     def close(self) -> None:
-        if self._world is not None:
+        if self._world is None:
+            return
+        try:
             self._world.close()
+        except Exception as error:
+            self._log("closing the world of task", error)
+        finally:
             self._world = None
+
+    def _log(self, what: str, error: Exception) -> str:
+        """Keeps an exception of the user's code; returns its text."""
+        text = user_code.describe(f"{what} {self._task.name}", error)
+        self.raised.append(text)
+        user_code.log(text)
+        return text

@@ -30,10 +30,10 @@ from echo_jax.rollout.trajectory import load as load_trajectories
 from echo_jax.rollout.world import Machine
 from echo_jax.run.validate import check_tools, validate
 from echo_jax.system import peers as peers_lib
-from echo_jax.system import provenance
+from echo_jax.system import provenance, user_code
 from echo_jax.system.peers import Peers
 from echo_jax.tasks.stream import make_families, task_stream
-from echo_jax.tasks.task import Task
+from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import make_tools, sandbox
 from echo_jax.tools.tool import Tool
@@ -263,7 +263,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
     families = make_families(mixture, sections)
     try:
         sandboxes(config)
-        if any(family.make("train", 0).world() is None for family in families.values()):
+        if any(_needs_sandbox(name, family) for name, family in families.items()):
             sandbox.probe(config.sandbox.backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -287,3 +287,8 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         source=source,
         peers=peers,
     )
+
+
+def _needs_sandbox(name: str, family: Family) -> bool:
+    with user_code.calling(f"environment {name}: train task 0 or its world"):
+        return family.make("train", 0).world() is None

@@ -25,6 +25,7 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_workdir, differences, may_change
+from echo_jax.system import user_code
 from echo_jax.tasks.task import has_demonstrator
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation
@@ -152,7 +153,7 @@ def evaluate(
         result |= compare(Scorer(parts.learner, parts.peers), policy.params, saved, SHUFFLE_SEED)
     else:
         episodes = episodes or config.eval.episodes
-        with parts.make_collector() as collector:
+        with parts.make_collector() as collector, user_code.log_to(workdir / "errors.log"):
             joint, transcripts = JointCollector(collector, parts.peers), _transcripts_of(overrides)
             evaluator = Evaluator(parts, joint, parts.make_engine(), workdir, transcripts)
             metrics = evaluator(policy.params, policy.step, episodes=episodes, samples=samples)

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
+from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.rollout.collector import Collector, Interrupted
 from echo_jax.run.build import Parts, build
 from echo_jax.run.trainer import Trainer
@@ -25,7 +26,7 @@ from echo_jax.run.workdir import (
     only_process_in,
     record_config,
 )
-from echo_jax.system import provenance
+from echo_jax.system import provenance, user_code
 from echo_jax.system.metrics import read_metrics
 from echo_jax.system.peers import AGAIN, TAKEN, Peers
 
@@ -123,7 +124,12 @@ def _run(parts: Parts, workdir: Path) -> int:
     """Trains to the end, or until it is stopped; returns the exit status."""
     peers = parts.peers
     say = print if peers.is_first else lambda text: None
-    with parts.make_collector() as collector, stop_on_signal(collector, peers) as received:
+    errors = workdir / ("errors.log" if peers.is_first else f"errors_process_{peers.index}.log")
+    with (
+        parts.make_collector() as collector,
+        stop_on_signal(collector, peers) as received,
+        user_code.log_to(errors),
+    ):
         trainer = Trainer(parts, collector, workdir)
         with _closing(trainer, peers):
             if peers.is_first:
@@ -141,6 +147,12 @@ def _run(parts: Parts, workdir: Path) -> int:
                 say(f"{stopped} of {trainer.last_step}")
                 signals = peers.gather(received[0] if received else 0, "stop")
                 return 128 + signal.SIGINT if signal.SIGINT in signals else AGAIN
+            except Exception as error:
+                unsaveable = isinstance(error, OSError | CheckpointError)
+                if not unsaveable and (peers.count == 1 or trainer.collector.failed_together):
+                    trainer.save_before_failing()
+                    say(f"stopped by an error; step {trainer.saved_step or 0} of {trainer.last_step} is saved")
+                raise
     return 0
 
 

@@ -4,9 +4,10 @@ In: the parts of a run, and its workdir, which may hold an unfinished run. Out: 
 checkpoints. The caller, lifecycle.py, claims the workdir and handles signals.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -75,6 +76,7 @@ class Trainer:
         first = self.step if self.step == self.starts_at else self.step + 1
         self.metrics = MetricsWriter(workdir, resume_step=first) if self.peers.is_first else None
         self.console = Console(quiet=not self.peers.is_first)
+        self._reported: set[str] = set()  # places of exceptions that were printed
 
     @property
     def params(self) -> dict:
@@ -152,17 +154,19 @@ class Trainer:
                 rollout_seconds = time.perf_counter() - start
                 metrics = rollout_metrics(everyone, "rollout")
                 metrics["rollout/retried"] = self.collector.retried
+                metrics["rollout/raised"] = self.collector.raised
                 objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
-                weights = weigh(trajectories, learner.advantages(trajectories, pool), objective, pool)
-                metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
-                metrics["rollout/accepted"] -= metrics["rollout/filtered"]
-                metrics |= self._updated(
-                    update,
-                    trajectories,
-                    weights,
-                    at_most=learner.rollouts_at_once,
-                    compare_gradients=_due(self.step - self.warm_steps, loss.gradient_metrics_every),
-                )
+                with self._keeping(trajectories):
+                    weights = weigh(trajectories, learner.advantages(trajectories, pool), objective, pool)
+                    metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
+                    metrics["rollout/accepted"] -= metrics["rollout/filtered"]
+                    metrics |= self._updated(
+                        update,
+                        trajectories,
+                        weights,
+                        at_most=learner.rollouts_at_once,
+                        compare_gradients=_due(self.step - self.warm_steps, loss.gradient_metrics_every),
+                    )
                 observed = "observation" in MODES[objective.mode]
                 metrics["loss/observation_weight"] = objective.observation_weight if observed else 0.0
                 metrics["time/rollout"] = rollout_seconds
@@ -208,18 +212,47 @@ class Trainer:
         tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
         jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
         self.engine.set_params(self.params, self.step)
-        name = f"interrupted_{self.step:06d}"  # rollouts of this step that were finished when the run was stopped
-        path = self._rollouts_file(name)
+        path = self._rollouts_file(self._finished_rollouts)
         found = self.peers.first(path.exists)
         finished = trajectory_lib.load(path, vocab_size=self.learner.vocab_size) if found else []
         try:
             trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
         except Interrupted as interrupted:
             if any(self.peers.gather(len(interrupted.finished))):
-                self._save_rollouts(name, interrupted.finished)
+                self._save_rollouts(self._finished_rollouts, interrupted.finished)
             raise
         self.peers.first(lambda: path.unlink(missing_ok=True))
+        self._report_exceptions()
         return trajectories
+
+    @property
+    def _finished_rollouts(self) -> str:
+        """The name of the file of this step's rollouts that were finished when the run stopped."""
+        return f"interrupted_{self.step:06d}"
+
+    @contextlib.contextmanager
+    def _keeping(self, trajectories: list[Trajectory]) -> Iterator[None]:
+        """Saves the step's rollouts if an error stops the step, for the next start to train on."""
+        try:
+            yield
+        except Exception:
+            if self.peers.count == 1 and not self.parts.replay:  # others may never arrive to save their share
+                self._save_rollouts(self._finished_rollouts, trajectories)
+            raise
+
+    def _report_exceptions(self) -> None:
+        """Prints a line for the first exception of a place in a task or tool; `errors.log` has all of them."""
+        headline = self.collector.first_raised.partition("\n")[0]
+        place = headline.partition(" raised ")[2]
+        if place and place not in self._reported:
+            self._reported.add(place)
+            self._say(
+                f"{self.collector.raised} rollouts met an exception in a task or tool. The first: {headline}. "
+                f"Tracebacks: {self.workdir / 'errors.log'}"
+            )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _replayed(self) -> list[Trajectory]:
         """Returns the groups of saved rollouts that this step trains on; the steps cycle through all groups."""
@@ -253,6 +286,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         start = time.perf_counter()
         metrics = self.evaluator(self.params, self.step, episodes=self.config.eval.episodes)
+        self._report_exceptions()
         return metrics | {"time/evaluate": time.perf_counter() - start}
 
     def _record(self, metrics: dict[str, float]) -> None:
@@ -273,6 +307,12 @@ class Trainer:
             parameters.save(self.checkpointer, self.step, self.state, self.frozen)
             self.saved_step = self.step
             self.saved_time = time.monotonic()
+
+    def save_before_failing(self) -> None:
+        """Saves a checkpoint if this step is complete and an update did not fail half-way."""
+        whole = not any(x.is_deleted() for x in jax.tree.leaves(self.state))
+        if self.step > self.starts_at and whole and self.recorded_step == self.step:
+            self.save()
 
     def _minutes_are_over(self) -> bool:
         """Returns whether checkpoint.minutes have passed since the last save, by the clock of process 0."""

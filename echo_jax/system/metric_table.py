@@ -66,6 +66,7 @@ METRICS = {
     # Rollouts of the step, and evaluations.
     **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
     "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
+    "rollout/raised": Metric(_COUNT, "rollouts that met an exception of their task or of a tool; see errors.log"),
     "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed"),
     "rollout/tokens_per_second": Metric("tokens/s", "tokens of the rollouts, prompts included, over time/rollout"),
     **{f"eval/{name}": metric for name, metric in _EPISODES.items()},

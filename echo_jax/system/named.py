@@ -89,3 +89,9 @@ def check_options(function: Callable, options: Mapping[str, Any], field: str, *,
         raise ConfigError(
             f"{called}, with the options of config.{field}, must take {given} arguments: {error}"
         ) from error
+
+
+def name_of(function: Callable) -> str:
+    """Returns the name of a function that a config named, without its options."""
+    inner = getattr(function, "func", function)  # of a functools.partial
+    return getattr(inner, "__name__", repr(inner))

@@ -1,15 +1,16 @@
 """The order of tasks: a pure function of the split, the seed and a global index, so a run resumes at any step."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import grain
 
-from echo_jax.system import named
+from echo_jax.system import named, user_code
 from echo_jax.system.errors import ConfigError
 from echo_jax.tasks import FAMILIES
-from echo_jax.tasks.task import Family, Split
+from echo_jax.tasks.task import Family, Split, Task
 
 TASKS_PER_SEED = 10**9  # train tasks of seed s have indices from s × this; no two seeds share an index
 
@@ -58,7 +59,13 @@ def task_stream(
     first = seed * TASKS_PER_SEED if split == "train" else 0
     names = sorted(name for name, weight in mixture.items() if weight > 0)
     streams = [
-        grain.MapDataset.range(TASKS_PER_SEED).map(lambda i, make=families[name].make: make(split, first + int(i)))
+        grain.MapDataset.range(TASKS_PER_SEED).map(functools.partial(_make, name, families[name], split, first))
         for name in names
     ]
     return grain.MapDataset.mix(streams, [mixture[name] for name in names]) if len(names) > 1 else streams[0]
+
+
+def _make(name: str, family: Family, split: Split, first: int, index: int) -> Task:
+    index = first + int(index)
+    with user_code.calling(f"environment {name}: make({split!r}, {index})"):
+        return family.make(split, index)

@@ -3,15 +3,7 @@
 import posixpath
 import time
 
-from echo_jax.tools.sandbox import (
-    CommandResult,
-    Sandbox,
-    SandboxBroken,
-    SandboxError,
-    SandboxUsedUp,
-    Status,
-    to_bytes,
-)
+from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxError, Status, failure, to_bytes
 from echo_jax.tools.supervisor import Capture
 from echo_jax.tools.tool import Tool, strings
 
@@ -60,18 +52,14 @@ class Edit(Tool):
 def _answer(world: Sandbox, action) -> CommandResult:
     """Runs an action on files. Its errors become the agent's observation, unless the sandbox itself is dead."""
     start = time.monotonic()
-    status, exit_code = Status.OK, 0
+    passed = lambda: {"seconds": time.monotonic() - start, "cwd": world.cwd}  # noqa: E731
     try:
         output = action()
-    except SandboxBroken as error:
-        status = Status.OOM if isinstance(error, SandboxUsedUp) else Status.INFRA
-        exit_code, output = None, str(error).encode("utf-8", "replace")
     except (ValueError, SandboxError) as error:
-        status, exit_code, output = Status.NONZERO, 1, f"{error}\n".encode("utf-8", "surrogateescape")
+        return failure(error, str(error), world.limits.output_bytes, **passed())
     capture = Capture(world.limits.output_bytes)
     capture.feed(output)
-    head, tail, dropped = capture.finish()
-    return CommandResult(status, exit_code, head, tail, dropped, time.monotonic() - start, world.cwd)
+    return CommandResult(Status.OK, 0, *capture.finish(), **passed())
 
 
 def _inner(world: Sandbox, path: str) -> str:

@@ -29,6 +29,7 @@ from types import MappingProxyType
 
 from echo_jax.tools import bubblewrap, cgroup
 from echo_jax.tools.bubblewrap import START_SECONDS, Limits, Plan, SandboxBroken, SandboxError, SandboxUsedUp
+from echo_jax.tools.supervisor import Capture
 
 __all__ = [
     "CommandResult",
@@ -273,6 +274,16 @@ def _inner(path: str) -> bytes:
     if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{path!r} is not a plain path below /work")
     return os.fsencode(path)
+
+
+def failure(error: Exception, text: str, output_bytes: int, *, seconds: float, cwd: str) -> CommandResult:
+    """Returns the result of a call that raised an exception: the text and exit code 1, unless the sandbox died."""
+    status, exit_code = Status.NONZERO, 1
+    if isinstance(error, SandboxBroken):
+        status, exit_code = Status.OOM if isinstance(error, SandboxUsedUp) else Status.INFRA, None
+    capture = Capture(output_bytes)
+    capture.feed(to_bytes(f"{text}\n"))
+    return CommandResult(status, exit_code, *capture.finish(), seconds=seconds, cwd=cwd)
 
 
 def to_bytes(command: str | bytes) -> bytes:

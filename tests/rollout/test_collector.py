@@ -31,6 +31,7 @@ from echo_jax.rollout.trajectory import DTYPES
 from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine
 from echo_jax.system.peers import Peers
 from echo_jax.system.sharding import make_mesh
+from echo_jax.system.user_code import UserCodeError
 from echo_jax.tasks.task import Script, Task
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools import cgroup
@@ -460,15 +461,24 @@ def test_script_that_does_not_submit_is_an_error_naming_the_task(collector):
         collector.scripted(scripted_jobs(says("bash ls")), [True], 0)
 
 
-def test_error_in_one_task_ends_the_collection_and_leaves_nothing(collector, engine):
+def test_error_in_one_task_costs_its_reward_or_ends_the_script_and_leaves_nothing(collector, engine):
     def crash(answer):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        collector.rollouts(with_task(jobs_of(4), 1, judge=crash), engine)
+    made = collector.rollouts(with_task(jobs_of(4), 1, judge=crash), engine)
+    assert (made[1].reward, made[1].scored) == (0.0, True)
+    assert len(collector.raised) == 1
+    assert "test_collector.py" in collector.raised[0]
     assert own_sandboxes() == 0
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserCodeError, match="the score of task .* raised ZeroDivisionError"):
         collector.scripted(scripted_jobs(says("submit oak"), judge=crash), [True], 0)
+
+    def broken_script():
+        yield "bash ls"
+        raise KeyError("oak")
+
+    with pytest.raises(UserCodeError, match="the script of task .* raised KeyError: 'oak' .*test_collector.py"):
+        collector.scripted(scripted_jobs(broken_script), [True], 0)
     with pytest.raises(ValueError, match="leaves no room in rollout.max_tokens = 96"):
         collector.rollouts(jobs_of(1, prompt="oak " * 99), engine)
     assert len(collector.rollouts(jobs_of(4), engine)) == 4

@@ -26,7 +26,7 @@ class Judged(Task):
 
 
 def run(world, tool, seconds=math.inf, **arguments):
-    return world.run(TOOLS[tool], arguments, seconds)
+    return world.run(tool, TOOLS[tool], arguments, seconds)
 
 
 def test_call_stops_at_its_time_out_and_at_the_episodes_budget():

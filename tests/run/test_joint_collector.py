@@ -24,8 +24,8 @@ class WithAnother(Peers):
 class Made:
     """A collector whose collections always end in the same way."""
 
-    def __init__(self, *trajectories, fault="", interrupted=False):
-        self.stop, self.retried, self.fault = threading.Event(), 0, fault
+    def __init__(self, *trajectories, fault="", raised=(), interrupted=False):
+        self.stop, self.retried, self.fault, self.raised = threading.Event(), 0, fault, list(raised)
         self._trajectories, self._interrupted = list(trajectories), interrupted
 
     def rollouts(self):
@@ -52,7 +52,7 @@ def test_run_continues_if_its_tasks_cannot_say_how_it_went():
 
 
 def test_run_continues_if_one_host_fails_all_its_rollouts():
-    well, ill = {"rollouts": False, "faults": [3, 0, ""]}, {"rollouts": False, "faults": [3, 3, "theirs"]}
+    well, ill = {"rollouts": False, "faults": [3, 0, "", 0]}, {"rollouts": False, "faults": [3, 3, "theirs", 0]}
     made = Made(LOST, LOST, fault="ours")
     assert JointCollector(made, WithAnother(well)).rollouts() == [LOST, LOST]
     with pytest.raises(RolloutError, match="all 5 rollouts failed.*ours; theirs"):

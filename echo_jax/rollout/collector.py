@@ -49,6 +49,7 @@ class Job:
     task: Task
     group: int
     rollout: int  # global index: the root of its sampling keys
+    environment: str = ""  # entry of the task mixture that the task comes from
 
 
 class Collector:
@@ -207,6 +208,7 @@ def _score(job: Job, episode: Episode, world: EpisodeWorld) -> Trajectory:
         reward=reward or 0.0,
         reward_range=job.task.reward_range,
         limits_by=world.limits_by,
+        environment=job.environment,
     )
 
 

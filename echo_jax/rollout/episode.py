@@ -243,6 +243,7 @@ def to_trajectory(
     reward: float,
     reward_range: tuple[float, float] = (0.0, 1.0),
     limits_by: str = "",
+    environment: str = "",
 ) -> Trajectory:
     """Returns a finished episode as numpy arrays."""
     if episode.phase is not Phase.DONE:
@@ -266,4 +267,5 @@ def to_trajectory(
         limits_by=limits_by,
         tools=tuple(episode.rules.tools),
         reward_range=reward_range,
+        environment=environment,
     )

@@ -22,6 +22,7 @@ class Summary:
     """The data of one rollout that the metrics need."""
 
     group: int
+    environment: str
     scored: bool
     reward: float
     solved: bool
@@ -36,6 +37,7 @@ class Summary:
         """`header`: the ids that start an observation."""
         return cls(
             group=t.group,
+            environment=t.environment,
             scored=t.scored,
             reward=t.reward,
             solved=t.solved,
@@ -63,8 +65,23 @@ def _imagined(t: Trajectory, header: tuple[int, ...]) -> int:
     return len(header) * int((action[window] & (t.ids[window] == header)).all(axis=1).sum())
 
 
-def rollout_metrics(rollouts: Sequence[Summary], prefix: str) -> dict[str, float]:
-    """Returns metrics of a set of rollouts; averages rewards over the scored ones."""
+PER_ENVIRONMENT = ("submitted", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
+
+
+def rollout_metrics(rollouts: Sequence[Summary], prefix: str, environments: Sequence[str] = ()) -> dict[str, float]:
+    """Returns metrics of a set of rollouts; averages rewards over the scored ones.
+
+    `environments`: the entries of the task mixture. If there are several, each has metrics of its own too.
+    """
+    metrics = _metrics(rollouts)
+    for environment in environments if len(environments) > 1 else ():
+        if members := [r for r in rollouts if r.environment == environment]:
+            found = _metrics(members)
+            metrics |= {f"{name}_env_{environment}": found[name] for name in PER_ENVIRONMENT if name in found}
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _metrics(rollouts: Sequence[Summary]) -> dict[str, float]:
     scored = [r.reward for r in rollouts if r.scored]
     statuses = sum((collections.Counter(r.calls) for r in rollouts), collections.Counter())
     groups: dict[int, list[float]] = {}
@@ -86,4 +103,4 @@ def rollout_metrics(rollouts: Sequence[Summary], prefix: str) -> dict[str, float
             metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))
     for status in (*Status, *MALFORMED, "submit"):
         metrics[f"calls_{status}"] = statuses[status]
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+    return metrics

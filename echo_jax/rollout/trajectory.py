@@ -85,6 +85,7 @@ class Trajectory:
     limits_by: str  # how the sandbox enforced its limits, as `Sandbox.limits_by`; "" without a sandbox
     tools: tuple[str, ...]  # names of the run's tools, in the order in which `tool` numbers them
     reward_range: tuple[float, float] = (0.0, 1.0)  # lowest and highest reward of its task
+    environment: str = ""  # entry of the task mixture that its task comes from; "" in older files
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in DTYPES}
@@ -246,6 +247,8 @@ def _wrong(t: Trajectory, vocab_size: int) -> str:
     low, high = t.reward_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         return f"reward_range {t.reward_range} must be two finite numbers, the lower first"
+    if not isinstance(t.environment, str):
+        return f"environment {t.environment!r} is not a name"
     if not (isinstance(t.shared, int) and 0 <= t.shared <= len(t.ids)):
         return f"shared {t.shared!r} must be from 0 to {len(t.ids)}"
     return ""

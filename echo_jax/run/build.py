@@ -32,7 +32,7 @@ from echo_jax.run.validate import check_tools, validate
 from echo_jax.system import peers as peers_lib
 from echo_jax.system import provenance, user_code
 from echo_jax.system.peers import Peers
-from echo_jax.tasks.stream import make_families, task_stream
+from echo_jax.tasks.stream import environment_stream, make_families, task_stream
 from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import make_tools, sandbox
@@ -50,6 +50,7 @@ class Parts:
     rules: Rules  # of every episode
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
+    environments: grain.MapDataset  # entries of the mixture that the tasks of these two come from
     imitated: list[Trajectory]  # from warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # from rollout.replay; empty: the policy samples
     transcripts: list[Trajectory]  # from eval.trajectories; empty: demonstrators write them
@@ -117,7 +118,9 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
             episode = start(renderer, rules, task.prompt, task.tools)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        script = task.demonstrate(np.random.default_rng(0), solve=True)
+        with user_code.calling(f"the script of task {task.name}"):
+            script = task.demonstrate(np.random.default_rng(0), solve=True)
+            turn = next(script) if script is not None else None
         if script is None:
             if needs_script:
                 raise ConfigError(
@@ -126,7 +129,6 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
                     "to a file of saved rollouts"
                 )
             continue
-        turn = next(script)
         length = len(renderer.action(turn).ids)
         if length > episode.sample_budget:
             raise ConfigError(
@@ -281,6 +283,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         rules=rules,
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
+        environments=environment_stream(mixture),
         imitated=_imitated(config, learner.vocab_size),
         replay=_replay(config, learner.vocab_size),
         transcripts=_transcripts(config, learner.vocab_size),

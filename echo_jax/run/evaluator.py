@@ -26,6 +26,7 @@ from echo_jax.run.build import Parts
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_workdir, differences, may_change
 from echo_jax.system import user_code
+from echo_jax.tasks.stream import environments
 from echo_jax.tasks.task import has_demonstrator
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation
@@ -66,13 +67,19 @@ class Evaluator:
         parts, peers = self._parts, self._parts.peers
         self._engine.set_params(params, version)
         jobs = [
-            Job(parts.heldout_tasks[task], group=task, rollout=FIRST_EVAL_ROLLOUT + task * samples + sample)
+            Job(
+                parts.heldout_tasks[task],
+                group=task,
+                rollout=FIRST_EVAL_ROLLOUT + task * samples + sample,
+                environment=parts.environments[task],
+            )
             for task in peers.share(range(episodes))
             for sample in range(samples)
         ]
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
         rollouts = summaries(trajectories, parts.renderer.observation_header, peers)
-        metrics = rollout_metrics(rollouts, "eval") | pass_at_k(rollouts, samples)
+        metrics = rollout_metrics(rollouts, "eval", environments(parts.config.task.mixture))
+        metrics |= pass_at_k(rollouts, samples)
         if (ce := self.observation_ce(params)) is not None:
             metrics["eval/observation_ce"] = ce
         return metrics
@@ -99,7 +106,9 @@ class Evaluator:
                     print(f"eval/observation_ce is left out: {NO_TRANSCRIPTS}", file=sys.stderr)
                 return []
             mine = peers.share(scripted)
-            jobs = [Job(tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i) for i in mine]
+            jobs = [
+                Job(tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i, environment=parts.environments[i]) for i in mine
+            ]
             made = self._collector.scripted(jobs, [i % 2 == 0 for i in mine], TRANSCRIPT_SEED)
             trajectory_lib.save_shares(path, made, vocab_size=parts.learner.vocab_size, peers=peers)
         return trajectory_lib.load(path, vocab_size=parts.learner.vocab_size)
@@ -121,6 +130,15 @@ def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
                 float(np.std(rates, ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else 0.0
             )
     return metrics
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """Returns the main results of a step with an evaluation as one line."""
+    rate = "no rollout could be scored"
+    if "eval/pass@1" in record:
+        rate = f"held-out solve rate {record['eval/solve_rate']:.3f} ± {record['eval/pass@1_stderr']:.3f}"
+    ce = record.get("eval/observation_ce")
+    return f"step {record['step']}: {rate}" + (f", observation CE {ce:.3f} nats" if ce is not None else "")
 
 
 def evaluate(

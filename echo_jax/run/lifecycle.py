@@ -16,6 +16,7 @@ import ml_collections
 from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.rollout.collector import Collector, Interrupted
 from echo_jax.run.build import Parts, build
+from echo_jax.run.evaluator import evaluation_line
 from echo_jax.run.trainer import Trainer
 from echo_jax.run.workdir import (
     Taken,
@@ -158,12 +159,6 @@ def _run(parts: Parts, workdir: Path) -> int:
 
 def summary(workdir: Path) -> str:
     """Returns a text with the first and the last evaluation of a run, from its metrics."""
-    lines = [f"complete: {workdir}"]
     evaluations = [r for r in read_metrics(workdir / "metrics.jsonl") if r.get("eval/pass@1") is not None]
-    for record in evaluations[:1] + evaluations[1:][-1:]:
-        ce = record.get("eval/observation_ce")
-        lines.append(
-            f"  step {record['step']}: held-out solve rate {record['eval/solve_rate']:.3f} "
-            f"± {record['eval/pass@1_stderr']:.3f}" + (f", observation CE {ce:.3f} nats" if ce is not None else "")
-        )
-    return "\n".join(lines)
+    ends = evaluations[:1] + evaluations[1:][-1:]
+    return "\n".join([f"complete: {workdir}", *(f"  {evaluation_line(record)}" for record in ends)])

@@ -27,15 +27,16 @@ from echo_jax.rollout.collector import Collector, Interrupted, Job
 from echo_jax.rollout.summary import rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
-from echo_jax.run.evaluator import Evaluator
+from echo_jax.run.evaluator import Evaluator, evaluation_line
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_start, differences
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import MetricsWriter
 from echo_jax.system.profiler import Profiler
 from echo_jax.system.progress import Progress
+from echo_jax.tasks.stream import environments
 
-SHOWN = ("loss/total", "observation/ce", "rollout/solve_rate", "eval/solve_rate", "eval/observation_ce")
+SHOWN = {"rollout/solve_rate": "solve rate", "observation/ce": "CE", "loss/total": "loss"}  # in the progress line
 DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
 DEMONSTRATION_ORDER_SEED = 11
 
@@ -152,7 +153,7 @@ class Trainer:
                 trajectories = self._rollouts()
                 everyone = summaries(trajectories, self.parts.renderer.observation_header, self.peers)
                 rollout_seconds = time.perf_counter() - start
-                metrics = rollout_metrics(everyone, "rollout")
+                metrics = rollout_metrics(everyone, "rollout", environments(self.config.task.mixture))
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
                 objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
@@ -210,7 +211,11 @@ class Trainer:
         first_rollout = self.step * self.learner.rollouts_per_step
         group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.learner.rollouts_per_step))}
         tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
-        jobs = [Job(tasks[group], group=group, rollout=first_rollout + i) for i, group in group_of.items()]
+        environment = {group: self.parts.environments[first_task + group] for group in tasks}
+        jobs = [
+            Job(tasks[group], group=group, rollout=first_rollout + i, environment=environment[group])
+            for i, group in group_of.items()
+        ]
         self.engine.set_params(self.params, self.step)
         path = self._rollouts_file(self._finished_rollouts)
         found = self.peers.first(path.exists)
@@ -277,7 +282,8 @@ class Trainer:
             seed = _fold(self.config.seed, DEMONSTRATION_SEED)
             solve = np.random.default_rng(seed).random(warm.demonstrations) < warm.success_rate
             indices = self.peers.share(range(warm.demonstrations))
-            jobs = [Job(self.parts.train_tasks[i], group=i, rollout=i) for i in indices]
+            parts = self.parts
+            jobs = [Job(parts.train_tasks[i], group=i, rollout=i, environment=parts.environments[i]) for i in indices]
             with Progress("demonstrations", total=len(jobs), console=self.console) as progress:
                 made = self.collector.scripted(jobs, solve[indices].tolist(), seed, progress.update)
             self._save_rollouts("demonstrations", made)
@@ -287,6 +293,7 @@ class Trainer:
         start = time.perf_counter()
         metrics = self.evaluator(self.params, self.step, episodes=self.config.eval.episodes)
         self._report_exceptions()
+        self._say(evaluation_line({"step": self.step} | metrics))
         return metrics | {"time/evaluate": time.perf_counter() - start}
 
     def _record(self, metrics: dict[str, float]) -> None:
@@ -296,7 +303,8 @@ class Trainer:
     def _finish_step(self, metrics: dict[str, float], progress: Progress) -> None:
         self._record(metrics)
         self.recorded_step = self.step
-        progress.update(progress_step(self.step, self.warm_steps), {k: metrics[k] for k in SHOWN if k in metrics})
+        shown = {label: metrics[name] for name, label in SHOWN.items() if name in metrics}
+        progress.update(progress_step(self.step, self.warm_steps), shown)
         due = _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step)
         if due or self._minutes_are_over():
             self.save()

@@ -1,8 +1,9 @@
 """Every metric that runs write: its unit and meaning.
 
 In: nothing. Out: `METRICS`. A name may have a placeholder: CLASS is a class of environment tokens, TOOL a tool, STATUS
-the status of an attempt at a tool call, K a number of samples, LOSS a metric that your policy loss reports. Means over
-tokens cover the tokens that the LM head is run for (`loss.score_all`).
+the status of an attempt at a tool call, ENVIRONMENT an entry of a task mixture of several, K a number of samples, LOSS
+a metric that your policy loss reports. Means over tokens cover the tokens that the LM head is run for
+(`loss.score_all`).
 """
 
 import re
@@ -27,6 +28,11 @@ _EPISODES = {
     "tokens": Metric(_TOKENS, "mean length of a rollout, prompt included"),
     "calls_STATUS": Metric(_COUNT, "attempts at tool calls that ended with this status"),
     "imagined_observations": Metric(_SHARE, "action tokens that spell the header of an observation"),
+}
+
+_EPISODES |= {
+    f"{name}_env_ENVIRONMENT": Metric(_EPISODES[name].unit, "the same for one environment of a mixture of several")
+    for name in ("submitted", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
 }
 
 METRICS = {

@@ -53,7 +53,7 @@ class Progress:
                 "{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
             )
             title = rich.progress.TextColumn("{task.description}", markup=False)
-            bar = rich.progress.BarColumn(bar_width=20)
+            bar = rich.progress.BarColumn(bar_width=10)
             self._bar = rich.progress.Progress(
                 title, bar, text, console=self._console, refresh_per_second=4, expand=True
             )

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -57,11 +57,22 @@ def task_stream(
     Held-out tasks are the same for every seed.
     """
     first = seed * TASKS_PER_SEED if split == "train" else 0
-    names = sorted(name for name, weight in mixture.items() if weight > 0)
-    streams = [
-        grain.MapDataset.range(TASKS_PER_SEED).map(functools.partial(_make, name, families[name], split, first))
-        for name in names
-    ]
+    return _mixed(mixture, lambda name: functools.partial(_make, name, families[name], split, first))
+
+
+def environment_stream(mixture: Mapping[str, float]) -> grain.MapDataset:
+    """Returns, at each index of `task_stream`, the entry of the mixture that the task comes from."""
+    return _mixed(mixture, lambda name: lambda _: name)
+
+
+def environments(mixture: Mapping[str, float]) -> list[str]:
+    """Returns the entries of a mixture that tasks come from."""
+    return sorted(name for name, weight in mixture.items() if weight > 0)
+
+
+def _mixed(mixture: Mapping[str, float], make: Callable[[str], Callable[[int], Any]]) -> grain.MapDataset:
+    names = environments(mixture)
+    streams = [grain.MapDataset.range(TASKS_PER_SEED).map(make(name)) for name in names]
     return grain.MapDataset.mix(streams, [mixture[name] for name in names]) if len(names) > 1 else streams[0]
 
 

@@ -637,6 +637,23 @@ def test_metrics_by_hand():
     }  # fmt: skip
 
 
+def test_each_environment_of_a_mixture_has_its_metrics():
+    chosen = [
+        trajectory(group=0, environment="maze", reward=1.0, turns=2),
+        trajectory(group=0, environment="maze", reward=0.0, turns=4),
+        trajectory(group=1, environment="rooms", scored=False, turns=1),
+    ]
+    everyone = summaries(chosen, HEADER, Peers())
+    whole, apart = rollout_metrics(everyone, "x"), rollout_metrics(everyone, "x", ["lookup", "maze", "rooms"])
+    assert whole.items() <= apart.items()
+    assert {name: value for name, value in apart.items() if name not in whole} == {
+        "x/submitted_env_maze": 2, "x/turns_env_maze": 3.0, "x/tokens_env_maze": 10.0,
+        "x/solve_rate_env_maze": 0.5, "x/reward_env_maze": 0.5, "x/mixed_groups_env_maze": 1.0,
+        "x/submitted_env_rooms": 1, "x/turns_env_rooms": 1.0, "x/tokens_env_rooms": 10.0,
+    }  # fmt: skip
+    assert rollout_metrics(everyone, "x", ["maze"]) == whole
+
+
 def test_counts_include_every_attempt(collector, engine, monkeypatch):
     monkeypatch.setattr(environment, "Sandbox", Dying)
     trajectories = collector.rollouts(jobs_of(12), engine)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -70,7 +71,19 @@ def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "uninterrupted"
     status, output = finish(start(workdir, "--config.system.profile_steps=(2, 2)"))
     assert status == 0, output
+    (workdir.parent / "printed").write_text(output)
     return workdir
+
+
+def test_evaluations_are_lines_of_their_own(finished):
+    printed = (finished.parent / "printed").read_text()
+    by_step = {record["step"]: record for record in read_metrics(finished / "metrics.jsonl")}
+    for step in (30, 34):
+        rate, ce = by_step[step]["eval/solve_rate"], by_step[step]["eval/observation_ce"]
+        assert re.search(
+            rf"^step {step}: held-out solve rate {rate:.3f} ± .*, observation CE {ce:.3f} nats$", printed, re.MULTILINE
+        )
+    assert re.search(r"^ECHO  4/4  .*  solve rate [0-9.]+  .*loss ", printed, re.MULTILINE)
 
 
 def test_run_leaves_the_files_that_the_readme_lists(finished):
@@ -680,6 +693,7 @@ def recorded_run(tmp_path_factory):
     config.loss.update(observation_schedule="linear", mode_changes=((2, "grpo"),))
     config.optimizer.updates_per_batch = 2
     config.pack.rows = 4
+    config.task.mixture = {"lookup": 1.0, "maze": 1.0}
     config.model.num_kv_heads = 2
     reads = set()
     recording = _recording(config, "", reads)
@@ -738,6 +752,7 @@ def test_metrics_and_metric_table_match(recorded_run, finished):
         "TOOL": "|".join(TOOLS),
         "STATUS": "|".join((*sandbox.Status, *MALFORMED, "submit")),
         "K": "[0-9]+",
+        "ENVIRONMENT": "lookup|maze",
     }
     assert {name for name in written if metric_table.describe(name, placeholders) is None} == set()
     found = {id(metric_table.describe(name, placeholders)) for name in written}

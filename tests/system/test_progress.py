@@ -4,6 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
+from echo_jax.run.trainer import SHOWN
 from echo_jax.system.progress import Progress
 
 
@@ -105,3 +106,14 @@ def test_long_text_is_cut_at_the_terminals_width():
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
     assert max(len(line) for line in shown) <= 60
     assert any("metric_0 0" in line and line.rstrip().endswith("…") for line in shown)
+
+
+def test_at_80_columns_the_solve_rate_of_a_long_run_is_visible():
+    clock = Clock()
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    metrics = dict(zip(SHOWN.values(), (0.375, 3.234, 0.1214), strict=True))
+    with Progress("ECHO", total=10000, console=console, clock=clock) as progress:
+        clock.now += 12.3 * 1000
+        progress.update(1000, metrics)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+    assert any("1000/10000  12.3 s/step  eta 30:45:00  solve rate 0.375" in line for line in shown)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from echo_jax.tasks.stream import TASKS_PER_SEED, make_families, task_stream
+from echo_jax.tasks.stream import TASKS_PER_SEED, environment_stream, environments, make_families, task_stream
 
 PARAMETERS = {
     "lookup": {"folders": 3, "files": 6, "words": 96},
@@ -71,6 +71,14 @@ def test_different_seeds_share_no_train_task():
     assert len({task.name for task in tasks}) == 400
     trees = {tuple(task.files.items()) for task in tasks if task.name.startswith("lookup")}
     assert len(trees) == 300
+
+
+@pytest.mark.parametrize("mixture", [{"lookup": 3.0, "rooms": 1.0, "maze": 0.0}, {"rooms": 1.0}])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_each_task_has_the_entry_of_the_mixture_that_it_comes_from(mixture, split):
+    tasks, entries = stream(mixture, split=split, seed=2), environment_stream(mixture)
+    assert [tasks[i].name.split("/")[0] for i in range(40)] == [entries[i] for i in range(40)]
+    assert environments(mixture) == [name for name in mixture if mixture[name]]
 
 
 def test_heldout_tasks_are_the_same_for_all_seeds_and_are_no_train_tasks():

@@ -4,11 +4,13 @@ import ast
 import importlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from runs import environment
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -63,3 +65,38 @@ def test_scripts_of_the_experiments_import_what_exists(script):
             for alias in node.names:
                 below = f"{node.module}.{alias.name}"
                 assert hasattr(module, alias.name) or importlib.util.find_spec(below), below
+
+
+@pytest.mark.slow
+def test_a_wheel_works_from_any_folder(tmp_path):
+    """Installed without the checkout in sight: the package's data, the first steps of a run, and programs on it."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
+    )
+    subprocess.run([*pip, "wheel", "--no-deps", f"--wheel-dir={tmp_path}", str(source)], check=True)
+    (wheel,) = tmp_path.glob("echo_jax-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", f"--target={tmp_path / 'site'}", str(wheel)], check=True)
+    shutil.rmtree(source)
+    folder = tmp_path / "anywhere"
+    folder.mkdir()
+    shutil.copy(ROOT / "configs" / "tiny.py", folder)
+
+    def python(*arguments):
+        run = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=environment() | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    assert str(tmp_path / "site") in python("-c", "import echo_jax; print(echo_jax.__file__)")
+    steps = ["--config.warm_start.num_steps=2", "--config.num_steps=1"]
+    assert "complete" in python("-m", "echo_jax.train", "--config=tiny.py", "--workdir=w", *steps)
+    assert "1 rollouts" not in python("-m", "echo_jax.view", "--workdir=w", "--show=1")
+    assert json.loads(python("-m", "echo_jax.evaluate", "--workdir=w"))["step"] == 3
+    assert "solved by the script: 2 of 2" in python("-m", "echo_jax.tasks", "--task=python", "--count=2", "--show=1")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from echo_jax.config import default_config
 from echo_jax.render import BuiltinRenderer
 from echo_jax.rollout.collector import Collector, Job
 from echo_jax.rollout.episode import Rules
@@ -23,12 +24,13 @@ THREADS = 4
 
 
 def make_family(name: str, settings: Sequence[str]) -> Family:
-    """Returns a family, a key of FAMILIES or "module:Class", with integer parameters given as `name=value`.
+    """Returns a family, a key of FAMILIES or "module:Class", with integer parameters given as `name=value`; the others
+    are those of the default config.
 
     Raises:
-      ConfigError: the family or a parameter does not exist, a parameter is missing, or its value cannot work.
+      ConfigError: the family or a parameter does not exist, or its value cannot work.
     """
-    given = {}
+    given = dict(default_config().task.get(name, {}))
     for setting in settings:
         parameter, _, value = setting.partition("=")
         if not value.removeprefix("-").isdecimal():

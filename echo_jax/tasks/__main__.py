@@ -23,7 +23,9 @@ def main(args: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("task", None, f"The family: {', '.join(FAMILIES)}.")
-    flags.DEFINE_multi_string("set", [], "A parameter of the family, such as level=2; may be repeated.")
+    flags.DEFINE_multi_string(
+        "set", [], "A parameter, such as level=2; may be repeated. The others are as in config.py."
+    )
     flags.DEFINE_enum("split", "train", ["train", "heldout"], "The split to take tasks from.")
     flags.DEFINE_integer("show", 3, "Number of tasks to show.", lower_bound=0)
     flags.DEFINE_integer("count", 20, "Number of tasks to run.", lower_bound=1)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import published_tokenizers
 import pytest
+from published_model import write_model
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
@@ -18,7 +19,6 @@ from echo_jax import tokenizer as tokenizers
 from echo_jax.learner import parameters
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.models import lora
-from echo_jax.models.families import published_config
 from echo_jax.models.save_pretrained import write_weights
 from echo_jax.models.sources import SINGLE, WeightsError
 from echo_jax.run.build import build
@@ -32,18 +32,6 @@ TARGETS = ("query", "down")
 ROOT = Path(__file__).parents[2]
 
 
-def published(folder: Path, config) -> Path:
-    """Writes the weights of a config with seed 7."""
-    config = config.copy_and_resolve_references()
-    config.seed = 7
-    built = build(config)
-    folder.mkdir()
-    write_weights(parameters.begin(built.learner, built.source)[0], built.learner.model_config, folder, dtype="float32")
-    built.renderer.tokenizer.save(folder)
-    (folder / "config.json").write_text(json.dumps(published_config(built.learner.model_config, max_length=64)))
-    return folder
-
-
 def small(weights: Path, **fields):
     config = tiny.get_config()
     config.num_steps, config.warm_start.num_steps, config.warm_start.batch = 2, 3, 4
@@ -54,7 +42,7 @@ def small(weights: Path, **fields):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    return published(tmp_path_factory.mktemp("published") / "model", tiny.get_config())
+    return write_model(tmp_path_factory.mktemp("published") / "model", tiny.get_config())
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +67,7 @@ def untrained(tmp_path_factory):
     pieces, whose one step changes nothing."""
     folder = tmp_path_factory.mktemp("untrained")
     config = small(
-        resized(published(folder / "model", tiny.get_config()), 1344),
+        resized(write_model(folder / "model", tiny.get_config()), 1344),
         **{"warm_start.num_steps": 0, "num_steps": 1, "rollout.save_every": 1, "optimizer.learning_rate": 0.0},
     )
     config.optimizer.weight_decay = 0.0
@@ -290,7 +278,7 @@ def test_embedding_may_have_more_rows_than_the_tokenizer_has_pieces(untrained):
 
 
 def test_tokenizer_must_match_the_weights(tmp_path):
-    weights = published(tmp_path / "model", tiny.get_config())
+    weights = write_model(tmp_path / "model", tiny.get_config())
     own = shutil.copyfile(weights / "tokenizer.model", tmp_path / "own.model")
     assert tokenizers.find(own, weights).vocab_size == 1280
     other = str(published_tokenizers.write(tmp_path / "other", "qwen3"))
@@ -326,6 +314,6 @@ def test_unusable_weights_give_one_message(tmp_path, weights, message):
 
 
 def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):
-    weights = resized(published(tmp_path / "model", tiny.get_config()), 1000)
+    weights = resized(write_model(tmp_path / "model", tiny.get_config()), 1000)
     with pytest.raises(WeightsError, match=r"embed_tokens\.weight has 1000 rows, but the tokenizer .* has 1280 pieces"):
         build(small(weights))

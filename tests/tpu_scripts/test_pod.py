@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 AWKWARD = [
     *("--config.a=two words", "--config.b=$(touch broken)'\"", "--config.c=", "--config.d=*", "--config.e=(1, 2)"),
     *("--config.f=Zürich → 東京", "--config.g=`id`;#!", "--config.h=back\\slash ~ $HOME"),
@@ -317,6 +319,19 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
     cloud = Cloud(tmp_path)
     yield cloud
     cloud.kill()
+
+
+def test_commands_of_the_readme(cloud):
+    (block,) = [b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "pod.sh create" in b]
+    (cloud.repository / "configs").mkdir()
+    shutil.move(cloud.repository / "c.py", cloud.repository / "configs" / "NAME.py")
+    cloud.commit()
+    for line in block.splitlines():
+        script, *arguments = shlex.split(line.replace("/mnt/shared/NAME", shlex.quote(str(cloud.workdir))))
+        status, output = cloud.run(script.removeprefix("tpu_scripts/"), *arguments)
+        assert status == 0, output
+    assert (cloud.workdir / "DONE").exists()
+    assert len(cloud.started(0)) == len(cloud.started(1)) == 1
 
 
 # pod.sh

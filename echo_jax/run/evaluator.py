@@ -17,6 +17,7 @@ import numpy as np
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.parameters import restore
 from echo_jax.learner.scoring import Scorer, compare
+from echo_jax.roles import Role
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.collector import Job
 from echo_jax.rollout.engine import Engine
@@ -31,9 +32,6 @@ from echo_jax.tasks.task import has_demonstrator
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation
 SHUFFLE_SEED = 21
-NO_TRANSCRIPTS = (
-    "the held-out tasks have no demonstrators; to get it, set config.eval.trajectories to a file of saved rollouts"
-)
 TRANSCRIPTS = "heldout_transcripts"
 TRANSCRIPT_SEED = 20  # of the scripts behind the fixed transcripts
 
@@ -102,16 +100,23 @@ class Evaluator:
             tasks = {i: parts.heldout_tasks[i] for i in range(parts.config.eval.transcripts)}
             scripted = [i for i, task in tasks.items() if has_demonstrator(task)]
             if not scripted:
-                if peers.is_first:
-                    print(f"eval/observation_ce is left out: {NO_TRANSCRIPTS}", file=sys.stderr)
-                return []
+                return self._without("the held-out tasks have no demonstrators")
             mine = peers.share(scripted)
             jobs = [
                 Job(tasks[i], group=i, rollout=FIRST_EVAL_ROLLOUT + i, environment=parts.environments[i]) for i in mine
             ]
             made = self._collector.scripted(jobs, [i % 2 == 0 for i in mine], TRANSCRIPT_SEED)
             trajectory_lib.save_shares(path, made, vocab_size=parts.learner.vocab_size, peers=peers)
-        return trajectory_lib.load(path, vocab_size=parts.learner.vocab_size)
+        found = trajectory_lib.load(path, vocab_size=parts.learner.vocab_size)
+        if not any(t.count(Role.OBSERVATION) for t in found):
+            return self._without("the demonstrators of the held-out tasks call no tool that answers")
+        return found
+
+    def _without(self, reason: str) -> list[Trajectory]:
+        if self._parts.peers.is_first:
+            advice = "to get it, set config.eval.trajectories to a file of saved rollouts"
+            print(f"eval/observation_ce is left out: {reason}; {advice}", file=sys.stderr)
+        return []
 
 
 def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:

@@ -22,8 +22,9 @@ class BrokenTask(CountTask):
 
     def demonstrate(self, rng, *, solve):
         self.check("demonstrate")
-        yield "count oak"
-        self.check("script")
+        if self.where != "silent":
+            yield "count oak"
+            self.check("script")
         yield f"submit {self.words}"
 
     def check(self, where):

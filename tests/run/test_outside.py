@@ -107,6 +107,16 @@ def test_without_demonstrators_observation_ce_needs_saved_rollouts(finished, tmp
         assert capsys.readouterr().err.count("eval/observation_ce is left out") == (not expected)
 
 
+def test_demonstrators_that_call_no_tool_give_no_observation_ce(tmp_path, capsys):
+    made = config()
+    made.task.counting = {"family": "raising:BrokenFamily", "most": 3, "where": "silent"}
+    parts = build(made)
+    with parts.make_collector() as collector:
+        evaluator = Evaluator(parts, JointCollector(collector, parts.peers), parts.make_engine(), tmp_path)
+        assert evaluator.observation_ce(_initial(parts.learner)[1]) is None
+    assert "eval/observation_ce is left out: the demonstrators" in capsys.readouterr().err
+
+
 def _initial(learner):
     from echo_jax.models.transformer import init_params
 

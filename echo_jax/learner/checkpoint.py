@@ -118,7 +118,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """Returns the newest step that is completely on disk; None if there is none."""
-        return max(_steps(self._directory), default=None)
+        return max(saved_steps(self._directory), default=None)
 
     def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, dict]:
         """Reads a checkpoint, by default the newest.
@@ -136,10 +136,10 @@ class Checkpointer:
         self.wait()
         _quiet_orbax()
         step = self.latest_step() if step is None else step
-        if step not in _steps(self._directory):
+        if step not in saved_steps(self._directory):
             raise CheckpointError(
                 f"no checkpoint{'' if step is None else f' of step {step}'} in {self._directory}; "
-                f"its steps are: {sorted(_steps(self._directory)) or 'none'}"
+                f"its steps are: {sorted(saved_steps(self._directory)) or 'none'}"
             )
         folder = self._directory / str(step)
         wanted = _named_leaves(abstract_state)
@@ -212,7 +212,7 @@ class Checkpointer:
         )
 
     def _remedy(self, step: int) -> str:
-        older = max((other for other in _steps(self._directory) if other < step), default=None)
+        older = max((other for other in saved_steps(self._directory) if other < step), default=None)
         effect = "start from the beginning" if older is None else f"resume from step {older}"
         return f"delete {self._directory / str(step)} to {effect}"
 
@@ -223,7 +223,7 @@ def check_free_space(directory: Path, state_bytes: int, keep: int) -> None:
     While one is written, the previous `keep` still exist; those already on the disk need no more space.
     """
     directory = Path(directory).absolute()
-    needed = state_bytes * (keep + 1 - min(keep, len(_steps(directory))))
+    needed = state_bytes * (keep + 1 - min(keep, len(saved_steps(directory))))
     existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -234,7 +234,8 @@ def check_free_space(directory: Path, state_bytes: int, keep: int) -> None:
         )
 
 
-def _steps(directory: Path) -> set[int]:
+def saved_steps(directory: Path) -> set[int]:
+    """Returns the steps whose checkpoints are completely on disk."""
     return (
         {found.step for found in ocp.path.step.standard_name_format().find_all(directory)}
         if directory.exists()

@@ -35,7 +35,8 @@ class RolloutError(UserError, RuntimeError):
 
 
 class Interrupted(Exception):
-    """The collection was asked to stop. `finished` holds the finished rollouts; the others will be repeated."""
+    """The collection was asked to stop. `finished` holds the finished rollouts, without those in which a task or tool
+    raised an exception; all others will be repeated."""
 
     def __init__(self, finished: Sequence[Trajectory] = ()):
         super().__init__(f"stopped with {len(finished)} rollouts finished")
@@ -59,7 +60,7 @@ class Collector:
         self.stop = threading.Event()  # if set, from any thread, the current collection soon raises Interrupted
         self.retried = 0  # number of rollouts that the last collection repeated
         self.fault = ""  # why the last unscored rollout of that collection has no score
-        self.raised: list[str] = []  # of each of its rollouts that met exceptions in a task or tool, the first
+        self.raised: dict[int, str] = {}  # rollout -> the first exception that its task or tools raised
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
@@ -161,7 +162,7 @@ class Collector:
                         f"{what} ended without submitting; perhaps one of its turns "
                         f"is longer than rollout.max_turn_tokens = {self._rules.max_turn_tokens} tokens"
                     ) from error
-                except Exception as error:
+                except BaseException as error:
                     raise user_code.UserCodeError(user_code.describe(what, error)) from error
                 observation = ""
                 action = self._renderer.action(self._spoken(text, episode.available))
@@ -250,7 +251,7 @@ class _Collection:
             self._begin_from(i)
         while len(self._done) < len(self._jobs):
             if self._collector.stop.is_set():
-                raise Interrupted(list(self._done.values()))
+                raise Interrupted([t for t in self._done.values() if t.rollout not in self.raised])
             if self._engine.busy:
                 for session, turn in self._engine.step().items():
                     i = self._job_of[session]
@@ -272,9 +273,9 @@ class _Collection:
         return faults[-1] if faults else ""
 
     @property
-    def raised(self) -> list[str]:
-        """Of each rollout that met exceptions in a task or tool, the first."""
-        return [world.raised[0] for _, world in sorted(self._worlds.items()) if world.raised]
+    def raised(self) -> dict[int, str]:
+        """Rollout -> the first exception that its task or tools raised."""
+        return {self._jobs[i].rollout: world.raised[0] for i, world in sorted(self._worlds.items()) if world.raised}
 
     def close(self) -> None:
         """Ends everything that still runs, so that no session or sandbox outlives a stopped collection."""

@@ -59,7 +59,7 @@ class EpisodeWorld:
         """Starts the world; returns whether it is ready. Retries after faults of the machine."""
         try:
             self._world = self._task.world()
-        except Exception as error:
+        except BaseException as error:
             self.fault = self._log("the world of task", error)
             return False
         if self._world is not None:
@@ -75,6 +75,11 @@ class EpisodeWorld:
             except SandboxBroken as error:
                 self.fault = str(error)
                 continue
+            except SandboxError:
+                raise
+            except Exception as error:
+                self.fault = self._log("the files of task", error)
+                return False
             self.limits_by = self._world.limits_by
             setup = self._setup()
             if setup is None or setup.status is Status.OK:
@@ -93,9 +98,8 @@ class EpisodeWorld:
         start = time.monotonic()
         try:
             result = tool.run(self._world, arguments)
-            if not isinstance(result, CommandResult):
-                raise TypeError(f"it returned a {type(result).__name__}; it must return a CommandResult")
-        except Exception as error:
+            _check(result)
+        except BaseException as error:
             text = str(error) if isinstance(error, SandboxError) else f"{type(error).__name__}: {error}"
             seconds, limit = time.monotonic() - start, self._machine.limits.output_bytes
             result = failure(error, text, limit, seconds=seconds, cwd=self._world.cwd)
@@ -129,7 +133,12 @@ class EpisodeWorld:
                 return None
             self._world.timeout = self._machine.score_seconds
             self._world.kill_processes()
-            reward = float(self._task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
+            try:
+                reward = float(self._task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
+            except (CannotScore, SandboxBroken):
+                raise
+            except BaseException as error:  # also a SandboxError: that a file is missing is no fault of the machine
+                self.score_raised = self._log("the score of task", error)
         except SandboxUsedUp:
             return low
         except CannotScore as error:
@@ -138,8 +147,6 @@ class EpisodeWorld:
         except SandboxError as error:
             self.fault = str(error)
             return None
-        except Exception as error:
-            self.score_raised = self._log("the score of task", error)
         finally:
             self.close()
         if not low <= reward <= high:
@@ -153,14 +160,24 @@ class EpisodeWorld:
             return
         try:
             self._world.close()
-        except Exception as error:
+        except BaseException as error:
             self._log("closing the world of task", error)
         finally:
             self._world = None
 
-    def _log(self, what: str, error: Exception) -> str:
-        """Keeps an exception of the user's code; returns its text."""
+    def _log(self, what: str, error: BaseException) -> str:
+        """Keeps an exception of the user's code; returns its text. A `sys.exit()` counts too: here, in a thread of the
+        pool, nobody means the run by it."""
         text = user_code.describe(f"{what} {self._task.name}", error)
         self.raised.append(text)
         user_code.log(text)
         return text
+
+
+def _check(result: CommandResult) -> None:
+    """Raises `TypeError` unless a tool returned what it must."""
+    if not isinstance(result, CommandResult):
+        raise TypeError(f"it returned a {type(result).__name__}; it must return a CommandResult")
+    for name, kind in (("status", Status), ("head", bytes), ("tail", bytes)):
+        if not isinstance(value := getattr(result, name), kind):
+            raise TypeError(f"its result has {name} = {value!r:.60}; it must be {kind.__name__}")

@@ -77,6 +77,7 @@ class Evaluator:
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
         rollouts = summaries(trajectories, parts.renderer.observation_header, peers)
         metrics = rollout_metrics(rollouts, "eval", environments(parts.config.task.mixture))
+        metrics["eval/raised"] = self._collector.raised
         metrics |= pass_at_k(rollouts, samples)
         if (ce := self.observation_ce(params)) is not None:
             metrics["eval/observation_ce"] = ce
@@ -181,6 +182,9 @@ def evaluate(
             evaluator = Evaluator(parts, joint, parts.make_engine(), workdir, transcripts)
             metrics = evaluator(policy.params, policy.step, episodes=episodes, samples=samples)
         result |= {"episodes": episodes, "samples": samples} | metrics
+        if joint.raised and parts.peers.is_first:
+            headline = joint.first_raised.partition("\n")[0]
+            print(f"exceptions in {joint.raised} rollouts, see {workdir / 'errors.log'}: {headline}", file=sys.stderr)
     if parts.peers.is_first:
         line = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "overrides": overrides}
         with (workdir / "evaluations.jsonl").open("a") as file:

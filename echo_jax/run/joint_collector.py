@@ -3,7 +3,7 @@
 In: this process's share of the jobs. Out: its trajectories; or, in every process, the same exception.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from echo_jax.rollout.collector import Collector, Interrupted, RolloutError
@@ -19,14 +19,17 @@ class JointCollector:
     def __init__(self, collector: Collector, peers: Peers):
         self._collector = collector
         self._peers = peers
-        self.raised = 0  # number of rollouts of the last collection that met exceptions in a task or tool
+        self.raised = 0  # number of rollouts of the last collection whose task or tools raised exceptions
         self.first_raised = ""  # the first of these exceptions, see `user_code.describe`
-        self.failed_together = False  # whether all processes raised the same error
 
     @property
     def retried(self) -> int:
         """Number of rollouts that the last collection repeated, over all processes."""
         return sum(self._peers.gather(self._collector.retried))
+
+    def raised_here(self) -> Collection[int]:
+        """Returns which of this process's rollouts in the last collection those were."""
+        return self._collector.raised.keys()
 
     def rollouts(self, *arguments: Any, **options: Any) -> list[Trajectory]:
         """Like `Collector.rollouts`.
@@ -34,7 +37,7 @@ class JointCollector:
         Raises:
           Interrupted: this process, or another, was asked to stop; it holds the rollouts that this process finished.
           RolloutError: the machine failed every rollout, in all processes.
-          UserCodeError: every rollout, of all processes, met an exception in its task or a tool.
+          UserCodeError: in every rollout, of all processes, the task or a tool raised an exception.
         """
         trajectories = self._together(lambda: self._collector.rollouts(*arguments, **options))
         self._check(trajectories)
@@ -55,7 +58,8 @@ class JointCollector:
 
     def _together(self, collect: Callable[[], list[Trajectory]]) -> list[Trajectory]:
         try:
-            trajectories, interrupted = collect(), False
+            with self._peers.failing_together():
+                trajectories, interrupted = collect(), False
         except Interrupted as stopped:
             trajectories, interrupted = list(stopped.finished), True
         if any(self._peers.gather(interrupted, "rollouts")):
@@ -63,21 +67,26 @@ class JointCollector:
         return trajectories
 
     def _check(self, trajectories: Sequence[Trajectory]) -> None:
-        """Raises an exception if not one rollout is worth going on for."""
+        """Raises an error, in all processes, if not one rollout is worth going on for."""
         own = self._collector
         lost = sum(t.outcome == Outcome.INFRA for t in trajectories)
-        everyone = self._peers.gather([len(trajectories), lost, own.fault, len(own.raised), *own.raised[:1]], "faults")
+        first = list(own.raised.values())[:1]
+        everyone = self._peers.gather([len(trajectories), lost, own.fault, len(own.raised), *first], "faults")
         made, lost, self.raised = (sum(counts[i] for counts in everyone) for i in (0, 1, 3))
         self.first_raised = next((text for counts in everyone for text in counts[4:]), "")
-        self.failed_together = made > 0 and made in (self.raised, lost)
         if made and self.raised == made:
-            raise UserCodeError(
-                f"all {made} rollouts met an exception in a task or a tool; mend it, then run the same command again. "
-                f"The first: {self.first_raised}"
+            self._peers.fail_together(
+                UserCodeError(
+                    f"in all {made} rollouts the task or a tool raised an exception; mend it, then run the same "
+                    "command again. (A tool that only refuses its arguments should return a result.) "
+                    f"The first: {self.first_raised}"
+                )
             )
         if made and lost == made:
             causes = "; ".join(dict.fromkeys(filter(None, (counts[2] for counts in everyone))))
-            raise RolloutError(
-                f"all {made} rollouts failed on this machine; fix the cause, then run the same command again. "
-                f"Last cause: {causes or 'unknown'}"
+            self._peers.fail_together(
+                RolloutError(
+                    f"all {made} rollouts failed on this machine; fix the cause, then run the same command again. "
+                    f"Last cause: {causes or 'unknown'}"
+                )
             )

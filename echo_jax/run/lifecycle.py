@@ -6,6 +6,7 @@ In: a config and a workdir. Out: the exit status, one of those that train.py lis
 import contextlib
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,11 @@ from echo_jax.run.workdir import (
     finished_steps,
     only_process_in,
     record_config,
+    starting_point,
 )
 from echo_jax.system import provenance, user_code
 from echo_jax.system.metrics import read_metrics
-from echo_jax.system.peers import AGAIN, TAKEN, Peers
+from echo_jax.system.peers import AGAIN, TAKEN, JointError, Peers
 
 
 @contextlib.contextmanager
@@ -40,7 +42,8 @@ def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
     Yields a list; the signal's number is appended to it. A run under nohup goes on after SIGHUP.
     """
     received: list[int] = []
-    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+    # What ends with the terminal: the terminal itself, and a pipe to a program in it.
+    lost = [fd for fd in (1, 2) if os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode)]
 
     def stop(number):
         received.append(number)
@@ -49,11 +52,14 @@ def stop_on_signal(collector: Collector, peers: Peers) -> Iterator[list[int]]:
     def handle(number, _):
         stop(number)
         peers.stop(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        if number == signal.SIGHUP:  # whatever is printed from now on would raise
-            for terminal in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-        os.write(1, b"\nstopping: saving a checkpoint (repeat to stop at once)\n")  # print is not reentrant
+        if number == signal.SIGHUP:  # a shell sends it once more; and whatever is printed from now on would raise
+            signal.signal(number, signal.SIG_IGN)
+            for fd in lost:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        else:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            os.write(1, b"\nstopping: saving a checkpoint (repeat to stop at once)\n")  # print is not reentrant
 
     peers.on_stop(stop)
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -77,6 +83,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
     peers = parts.peers
     if config.system.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
+    if config.init_from and not (workdir / "config.json").exists():
+        starting_point(config)  # before a wrong one is recorded
     done, steps = workdir / "DONE", config.warm_start.num_steps + config.num_steps
     with contextlib.ExitStack() as held:
 
@@ -124,7 +132,12 @@ def _closing(trainer: Trainer, peers: Peers) -> Iterator[None]:
 def _run(parts: Parts, workdir: Path) -> int:
     """Trains to the end, or until it is stopped; returns the exit status."""
     peers = parts.peers
-    say = print if peers.is_first else lambda text: None
+
+    def say(text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody reads: that must not end a run, nor keep it from saving
+            if peers.is_first:
+                print(text, flush=True)
+
     errors = workdir / ("errors.log" if peers.is_first else f"errors_process_{peers.index}.log")
     with (
         parts.make_collector() as collector,
@@ -149,10 +162,12 @@ def _run(parts: Parts, workdir: Path) -> int:
                 signals = peers.gather(received[0] if received else 0, "stop")
                 return 128 + signal.SIGINT if signal.SIGINT in signals else AGAIN
             except Exception as error:
-                unsaveable = isinstance(error, OSError | CheckpointError)
-                if not unsaveable and (peers.count == 1 or trainer.collector.failed_together):
+                full = isinstance(error, OSError | CheckpointError) and not isinstance(error, BrokenPipeError)
+                if not full and (peers.count == 1 or isinstance(error, JointError)):
                     trainer.save_before_failing()
-                    say(f"stopped by an error; step {trainer.saved_step or 0} of {trainer.last_step} is saved")
+                    step = trainer.saved_step
+                    kept = f"step {step} of {trainer.last_step} is saved" if step else "no step was complete"
+                    say(f"stopped by an error; {kept}")
                 raise
     return 0
 

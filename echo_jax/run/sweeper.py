@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_jax.config import ConfigError, load_config_file
+from echo_jax.run.workdir import follows_warm_start
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import read_metrics
 from echo_jax.system.peers import AGAIN, TAKEN
@@ -166,6 +167,11 @@ def plan(
             add(name, overrides, {})
             continue
         begins = {field: overrides[field] for field in shared if field in overrides}
+        if apart := [field for field in overrides if field not in shared and not follows_warm_start(field)]:
+            raise SweepError(
+                f"run {name}: the warm start depends on {', '.join(apart)}, which shared_warm_start = {tuple(shared)} "
+                "lacks"
+            )
         first = ",".join(["warm_start", *([run_name(begins)] if begins else [])])
         if first not in runs:
             add(first, begins, {"num_steps": 0})

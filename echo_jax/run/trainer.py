@@ -13,7 +13,6 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from rich.console import Console
 
 from echo_jax.learner import parameters
 from echo_jax.learner.checkpoint import Checkpointer, check_free_space
@@ -29,11 +28,12 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.evaluator import Evaluator, evaluation_line
 from echo_jax.run.joint_collector import JointCollector
-from echo_jax.run.workdir import check_start, differences
+from echo_jax.run.workdir import starting_point
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import MetricsWriter
+from echo_jax.system.peers import JointError
 from echo_jax.system.profiler import Profiler
-from echo_jax.system.progress import Progress
+from echo_jax.system.progress import LastingConsole, Progress
 from echo_jax.tasks.stream import environments
 
 SHOWN = {"rollout/solve_rate": "solve rate", "observation/ce": "CE", "loss/total": "loss"}  # in the progress line
@@ -65,18 +65,13 @@ class Trainer:
         self.step = 0
         self.starts_at = 0  # or the step of another run whose weights this one starts from
         self.state, self.frozen = self._restore_or_init()
-        if self.step > self.last_step:
-            raise TrainError(
-                f"{workdir} has made {self.step - self.warm_steps} RL steps, but config.num_steps = "
-                f"{self.config.num_steps}. Use at least as many, or another --workdir"
-            )
         self.saved_step = self.checkpointer.latest_step()
         self.saved_time = time.monotonic()
-        self.recorded_step = self.step  # a step is complete once its metrics are written
+        self.recorded_step = -1 if self.step == self.starts_at else self.step  # complete once its metrics are written
         self.profiler = Profiler(workdir / "profile", *self.config.system.profile_steps)
         first = self.step if self.step == self.starts_at else self.step + 1
         self.metrics = MetricsWriter(workdir, resume_step=first) if self.peers.is_first else None
-        self.console = Console(quiet=not self.peers.is_first)
+        self.console = LastingConsole(quiet=not self.peers.is_first)
         self._reported: set[str] = set()  # places of exceptions that were printed
 
     @property
@@ -90,6 +85,7 @@ class Trainer:
             self._warm_start()
         elif self.step == self.starts_at:
             self._record(self._evaluate())
+            self.recorded_step = self.step
         if self.step < self.last_step:
             self._reinforce()
         self.save()
@@ -210,7 +206,9 @@ class Trainer:
         first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
         first_rollout = self.step * self.learner.rollouts_per_step
         group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.learner.rollouts_per_step))}
-        tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
+        with self.peers.failing_together():
+            tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
+        self.peers.gather(None, "tasks")  # before the devices work together
         environment = {group: self.parts.environments[first_task + group] for group in tasks}
         jobs = [
             Job(tasks[group], group=group, rollout=first_rollout + i, environment=environment[group])
@@ -237,24 +235,26 @@ class Trainer:
 
     @contextlib.contextmanager
     def _keeping(self, trajectories: list[Trajectory]) -> Iterator[None]:
-        """Saves the step's rollouts if an error stops the step, for the next start to train on."""
+        """Saves the step's rollouts if an error stops the step, for the next start to train on; none in which a task or
+        tool raised an exception, which may be mended by then."""
         try:
-            yield
-        except Exception:
-            if self.peers.count == 1 and not self.parts.replay:  # others may never arrive to save their share
-                self._save_rollouts(self._finished_rollouts, trajectories)
+            with self.peers.failing_together():
+                yield
+        except Exception as error:
+            joint = self.peers.count == 1 or isinstance(error, JointError)  # else others never arrive to save theirs
+            if joint and not self.parts.replay:
+                raised = self.collector.raised_here()
+                self._save_rollouts(self._finished_rollouts, [t for t in trajectories if t.rollout not in raised])
             raise
 
     def _report_exceptions(self) -> None:
         """Prints a line for the first exception of a place in a task or tool; `errors.log` has all of them."""
         headline = self.collector.first_raised.partition("\n")[0]
-        place = headline.partition(" raised ")[2]
-        if place and place not in self._reported:
-            self._reported.add(place)
-            self._say(
-                f"{self.collector.raised} rollouts met an exception in a task or tool. The first: {headline}. "
-                f"Tracebacks: {self.workdir / 'errors.log'}"
-            )
+        _, _, raised = headline.partition(" raised ")
+        what = raised.partition("): ")[0]  # type and place
+        if raised and what not in self._reported:
+            self._reported.add(what)
+            self._say(f"exceptions in {self.collector.raised} rollouts, see {self.workdir / 'errors.log'}: {headline}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -310,17 +310,19 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Saves a checkpoint of this step, in the background, unless it exists."""
-        if self.saved_step != self.step:
+        """Saves a checkpoint of this step, in the background, unless it exists. Before its first step a run needs none:
+        it starts anew."""
+        if self.saved_step != self.step and (self.step > self.starts_at or self.step == self.last_step):
             parameters.save(self.checkpointer, self.step, self.state, self.frozen)
             self.saved_step = self.step
             self.saved_time = time.monotonic()
 
     def save_before_failing(self) -> None:
-        """Saves a checkpoint if this step is complete and an update did not fail half-way."""
+        """Saves a checkpoint if this step is complete and an update did not fail half-way; waits until it is on disk."""
         whole = not any(x.is_deleted() for x in jax.tree.leaves(self.state))
-        if self.step > self.starts_at and whole and self.recorded_step == self.step:
+        if whole and self.recorded_step == self.step:
             self.save()
+        self.checkpointer.wait()
 
     def _minutes_are_over(self) -> bool:
         """Returns whether checkpoint.minutes have passed since the last save, by the clock of process 0."""
@@ -359,30 +361,9 @@ class Trainer:
     def _start_from_another_run(self) -> tuple[TrainState, dict]:
         """Returns the state after the warm start, or after some RL, of the run that config.init_from names, with a
         fresh optimizer; its steps count as this run's."""
-        name, _, step = self.config.init_from.rpartition(":")
-        if not name or not step.isdecimal():
-            name, step = self.config.init_from, ""
-        workdir = Path(name)
-        check_start(self.config, workdir)
+        workdir, step = starting_point(self.config)
         with Checkpointer(workdir / "checkpoints") as saved:
-            found = parameters.restore(
-                saved,
-                self.learner,
-                self.parts.source,
-                step=int(step) if step else None,
-                quiet=not self.peers.is_first,
-            )
-        if not self.warm_steps <= found.step <= self.last_step:
-            raise TrainError(
-                f"config.init_from = {self.config.init_from!r}: its checkpoint is of step {found.step}, but this run "
-                f"has a warm start of {self.warm_steps} steps and ends at step {self.last_step}; choose a step between"
-            )
-        if found.step > self.warm_steps and "rollout.groups" in differences(self.config, workdir):
-            raise TrainError(
-                f"config.init_from = {self.config.init_from!r} has made RL steps with other rollout.groups than this "
-                f"config's {self.config.rollout.groups}, so tasks would be used twice; use the same, or start from "
-                f"step {self.warm_steps}"
-            )
+            found = parameters.restore(saved, self.learner, self.parts.source, step=step, quiet=not self.peers.is_first)
         self.step = self.starts_at = found.step
         fresh = self.learner.make_optimizer(self.config.optimizer.learning_rate)
         return init_state(found.state.params, fresh, self.learner.mesh, self.step), found.frozen

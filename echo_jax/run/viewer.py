@@ -18,10 +18,13 @@ def chosen_file(workdir: str | None, step: int | None, trajectories: str | None)
       TrajectoryError: neither it nor a workdir is given, or the workdir has no such file.
     """
     if trajectories:
+        if step is not None:
+            raise TrajectoryError("--step chooses among the rollouts of --workdir; leave out --trajectories")
         return Path(trajectories)
     if not workdir:
         raise TrajectoryError("set --workdir=RUN or --trajectories=FILE")
     folder = Path(workdir) / "rollouts"
+    recorded_config(Path(workdir))  # or it is no run
     saved = sorted(folder.glob("step_*.jsonl.gz"))
     wanted = [path for path in saved if step in (None, int(path.name[len("step_") :].split(".")[0]))]
     if not wanted:

@@ -38,6 +38,11 @@ MAY_CHANGE = {
 }
 # What a run that starts from another's weights must have in common with it.
 STARTS_FROM = ("model.", "lora.", "tokenizer.", "warm_start.")
+# What the warm start does not depend on, besides what may change: arms of a sweep that share one may differ in it.
+AFTER_WARM_START = (
+    *("num_steps", "init_from", "loss.", "optimizer.learning_rate", "optimizer.updates_per_batch"),
+    *("rollout.groups", "rollout.group_size", "rollout.temperature", "rollout.replay", "rollout.engine"),
+)
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
 # adapters.
 READS_PARAMETERS = ("model.", "lora.", "tokenizer.", "seed")
@@ -46,6 +51,12 @@ READS_PARAMETERS = ("model.", "lora.", "tokenizer.", "seed")
 def may_change(name: str) -> bool:
     """Returns whether a run may go on with another value of this field; see `MAY_CHANGE`."""
     return any(name == key or (key.endswith(".") and name.startswith(key)) for key in MAY_CHANGE)
+
+
+def follows_warm_start(name: str) -> bool:
+    """Returns whether the warm start of a run is the same whatever this field is."""
+    numerics = name in ("loss.token_block", "loss.vocab_block", "loss.score_all")  # of the LM head in either phase
+    return may_change(name) or (name.startswith(AFTER_WARM_START) and not numerics)
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -111,23 +122,39 @@ def differences(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, t
     return {name: (theirs, ours) for name, (theirs, ours) in pairs.items() if theirs != ours}
 
 
-def check_start(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Checks that a run with this config may start from the weights of the run in another workdir.
+def starting_point(config: ml_collections.ConfigDict) -> tuple[Path, int]:
+    """Returns the workdir and the step of the checkpoint that config.init_from names: of the newest, without a step.
 
     Raises:
-      ConfigError: the other holds no run, or one of another model or warm start.
+      ConfigError: there is no such checkpoint, or a run with this config cannot start from it.
     """
-    pairs = {
-        name: pair
-        for name, pair in differences(config, workdir).items()
-        if name.startswith(STARTS_FROM) and not may_change(name)
-    }
+    said = f"config.init_from = {config.init_from!r}"
+    name, _, step = config.init_from.rpartition(":")
+    if not name or not step.isdecimal():
+        name, step = config.init_from, ""
+    workdir = Path(name)
+    changes = differences(config, workdir)
+    pairs = {field: pair for field, pair in changes.items() if field.startswith(STARTS_FROM) and not may_change(field)}
     if pairs:
-        lines = [f"  {name}: that run has {theirs!r}, this config {ours!r}" for name, (theirs, ours) in pairs.items()]
+        lines = [f"  {field}: that run has {theirs!r}, this config {ours!r}" for field, (theirs, ours) in pairs.items()]
+        advice = "Set these fields as that run did, or start from another run."
+        raise ConfigError("\n".join([f"{said} is a run with another start:", *lines, advice]))
+    saved = _saved_steps(workdir)
+    start = int(step) if step else max(saved, default=None)
+    if start not in saved:
+        raise ConfigError(f"{said}: no such checkpoint; {workdir} has steps {sorted(saved) or 'none'}")
+    warm_steps, last_step = config.warm_start.num_steps, config.warm_start.num_steps + config.num_steps
+    if not warm_steps <= start <= last_step:
         raise ConfigError(
-            "\n".join([f"config.init_from = {config.init_from!r} is a run with another start:", *lines])
-            + "\nSet these fields as that run did, or start from another run."
+            f"{said}: its checkpoint is of step {start}, but this run has a warm start of {warm_steps} steps and ends "
+            f"at step {last_step}; choose a step between"
         )
+    if start > warm_steps and "rollout.groups" in changes:
+        raise ConfigError(
+            f"{said} has made RL steps with other rollout.groups than this config's {config.rollout.groups}, so tasks "
+            f"would be used twice; use the same, or start from step {warm_steps}"
+        )
+    return workdir, start
 
 
 def _check_length(config: ml_collections.ConfigDict, workdir: Path, before: int, after: int) -> None:
@@ -141,11 +168,18 @@ def _check_length(config: ml_collections.ConfigDict, workdir: Path, before: int,
             "Use the same num_steps, or another --workdir; with loss.observation_schedule_steps set, a run can be "
             "extended."
         )
-    if (made := finished_steps(workdir)) is not None and made > config.warm_start.num_steps + after:
+    made = max((finished_steps(workdir) or 0, *_saved_steps(workdir)))
+    if made > config.warm_start.num_steps + after:
         raise ConfigError(
             f"workdir {workdir} holds a longer run:\n{changed}\nIt has made {made - config.warm_start.num_steps} RL "
             "steps. Use at least as many, or another --workdir."
         )
+
+
+def _saved_steps(workdir: Path) -> set[int]:
+    from echo_jax.learner.checkpoint import saved_steps  # loads JAX and orbax, which a sweep's plan does not need
+
+    return saved_steps(workdir / "checkpoints")
 
 
 def finished_steps(workdir: Path) -> int | None:

@@ -50,6 +50,8 @@ def define_config_of_run(recorded: Callable[[Path], ml_collections.ConfigDict]) 
         config_flags.DEFINE_config_dict("config", recorded(Path(workdir)), "The config that the workdir recorded.")
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of an override, which is parsed at once
+        sys.exit(f"error: {_reason(error)}")
 
 
 def _given(name: str) -> str | None:
@@ -89,8 +91,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "sweep")]
         place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-        cause = error
-        while cause.args and isinstance(cause.args[0], BaseException):
-            cause = cause.args[0]
-        reason = " ".join(str(cause.args[0] if cause.args else cause).split())
-        sys.exit(f"error: {place}{type(error).__name__}: {reason}")
+        sys.exit(f"error: {place}{type(error).__name__}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the innermost message of nested exceptions, on one line."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    return " ".join(str(error.args[0] if error.args else error).split())

@@ -72,10 +72,11 @@ METRICS = {
     # Rollouts of the step, and evaluations.
     **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
     "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
-    "rollout/raised": Metric(_COUNT, "rollouts that met an exception of their task or of a tool; see errors.log"),
+    "rollout/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
     "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed"),
     "rollout/tokens_per_second": Metric("tokens/s", "tokens of the rollouts, prompts included, over time/rollout"),
     **{f"eval/{name}": metric for name, metric in _EPISODES.items()},
+    "eval/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
     "eval/pass@K": Metric(_SHARE, "held-out tasks solved by at least one of K samples, estimated without bias"),
     "eval/pass@K_stderr": Metric(_SHARE, "its standard error over tasks"),
     "eval/observation_ce": Metric(_NATS, "mean cross-entropy of tool output in fixed held-out transcripts"),

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Self
 
 import jax
 
@@ -25,8 +25,13 @@ from echo_jax.system.errors import USER_ERRORS, UserError
 AGAIN = 75  # EX_TEMPFAIL: the same command resumes the run
 TAKEN = 69  # EX_UNAVAILABLE: another process owns the run
 _FOLDER = "echo_jax"  # prefix of our keys
+_FAILED = "failed"  # key of an error among the values of `gather`
 _START_SECONDS = 300.0  # within which all processes must start
 _GRACE_SECONDS = 10.0  # for which a failed process 0 stays, so that the others can read why
+
+
+class JointError(UserError, RuntimeError):
+    """An error that all processes of a run raise at the same place."""
 
 
 class PeerError(UserError, RuntimeError):
@@ -84,6 +89,7 @@ class Peers:
 
         Raises:
           PeerError: a live process did not come within `barrier_seconds`; the message names `what` and its host.
+          JointError: a process has called `fail_together`.
         """
         if self.count == 1:
             return [value]
@@ -94,7 +100,26 @@ class Peers:
         # A process that sends its n-th value has read all values n-1. So everyone has read the values n-2.
         if self._gathered > 2:
             self._client.key_value_delete(f"{_FOLDER}_gather/{self._gathered - 2}/{self.index}")
+        if failures := [value[_FAILED] for value in values if isinstance(value, dict) and _FAILED in value]:
+            raise JointError(failures[0])
         return values
+
+    def fail_together(self, error: Exception) -> NoReturn:
+        """Raises the error; with several processes, a `JointError` with its message in all of them: in this one now, in
+        the others at their next `gather`."""
+        if self.count > 1:
+            self.gather({_FAILED: str(error)}, "an error")
+        raise error
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Lets an error that a user can fix, raised inside by one process, end all of them together."""
+        try:
+            yield
+        except JointError:
+            raise
+        except UserError as error:
+            self.fail_together(error)
 
     def join(self, values: Sequence[Any], what: str = "results") -> list[Any]:
         """Returns the values of all processes in one list."""

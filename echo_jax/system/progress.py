@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.table import Column
 
 
+class LastingConsole(Console):
+    """A console that falls silent when nobody reads any more, as after `| head`; rich's would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress:
     """Shows step, rate, time left and a few metrics.
 

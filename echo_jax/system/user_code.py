@@ -5,13 +5,16 @@ In: an exception, and what raised it. Out: one text with place and traceback, fo
 """
 
 import contextlib
-import logging
+import logging.handlers
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from echo_jax.system.errors import UserError
 
+LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))  # Python's, and this package
+LOG_BYTES = 16 << 20  # of errors.log, and of its predecessor errors.log.1
 _logger = logging.getLogger("echo_jax.user_code")
 
 
@@ -20,11 +23,24 @@ class UserCodeError(UserError, RuntimeError):
 
 
 def describe(what: str, error: BaseException) -> str:
-    """Returns "WHAT raised TYPE: MESSAGE (FILE:LINE)", then the traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    """Returns "WHAT raised TYPE (FILE:LINE): MESSAGE", then the traceback, both cut to a bearable length."""
+    place = _place(error)
     trace = "".join(traceback.format_exception(error)).rstrip()
-    return f"{what} raised {type(error).__name__}: {error}{place}\n{trace}"
+    message = _cut(" ".join(str(error).split()), 300)
+    return f"{what} raised {type(error).__name__}{place}: {message}\n{_cut(trace, 8000)}"
+
+
+def _place(error: BaseException) -> str:
+    """Returns " (FILE:LINE)" of the last frame in the user's own code: not in Python's library or a package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(("<", *LIBRARIES)) and "site-packages" not in f.filename]
+    last = (own or frames)[-1:]
+    return f" ({last[0].filename}:{last[0].lineno})" if last else ""
+
+
+def _cut(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … {len(text) - most} characters … {text[-half:]}"
 
 
 @contextlib.contextmanager
@@ -34,7 +50,7 @@ def calling(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a sys.exit() would end the run as if it were complete
         raise UserCodeError(describe(what, error)) from error
 
 
@@ -46,7 +62,9 @@ def log(text: str) -> None:
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Appends what is logged meanwhile to a file, which exists from the first text on."""
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
+    handler = logging.handlers.RotatingFileHandler(
+        path, maxBytes=LOG_BYTES, backupCount=1, delay=True, encoding="utf-8", errors="backslashreplace"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s\n"))
     _logger.addHandler(handler)
     _logger.propagate = False

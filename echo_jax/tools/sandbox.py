@@ -276,7 +276,7 @@ def _inner(path: str) -> bytes:
     return os.fsencode(path)
 
 
-def failure(error: Exception, text: str, output_bytes: int, *, seconds: float, cwd: str) -> CommandResult:
+def failure(error: BaseException, text: str, output_bytes: int, *, seconds: float, cwd: str) -> CommandResult:
     """Returns the result of a call that raised an exception: the text and exit code 1, unless the sandbox died."""
     status, exit_code = Status.NONZERO, 1
     if isinstance(error, SandboxBroken):

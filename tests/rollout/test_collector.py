@@ -468,7 +468,7 @@ def test_error_in_one_task_costs_its_reward_or_ends_the_script_and_leaves_nothin
     made = collector.rollouts(with_task(jobs_of(4), 1, judge=crash), engine)
     assert (made[1].reward, made[1].scored) == (0.0, True)
     assert len(collector.raised) == 1
-    assert "test_collector.py" in collector.raised[0]
+    assert "test_collector.py" in collector.raised[made[1].rollout]
     assert own_sandboxes() == 0
     with pytest.raises(UserCodeError, match="the score of task .* raised ZeroDivisionError"):
         collector.scripted(scripted_jobs(says("submit oak"), judge=crash), [True], 0)
@@ -477,7 +477,7 @@ def test_error_in_one_task_costs_its_reward_or_ends_the_script_and_leaves_nothin
         yield "bash ls"
         raise KeyError("oak")
 
-    with pytest.raises(UserCodeError, match="the script of task .* raised KeyError: 'oak' .*test_collector.py"):
+    with pytest.raises(UserCodeError, match="the script of task .* raised KeyError .*test_collector.py:[0-9]+.: 'oak'"):
         collector.scripted(scripted_jobs(broken_script), [True], 0)
     with pytest.raises(ValueError, match="leaves no room in rollout.max_tokens = 96"):
         collector.rollouts(jobs_of(1, prompt="oak " * 99), engine)
@@ -520,6 +520,23 @@ def test_stop_from_another_thread_acts_soon_and_leaves_no_sandbox(engine, monkey
         with pytest.raises(Interrupted):  # it stays stopped
             collect["sampled"]()
     assert own_sandboxes() == 0
+
+
+def test_rollouts_in_which_a_score_raised_are_repeated_after_a_stop(engine):
+    def crash(answer):
+        raise ZeroDivisionError
+
+    jobs = jobs_of(4)
+    for i in (0, 2):
+        jobs = with_task(jobs, i, judge=crash)
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        with pytest.raises(Interrupted) as stopped:
+            collector.rollouts(jobs, engine, lambda done: collector.stop.set() if done == 3 else None)
+        assert {t.rollout for t in stopped.value.finished} <= {jobs[1].rollout, jobs[3].rollout}
+        assert len(stopped.value.finished) >= 1
+        collector.stop.clear()
+        collector.rollouts(jobs, engine, finished=stopped.value.finished)
+        assert set(collector.raised) == {jobs[0].rollout, jobs[2].rollout}
 
 
 def test_rollouts_finished_before_a_stop_are_not_repeated(engine, monkeypatch):

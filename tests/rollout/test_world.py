@@ -10,7 +10,7 @@ from echo_jax.rollout import world as environment
 from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine, ScoreError
 from echo_jax.tasks.task import Task
 from echo_jax.tools import TOOLS
-from echo_jax.tools.sandbox import CommandResult, Limits, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Limits, SandboxBroken, SandboxError, Status
 
 MACHINE = Machine(Limits(timeout_seconds=5.0, memory_bytes=128 << 20, disk_bytes=8 << 20, output_bytes=256))
 
@@ -122,3 +122,69 @@ def test_task_with_its_world_needs_no_sandbox(monkeypatch):
     assert run(own, "go", direction="n").head == b"at 1"
     assert run(own, "go", direction="n").head == b"at 2"
     assert (own.finish(""), world.closed, own.limits_by) == (1.0, 1, "")
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(0), KeyboardInterrupt(), SandboxError("no such file")])
+def test_whatever_a_score_raises_is_its_lowest_reward_from_0_and_is_kept(error):
+    class Positive(Judged):
+        reward_range = (0.5, 1.0)
+
+    def judge(answer, world):
+        raise error
+
+    for task, reward in ((Judged, 0.0), (Positive, 0.5)):
+        own = EpisodeWorld(task(judge=judge), MACHINE)
+        assert own.open()
+        assert own.finish("") == reward
+        (raised,) = own.raised
+        assert raised.startswith(f"the score of task judged/train/0 raised {type(error).__name__} ({__file__}:")
+        assert own.fault == ""
+
+
+def test_a_sandbox_that_dies_while_it_is_scored_is_the_machines_fault():
+    def judge(answer, world):
+        raise SandboxBroken("injected")
+
+    own = EpisodeWorld(Judged(judge=judge), MACHINE)
+    assert own.open()
+    assert own.finish("") is None
+    assert (own.fault, own.raised) == ("injected", [])
+
+
+@pytest.mark.parametrize(
+    ("made", "seen"),
+    [
+        (KeyError("oak"), b"KeyError: 'oak'\n"),
+        (SystemExit(0), b"SystemExit: 0\n"),
+        ("text", b"TypeError: it returned a str; it must return a CommandResult\n"),
+        (
+            CommandResult(Status.OK, 0, "text", b"", 0, 0.0, ""),
+            b"its result has head = 'text'; it must be bytes",
+        ),
+        (SandboxError("f: not a file"), b"f: not a file\n"),
+        (ValueError("x" * 4096), b"x" * 100),
+    ],
+)
+def test_whatever_a_tool_raises_or_returns_is_an_observation(made, seen):
+    class Broken:
+        def run(self, world, arguments):
+            if isinstance(made, BaseException):
+                raise made
+            return made
+
+    own = EpisodeWorld(Judged(), MACHINE)
+    assert own.open()
+    result = own.run("broken", Broken(), {}, 1.0)
+    assert (result.status, result.exit_code) == (Status.NONZERO, 1)
+    assert seen in result.head + result.tail
+    assert len(result.head + result.tail) <= MACHINE.limits.output_bytes
+    assert bool(own.raised) != isinstance(made, SandboxError)
+    own.close()
+
+
+@pytest.mark.parametrize("files", [{"../x": b""}, {"x": 7}])
+def test_files_that_cannot_be_are_the_tasks_fault(files):
+    own = EpisodeWorld(Judged(files=files), MACHINE)
+    assert not own.open()
+    assert own.fault.startswith("the files of task judged/train/0 raised ")
+    own.close()

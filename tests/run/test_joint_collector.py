@@ -8,6 +8,7 @@ from synthetic import make_trajectory
 from echo_jax.rollout.collector import Interrupted, RolloutError
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.system.peers import Peers
+from echo_jax.system.user_code import UserCodeError
 
 
 class WithAnother(Peers):
@@ -25,7 +26,7 @@ class Made:
     """A collector whose collections always end in the same way."""
 
     def __init__(self, *trajectories, fault="", raised=(), interrupted=False):
-        self.stop, self.retried, self.fault, self.raised = threading.Event(), 0, fault, list(raised)
+        self.stop, self.retried, self.fault, self.raised = threading.Event(), 0, fault, dict(raised)
         self._trajectories, self._interrupted = list(trajectories), interrupted
 
     def rollouts(self):
@@ -83,3 +84,17 @@ def test_all_processes_stop_only_when_one_is_asked_to():
     made.stop.set()
     with pytest.raises(Interrupted):
         JointCollector(made, Peers()).check_stop()
+
+
+def test_exceptions_count_over_all_processes_and_stop_the_run_if_no_rollout_is_without():
+    made = Made(GOOD, GOOD, raised={0: "ours", 1: "another"})
+    some = {"rollouts": False, "faults": [2, 0, "", 1, "theirs"], "an error": None}
+    joint = JointCollector(made, WithAnother(some))
+    assert joint.rollouts() == [GOOD, GOOD]
+    assert (joint.raised, joint.first_raised, set(joint.raised_here())) == (3, "ours", {0, 1})
+    joint = JointCollector(Made(GOOD, GOOD), WithAnother(some))
+    joint.rollouts()
+    assert (joint.raised, joint.first_raised) == (1, "theirs")
+    every = some | {"faults": [2, 0, "", 2, "theirs"]}
+    with pytest.raises(UserCodeError, match="in all 4 rollouts the task or a tool raised an exception.*ours"):
+        JointCollector(made, WithAnother(every)).rollouts()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -229,6 +230,8 @@ def test_a_run_from_anothers_warm_start_has_the_lines_of_one_that_made_it_itself
             "its checkpoint is of step 34, but this run has a warm start of 30 steps and ends at step 32",
         ),
         ({"num_steps": 9, "rollout.groups": 3}, "other rollout.groups"),
+        ({"warm_start.num_steps": 30, "init_from": "STEP 20"}, r"no such checkpoint|step 20, but this run has"),
+        ({"init_from": "STEP 99"}, r"no such checkpoint; .* has steps \[30, 34\]|no such checkpoint"),
         ({"init_from": "nowhere"}, "nowhere holds no run"),
     ],
 )
@@ -236,29 +239,55 @@ def test_a_run_that_cannot_start_from_another_says_why(finished, tmp_path, field
     config = tiny.get_config()
     config.init_from = str(finished)
     config.update_from_flattened_dict(fields)
+    config.init_from = config.init_from.replace("STEP ", f"{finished}:")
     with pytest.raises(UserError, match=message):
         lifecycle.train(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()  # so that the corrected command can start
 
 
 @pytest.mark.slow
-def test_closing_the_terminal_saves_and_stops(tmp_path):
+@pytest.mark.parametrize("pipe", ["", "2>&1 | tee printed"])
+def test_closing_the_terminal_saves_and_stops(tmp_path, pipe):
+    """A run in an interactive shell: it gets a SIGHUP from the kernel and one from the shell, and `tee` is gone."""
     controller, terminal = os.openpty()
-    in_it = ["setsid", "--ctty", *command("train", tmp_path / "w", "--config.checkpoint.every=1000")]
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    process = subprocess.Popen(in_it, cwd=ROOT, env=environment(), **streams)
+    shell = subprocess.Popen(["setsid", "--ctty", "bash", "--norc", "-i"], cwd=ROOT, env=environment(), **streams)
     os.close(terminal)
+    workdir = tmp_path / "w"
+    run = shlex.join(command("train", workdir, "--config.checkpoint.every=1000", "--config.warm_start.num_steps=300"))
+    os.write(controller, f"{run} {pipe.replace('printed', str(tmp_path / 'printed'))}\n".encode())
     output = b""
-    while not any(record["step"] >= 12 for record in read_metrics(tmp_path / "w" / "metrics.jsonl")):
-        assert process.poll() is None, output.decode()
+    while not any(record["step"] >= 12 for record in read_metrics(workdir / "metrics.jsonl")):
+        assert shell.poll() is None, output.decode()
         if select.select([controller], [], [], 0.02)[0]:
             output += os.read(controller, 4096)
-    os.kill(process.pid, signal.SIGSTOP)  # so that the terminal closes in the middle of a step
     os.close(controller)
-    os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(timeout=120) == 75
-    records = read_metrics(tmp_path / "w" / "metrics.jsonl")
-    assert records[-1]["step"] < 30
-    assert (tmp_path / "w" / "checkpoints" / str(records[-1]["step"])).exists()
+    shell.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while subprocess.run(["pgrep", "-f", str(workdir)], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    last = read_metrics(workdir / "metrics.jsonl")[-1]["step"]
+    assert 12 <= last < 300
+    assert (workdir / "checkpoints" / str(last)).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_run_that_nobody_reads_saves_too(tmp_path, name):
+    with subprocess.Popen(
+        command("train", tmp_path / "w", "--config.checkpoint.every=1000", "--config.warm_start.num_steps=300"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        wait_for_step(tmp_path / "w", 12, process)
+        process.stdout.close()
+        process.send_signal(getattr(signal, name))
+        process.wait(timeout=60)
+    last = read_metrics(tmp_path / "w" / "metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "w" / "checkpoints" / str(last)).exists()
 
 
 @pytest.mark.slow
@@ -335,6 +364,13 @@ def test_misspelt_field_gives_one_line_with_a_suggestion(tmp_path):
     assert 'Did you mean "observation_weight"' in output
     assert "Traceback" not in output
     assert not (tmp_path / "w").exists()
+
+
+def test_misspelt_override_of_an_evaluation_gives_one_line_with_a_suggestion(finished):
+    run = evaluate(finished, "--config.rollout.temprature=0.5")
+    assert run.returncode == 1
+    assert 'Did you mean "temperature"' in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_evaluate_prints_one_line_of_json(finished):
@@ -791,10 +827,10 @@ def test_tasks_and_sampling_keys_are_used_once_and_evaluation_uses_held_out_task
         keys += [job.rollout for job in jobs]
     assert len(trained) == config.warm_start.demonstrations + config.num_steps * config.rollout.groups
     assert len(set(trained)) == len(trained)
-    assert all(name.startswith("lookup/train/") for name in trained)
+    assert all(name.startswith(("lookup/train/", "maze/train/")) for name in trained)
     assert [step for step, _ in evaluations] == [4, 6, 8]
     (names,) = {tuple(jobs) for _, jobs in evaluations}  # the same each time, so that curves are comparable
-    assert all(name.startswith("lookup/heldout/") for name, _ in names)
+    assert all(name.startswith(("lookup/heldout/", "maze/heldout/")) for name, _ in names)
     assert len(set(keys)) == len(keys)
     assert not set(keys) & {key for _, key in names}
 

@@ -289,6 +289,19 @@ def test_runs_share_a_warm_start_of_their_own(tmp_path: Path):
     assert {path.name for path in other.iterdir()} == {"warm_start,seed=2", "weight=0.2,seed=2", "results.csv"}
 
 
+def test_arms_that_would_warm_start_differently_share_none(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"loss.weight": 0.1}, {"optimizer.clip": 0.5}])
+    text = sandbox.config.read_text().replace(
+        '"seed": 0,', '"seed": 0, "num_steps": 9, "init_from": "", "optimizer": {"clip": 1.0},'
+    )
+    sandbox.config.write_text(text + '\nshared_warm_start = ("seed",)\n')
+    train = (sys.executable, str(tmp_path / "train.py"))
+    with pytest.raises(SweepError, match=r"run clip=0.5: the warm start depends on optimizer.clip, which shared_warm"):
+        run_sweep(str(sandbox.config), sandbox.workdir, train=train)
+    sandbox.config.write_text(text + '\nshared_warm_start = ("seed", "optimizer.clip")\n')
+    assert run_sweep(str(sandbox.config), sandbox.workdir, train=train, output=io.StringIO()) == 0
+
+
 def test_interruption_while_a_run_is_being_started_reaches_it(tmp_path: Path):
     """Broken on purpose: raising KeyboardInterrupt at once, the run goes on without its sweep."""
     sandbox = Sandbox(tmp_path, [{"seed": 1}])

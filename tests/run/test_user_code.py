@@ -52,7 +52,7 @@ def test_out_of_a_tool_an_exception_is_an_observation(tmp_path, error, capfd):
     assert log.count("tool 'count' in task counting/train/") >= 4
     assert log.count("raising.py") >= 8  # in the first line and in the traceback
     printed = capfd.readouterr().out
-    assert printed.count("rollouts met an exception") == 1  # once, not at every step
+    assert printed.count("exceptions in 2 rollouts") == 1  # once, not at every step
     assert "errors.log" in printed
 
 
@@ -85,9 +85,9 @@ def test_a_world_that_cannot_be_made_leaves_its_rollouts_unscored(tmp_path):
 
 # What fails -> part of the message. Each fails in the second step, the loss of course in the first.
 FAILURES = {
-    "score": ("all 4 rollouts met an exception", "the score of task counting/train/10 raised"),
+    "score": ("in all 4 rollouts the task or a tool raised", "the score of task counting/train/10 raised"),
     "make": ("environment counting: make('train', 10) raised",),
-    "tool": ("all 4 rollouts met an exception", "tool 'count' in task counting/heldout/0 raised"),
+    "tool": ("in all 4 rollouts the task or a tool raised", "tool 'count' in task counting/heldout/0 raised"),
     "observation_filter": ("the observation filter observation_filter on a rollout of task counting/train/", "raised"),
     "advantage": ("the advantage estimator advantage on the rewards [", "raised"),
     "loss": ("the policy loss 'raising:loss' raised",),

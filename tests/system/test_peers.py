@@ -34,7 +34,7 @@ SMALL = (
     "--config.rollout.save_every=1", "--config.checkpoint.every=8", "--config.rollout.groups=3",
     "--config.system.silence_seconds=6.0",
 )  # fmt: skip
-PROLOGUE = "import sys, time\nfrom echo_jax.system.peers import PeerError, start\n"
+PROLOGUE = "import sys, time\nfrom echo_jax.system.peers import JointError, PeerError, start\n"
 
 
 def free_port() -> int:
@@ -377,6 +377,24 @@ def test_run_resumes_with_a_different_number_of_processes(uninterrupted, tmp_pat
 
 def two_that_run(script: str) -> tuple[list[int], list[str]]:
     return finish(start(["-c", PROLOGUE + script], count=2), 60)
+
+
+def test_an_error_that_one_can_fix_ends_all_processes_at_the_same_place():
+    statuses, outputs = two_that_run("""
+from echo_jax.system.errors import ConfigError
+with start(silence_seconds=30.0, barrier_seconds=30.0) as peers:
+    try:
+        with peers.failing_together():
+            if not peers.is_first:
+                raise ConfigError("oak is no tree")
+        peers.gather(1)
+    except JointError as error:
+        print("saved:", error)
+        peers.gather(2)
+        raise
+""")
+    assert statuses == [1, 1], outputs
+    assert all("saved: oak is no tree" in output for output in outputs)
 
 
 def test_late_process_is_named():

@@ -83,7 +83,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.experts_per_token = 0  # each token goes to this many of its likeliest experts
     c.model.normalize_experts = True  # rescale the chosen experts' probabilities to sum to 1
     c.model.tie_embeddings = True
-    c.model.compute_dtype = "float32"  # of matmuls: float32 | bfloat16
+    # Of matmuls: float32 | bfloat16. On a GPU float32 is TF32, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+    c.model.compute_dtype = "float32"
     # Of stored parameters: float32 | bfloat16. bfloat16 loses small updates; use it for weights frozen under adapters.
     c.model.param_dtype = "float32"
     c.model.remat = "full"  # full | dots | none: what the backward pass recomputes, see models/transformer.py
@@ -189,8 +190,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.policy_constant = 0  # divisor in tokens of the normaliser "constant"; 0: rollout.max_tokens
     c.loss.observation_constant = 0  # the same for the observation term
     c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
-    c.loss.token_block = 256  # the LM head computes logits in blocks of this many tokens (on TPU better 1024)
-    c.loss.vocab_block = 2048  # by this many vocabulary entries
+    c.loss.token_block = 256  # the LM head computes logits in blocks of this many tokens (better: TPU 1024, H100 2048)
+    c.loss.vocab_block = 2048  # by this many vocabulary entries (better: H100 8192)
     c.loss.score_all = True  # run the LM head also for tokens that only metrics read; False: only for trained tokens
 
     c.optimizer = ml_collections.ConfigDict()

@@ -13,6 +13,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from gpu import machine
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -64,6 +66,7 @@ class Size:
 CPU = Size(4096, 512, 32_000, "float32", 256)
 TPU = Size(8192, 4096, 151_936, "bfloat16", 1024)  # tokens of one data shard
 GPU = [Size(8192, 4096, vocab, "bfloat16", 1024) for vocab in (151_936, 32_000)]
+GPU_BLOCKS = ((2048, 8192), (4096, 16_384))  # of tokens and vocabulary; the other rows have 1024 and 2048
 
 # A row maps (hidden, head, targets, active, cotangent [N]) to (loss, (d hidden, d head)).
 Row = Callable[..., tuple]
@@ -138,8 +141,8 @@ def ours(size: Size, *, entropy=False, skip=True, **options) -> Row:
     return differentiated(logprob)
 
 
-def rows(size: Size) -> Iterator[tuple[str, Row, float]]:
-    """Yields (name, row, share of active tokens) for one device."""
+def rows(size: Size, blocks=()) -> Iterator[tuple[str, Row, float]]:
+    """Yields (name, row, share of active tokens) for one device; `blocks`: other sizes of ours to add."""
     yield "full logits f32", full_logits(jnp.float32), 1.0
     yield "full logits bf16", full_logits(jnp.bfloat16), 1.0
     yield "token chunks, rematerialised", differentiated(token_chunks), 1.0
@@ -150,16 +153,19 @@ def rows(size: Size) -> Iterator[tuple[str, Row, float]]:
     for share in SHARES:
         yield f"ours, {share:.0%} active", ours(size), share
     yield "ours, 100% active, entropy", ours(size, entropy=True), 1.0
+    for (tokens, vocab), share in itertools.product(blocks, SHARES):
+        row = ours(size, token_block=tokens, vocab_block=vocab)
+        yield f"ours, {share:.0%} active, blocks of {tokens} × {vocab}", row, share
 
 
 def arguments(size: Size, share: float):
-    rng = np.random.default_rng(0)
+    keys = jax.random.split(jax.random.key(0), 5)
     return (
-        jnp.asarray(rng.normal(size=(size.tokens, size.dim)), size.dtype),
-        jnp.asarray(rng.normal(size=(size.vocab, size.dim)) / size.dim**0.5, size.dtype),
-        jnp.asarray(rng.integers(0, size.vocab, size.tokens), jnp.int32),
-        jnp.asarray(rng.random(size.tokens) < share),
-        jnp.asarray(rng.normal(size=size.tokens), jnp.float32),
+        jax.random.normal(keys[0], (size.tokens, size.dim)).astype(size.dtype),
+        (jax.random.normal(keys[1], (size.vocab, size.dim)) / size.dim**0.5).astype(size.dtype),
+        jax.random.randint(keys[2], size.tokens, 0, size.vocab),
+        jax.random.uniform(keys[3], size.tokens) < share,
+        jax.random.normal(keys[4], size.tokens),
     )
 
 
@@ -283,7 +289,10 @@ def gpu_table() -> Iterator[str]:
     if jax.default_backend() != "gpu":
         yield "Not measured: no GPU. The module's docstring has the command."
         return
-    yield f"{jax.devices()[0].device_kind}. Memory is beyond inputs and returned gradients.\n"
+    yield (
+        f"`lm_head_loss.py --tables=gpu`, {datetime.date.today()}; {machine()}. Memory is beyond inputs and returned "
+        "gradients.\n"
+    )
     for size in GPU:
         hidden, head, *_ = arguments(size, 1.0)
         matmul = jax.jit(lambda h, w: jnp.einsum("nd,vd->nv", h, w)).lower(hidden, head).compile()
@@ -292,7 +301,7 @@ def gpu_table() -> Iterator[str]:
         yield f"\nV = {size.vocab}; one matmul with the head: {1e3 * unit:.2f} ms, {flops / 1e12:.0f} TFLOP/s\n"
         yield "| row | ms | matmul units | share of the matmul rate | MiB | error of d hidden |"
         yield "|---|---|---|---|---|---|"
-        for name, row, share in rows(size):
+        for name, row, share in rows(size, GPU_BLOCKS):
             inputs = arguments(size, share)
             compiled = jax.jit(row).lower(*inputs).compile()
             taken = seconds(compiled, inputs)
@@ -322,23 +331,22 @@ def gradient_error(d_hidden, inputs, checked: int = 256) -> float:
 
 def _torch_rows(size: Size, unit: float) -> Iterator[str]:
     script = Path(__file__).with_name("lm_head_loss_torch.py")
-    for share in SHARES:
-        flags = [f"--{name}={getattr(size, name)}" for name in ("tokens", "dim", "vocab")]
-        command = [TORCH.value, str(script), *flags, f"--share={share}", f"--repeats={REPEATS.value}"]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        if ran.returncode:
-            yield f"\ntorch rows not measured: {ran.stderr.strip().splitlines()[-1]}"
-            return
-        for result in map(json.loads, ran.stdout.splitlines()):
-            name = f"{result['name']}, {share:.0%} active"
-            if "failed" in result:
-                yield f"| {name} | {result['failed'][:80]} | | | | |"
-                continue
-            taken = result["seconds"]
-            yield (
-                f"| {name} | {1e3 * taken:.1f} | {taken / unit:.2f} | | {result['bytes'] / 2**20:.0f} | "
-                f"{result['error']:.1e} |"
-            )
+    flags = [f"--{name}={getattr(size, name)}" for name in ("tokens", "dim", "vocab")]
+    flags += [f"--shares={','.join(map(str, SHARES))}", f"--repeats={REPEATS.value}"]
+    ran = subprocess.run([TORCH.value, str(script), *flags], capture_output=True, text=True)
+    if ran.returncode:
+        yield f"\ntorch rows not measured: {ran.stderr.strip().splitlines()[-1]}"
+        return
+    for result in map(json.loads, ran.stdout.splitlines()):
+        name = f"{result['name']}, {result['share']:.0%} active"
+        if "failed" in result:
+            yield f"| {name} | {result['failed'][:80]} | | | | |"
+            continue
+        taken = result["seconds"]
+        yield (
+            f"| {name} | {1e3 * taken:.1f} | {taken / unit:.2f} | | {result['bytes'] / 2**20:.0f} | "
+            f"{result['error']:.1e} |"
+        )
     yield f"\n{', '.join(f'{name} {version}' for name, version in result['versions'].items())}"
 
 

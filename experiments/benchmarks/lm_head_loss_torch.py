@@ -1,11 +1,11 @@
 """The torch rows of `lm_head_loss.py`, in a separate process: neither framework sees the other's memory pool.
 
-    python experiments/benchmarks/lm_head_loss_torch.py --tokens=8192 --dim=4096 --vocab=151936 --share=0.6
+    python experiments/benchmarks/lm_head_loss_torch.py --tokens=8192 --dim=4096 --vocab=151936 --shares=1.0,0.6
 
 Needs a GPU, torch, `liger-kernel` and `cut-cross-entropy` (none is a dependency of this project). Prints one JSON
-object per row: seconds, bytes beyond inputs and returned gradients, and the largest relative error of 256 active rows
-of the gradient of hidden against f32. The loss is a plain sum over the active tokens; inactive ones have the ignored
-index. These kernels do not offer per-token cotangents, which PPO needs.
+object per row and share of active tokens: seconds, bytes beyond inputs and returned gradients, and the largest relative
+error of 256 active rows of the gradient of hidden against f32. The loss is a plain sum over the active tokens; inactive
+ones have the ignored index. These kernels do not offer per-token cotangents, which PPO needs.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def measure(loss, hidden, head, targets, repeats: int, device: str) -> dict[str,
     wanted = reference(hidden[active], head, targets[active])
     gpu = device == "cuda"
     synchronize = torch.cuda.synchronize if gpu else lambda: None
+    hidden.grad = head.grad = None  # of the row before: not this row's memory
     inputs, times, above = torch.cuda.memory_allocated() if gpu else 0, [], 0
     for _ in range(repeats + 1):  # the first warms up
         hidden.grad = head.grad = None
@@ -63,24 +64,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 8192), ("dim", 4096), ("vocab", 151_936), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--share", type=float, default=1.0, help="share of active tokens")
+    parser.add_argument("--shares", default="1.0", help="shares of active tokens, separated by commas")
     parser.add_argument(
         "--device", default="cuda", help="cpu, with TRITON_INTERPRET=1, checks the numbers at small sizes"
     )
     args = parser.parse_args()
+    versions = {name: metadata.version(name) for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy")}
+    for share in map(float, args.shares.split(",")):
+        inputs = make_inputs(args, share)
+        for name, loss in ROWS.items():
+            try:
+                result = measure(loss, *inputs, args.repeats, args.device)
+            except Exception as error:  # a third party's kernel: its failure is the result
+                result = {"failed": f"{type(error).__name__}: {error}"}
+            print(json.dumps({"name": name, "share": share, **result, "versions": versions}), flush=True)
+
+
+def make_inputs(args: argparse.Namespace, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     make = {"device": args.device, "dtype": torch.bfloat16 if args.device == "cuda" else torch.float32}
     hidden = torch.randn(args.tokens, args.dim, **make).requires_grad_()
     head = (torch.randn(args.vocab, args.dim, **make) / args.dim**0.5).requires_grad_()
     targets = torch.randint(0, args.vocab, (args.tokens,), device=args.device)
-    targets[torch.rand(args.tokens, device=args.device) >= args.share] = IGNORE
-    versions = {name: metadata.version(name) for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy")}
-    for name, loss in ROWS.items():
-        try:
-            result = measure(loss, hidden, head, targets, args.repeats, args.device)
-        except Exception as error:  # a third party's kernel: its failure is the result
-            result = {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"name": name, "share": args.share, **result, "versions": versions}), flush=True)
+    targets[torch.rand(args.tokens, device=args.device) >= share] = IGNORE
+    return hidden, head, targets
 
 
 if __name__ == "__main__":

@@ -318,7 +318,7 @@ class Trainer:
             self.saved_time = time.monotonic()
 
     def save_before_failing(self) -> None:
-        """Saves a checkpoint if this step is complete and an update did not fail half-way; waits until it is on disk."""
+        """Saves a checkpoint if this step is complete and no update failed half-way; waits until it is on disk."""
         whole = not any(x.is_deleted() for x in jax.tree.leaves(self.state))
         if whole and self.recorded_step == self.step:
             self.save()

@@ -70,6 +70,9 @@ class Task(abc.ABC):
 
         Raises:
           CannotScore: it cannot score the episode, through nobody's fault.
+
+        Any other exception is logged and is the reward 0, or the lowest if the range begins above 0; if every rollout
+        of a step has one, the run stops. A reward outside the range stops it at once.
         """
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script | None:

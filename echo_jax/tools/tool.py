@@ -28,7 +28,13 @@ class Tool(Protocol):
     description: ClassVar[str]  # shown to the agent
     parameters: ClassVar[Mapping[str, Any]]  # JSON schema of its arguments, an object
 
-    def run(self, world: World, arguments: Mapping[str, Any]) -> CommandResult: ...
+    def run(self, world: World, arguments: Mapping[str, Any]) -> CommandResult:
+        """Runs a call, for at most `world.timeout` seconds: nothing else ends a call that waits outside its world.
+
+        What goes wrong for the agent is a result. An exception is an observation too, but counts as a fault of the
+        tool: it is logged, and if every rollout of a step has one, the run stops.
+        """
+        ...
 
 
 def strings(*required: str, **optional: str) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_run_that_keeps_getting_lost_is_given_up_with_its_status(several, flags:
 
 def interrupt(fake: Path, processes: int, signals: list[int], *flags: str) -> int:
     """Starts, sends the signals to the whole group, as a terminal does, and returns the exit status."""
-    environment = os.environ | {"PATH": f"{fake}:{os.environ['PATH']}", "POLL_SECONDS": "0.05"}
+    environment = os.environ | {"PYTHON": str(fake / "python"), "POLL_SECONDS": "0.05"}
     command = [LAUNCH, "--local", str(processes), *flags, *RUN]
     with subprocess.Popen(command, cwd=fake.parent, env=environment, start_new_session=True) as process:
         deadline = time.monotonic() + 20

@@ -230,8 +230,7 @@ def test_a_run_from_anothers_warm_start_has_the_lines_of_one_that_made_it_itself
             "its checkpoint is of step 34, but this run has a warm start of 30 steps and ends at step 32",
         ),
         ({"num_steps": 9, "rollout.groups": 3}, "other rollout.groups"),
-        ({"warm_start.num_steps": 30, "init_from": "STEP 20"}, r"no such checkpoint|step 20, but this run has"),
-        ({"init_from": "STEP 99"}, r"no such checkpoint; .* has steps \[30, 34\]|no such checkpoint"),
+        ({"init_from": "STEP 99"}, r"no such checkpoint; .* has steps \[.*30, 34\]"),
         ({"init_from": "nowhere"}, "nowhere holds no run"),
     ],
 )
@@ -342,9 +341,17 @@ def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path)
         np.testing.assert_array_equal(own, expected)
 
 
-def test_finished_run_is_not_run_again(finished):
+def started_here(capfd, workdir: Path, config=None, **options) -> tuple[int, str]:
+    """Starts a run in this process, which is quick if it ends before any work."""
+    status = lifecycle.train(config or tiny.get_config(), workdir, **options)
+    return status, "".join(capfd.readouterr())
+
+
+def test_finished_run_is_not_run_again(finished, capfd):
     before = (finished / "metrics.jsonl").read_bytes()
-    status, output = finish(start(finished))
+    config = tiny.get_config()
+    config.system.profile_steps = (2, 2)
+    status, output = started_here(capfd, finished, config)
     assert status == 0
     assert "complete" in output
     assert output.count("held-out solve rate") == 2
@@ -352,10 +359,14 @@ def test_finished_run_is_not_run_again(finished):
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(finished):
-    status, output = finish(start(finished, "--config.loss.observation_weight=0.7"))
-    assert status == 1
-    assert "loss.observation_weight: the run has 0.05, this config 0.7" in output
-    assert "another --workdir" in output
+    before = (finished / "config.json").read_bytes()
+    config = tiny.get_config()
+    config.loss.observation_weight = 0.7
+    with pytest.raises(ConfigError) as refused:
+        lifecycle.train(config, finished)
+    assert "loss.observation_weight: the run has 0.05, this config 0.7" in str(refused.value)
+    assert "another --workdir" in str(refused.value)
+    assert (finished / "config.json").read_bytes() == before
 
 
 def test_misspelt_field_gives_one_line_with_a_suggestion(tmp_path):
@@ -660,7 +671,7 @@ def test_disk_that_fills_mid_run_loses_nothing_before_the_last_checkpoint(tmp_pa
     assert "10" in run.stdout.splitlines()
 
 
-def test_run_of_another_owner_is_left_alone(tmp_path):
+def test_run_of_another_owner_is_left_alone(tmp_path, capfd):
     """If two pods take one run at once, one gets it, and resumes it later."""
     workdir = tmp_path / "w"
     workdir_lib.claim_workdir(tiny.get_config(), workdir)
@@ -668,21 +679,19 @@ def test_run_of_another_owner_is_left_alone(tmp_path):
     workdir_lib.claim_for("pod-a", workdir)
     with pytest.raises(workdir_lib.Taken, match="belongs to the owner 'pod-a', not to 'pod-b'"):
         workdir_lib.claim_for("pod-b", workdir)
-    status, output = finish(start(workdir, "--owner=pod-b"))
+    status, output = started_here(capfd, workdir, owner="pod-b")
     assert status == lifecycle.TAKEN == 69
     assert f"delete {workdir}/owner" in output
-    assert "Traceback" not in output
     assert not (workdir / "metrics.jsonl").exists()
 
 
-def test_second_process_is_kept_out_of_a_workdir(tmp_path):
+def test_second_process_is_kept_out_of_a_workdir(tmp_path, capfd):
     workdir = tmp_path / "w"
     workdir_lib.claim_workdir(tiny.get_config(), workdir)
     with workdir_lib.only_process_in(workdir):
-        status, output = finish(start(workdir))
+        status, output = started_here(capfd, workdir)
     assert status == lifecycle.TAKEN
     assert f"another process is training in {workdir}" in output
-    assert "Traceback" not in output
     assert not (workdir / "metrics.jsonl").exists()
 
 

@@ -79,6 +79,7 @@ def test_out_of_a_score_an_exception_is_reward_0(tmp_path, error):
     assert "raising.py" in log
 
 
+@pytest.mark.variant
 def test_a_world_that_cannot_be_made_leaves_its_rollouts_unscored(tmp_path):
     assert lifecycle.train(broken(where="world", first=10, every=2), tmp_path) == 0
     step = read_metrics(tmp_path / "metrics.jsonl")[2]

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from echo_jax.kernels.attention import cached_attention, packed_attention
 from echo_jax.kernels.embedding import embed
 from echo_jax.kernels.experts import mix
+from echo_jax.kernels.paged_attention import paged_attention, write_pages
 from echo_jax.models import lora
 from echo_jax.models.lora import Lora
 from echo_jax.models.rope import NO_SCALING, RopeScaling, frequencies, rotate
@@ -124,6 +125,12 @@ def init_cache(config: ModelConfig, lanes: int, slots: int) -> KVCache:
     shape = (config.num_layers, lanes, slots, config.num_kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, config.compute_dtype)
     return KVCache(k=zeros, v=jnp.zeros_like(zeros))
+
+
+def init_pool(config: ModelConfig, pages: int, page: int):
+    """Returns a pool of KV pages for all layers: [L * N, P, 2G, K], see `paged_attention`."""
+    shape = (config.num_layers * pages, page, 2 * config.num_kv_heads, config.head_dim)
+    return jnp.zeros(shape, config.compute_dtype)
 
 
 def rms_norm(x, scale, eps):
@@ -255,6 +262,34 @@ class Transformer(nnx.Module):
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
         x, cache = run((self._embed(tokens), cache), self.layers, jnp.arange(self.config.num_layers))
         return self._finish(x), cache
+
+    def paged(self, tokens, positions, pool, table, *, attention: str, mesh: Mesh | None = None):
+        """Feeds some tokens of each sequence, whose keys and values lie in pages.
+
+        Args:
+          tokens, positions: int32 [B, C]; position -1: padding.
+          pool: [L * N, P, 2G, K], the N pages of layer 0 first; see `init_pool`.
+          table: int32 [B, M], the pages of each sequence, from 0 to N - 1.
+          attention: implementation of `paged_attention`.
+
+        Returns:
+          hidden [B, C, D], and the pool with these tokens in it.
+        """
+        pages = pool.shape[0] // self.config.num_layers
+
+        def layer(carry, block, index):
+            x, pool = carry
+
+            def attend(q, k, v):
+                own = table + index * pages
+                new = write_pages(pool, k, v, own, positions)
+                return paged_attention(q, new, own, positions, implementation=attention, mesh=mesh), new
+
+            return block(x, jnp.maximum(positions, 0), attend, mesh)
+
+        run = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
+        x, pool = run((self._embed(tokens), pool), self.layers, jnp.arange(self.config.num_layers))
+        return self._finish(x), pool
 
     def head(self):
         """The LM head [V, D], in the parameters' dtype: the embedding itself when tied."""

@@ -73,7 +73,11 @@ class Parts:
             stop_ids=self.renderer.stop_ids,
             seed=self.config.seed,
         )
-        engine = find_engine(rollout.engine, rollout.engine_options)(setup, **rollout.engine_options)
+        make = find_engine(rollout.engine, rollout.engine_options)
+        try:
+            engine = make(setup, **rollout.engine_options)
+        except ValueError as error:
+            raise ConfigError(f"config.rollout.engine_options: {error}") from error
         needed = ("sessions", "set_params", "open", "extend", "busy", "step", "close")
         if lacking := [name for name in needed if not hasattr(engine, name)]:
             raise ConfigError(

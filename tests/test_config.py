@@ -110,7 +110,7 @@ def test_unknown_field_cannot_be_set():
         ("loss.policy_options", {"beta": 1.0}, "policy_options has beta, but clipped_ratio takes clip_low, clip_high"),
         ("loss.advantage", "math:no", "has no attribute 'no'"),
         ("loss.advantage_options", {"beta": 1.0}, "advantage_options = .*set config.loss.advantage"),
-        ("rollout.engine", "vllm", "'vllm': choose one of dense, or write your own"),
+        ("rollout.engine", "vllm", "'vllm': choose one of dense, paged, or write your own"),
         ("rollout.engine_options", {"lanes": 3}, "engine_options has lanes, but LaneSessions takes steps_per_call"),
         ("loss.advantage", "mean", "group, group_mean, leave_one_out, reward"),
         ("loss.policy_normalizer", "mean", "auto, sequence, token, constant"),

@@ -207,8 +207,12 @@ def test_a_run_samples_with_it_and_bad_options_are_refused(tmp_path):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("topology", "chips"), [("v5e:2x4", 8), ("v6e:2x4", 8), ("v5p:2x2x1", 4)])
-def test_programs_for_a_host_of_tpus_work_in_place(topology, chips):
+@pytest.mark.parametrize(
+    ("topology", "chips", "most_gib"),
+    # On v5p the compiler lays out the matrices of keys and values anew: with two heads a chip they are padded.
+    [("v5e:2x4", 8, 0.25), ("v6e:2x4", 8, 0.25), ("v5p:2x2x1", 4, 0.45)],
+)
+def test_programs_for_a_host_of_tpus_work_in_place(topology, chips, most_gib):
     """Qwen3-8B with contexts of 16k tokens: the pool is updated where it is, and nothing of its size is moved."""
     devices = tpu_devices(topology)[:chips]
     learner = build_learner(qwen3_8b.get_config(), 151_936, devices)
@@ -233,5 +237,5 @@ def test_programs_for_a_host_of_tpus_work_in_place(topology, chips):
         compiled = lowered.compile()
         memory, bytes_a_chip = compiled.memory_analysis(), pool.size * pool.dtype.itemsize // chips
         assert memory.alias_size_in_bytes >= bytes_a_chip
-        assert memory.temp_size_in_bytes <= GIB // 4
+        assert memory.temp_size_in_bytes <= most_gib * GIB
         assert all(c.bytes < bytes_a_chip // 8 for c in hlo.collectives(compiled.as_text()))

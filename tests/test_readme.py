@@ -28,6 +28,7 @@ from echo_jax.render import BuiltinRenderer
 from echo_jax.rollout.collector import Collector, Job
 from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.world import Machine
+from echo_jax.run.trainer import SHOWN
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits
 
@@ -112,6 +113,15 @@ COMMANDS = {
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
+
+
+def test_every_block_is_known():
+    """Blocks of commands are in COMMANDS, those of Python have a test here, and one shows what a real run printed."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks if kind != "bash"] == ["", "python", "python"]
+    (printed,) = [text for kind, text in blocks if not kind]
+    metrics = "  ".join(f"{label} [0-9.]+" for label in SHOWN.values())
+    assert re.search(rf"^ECHO  \d+/100  .*  {metrics}$", printed, re.MULTILINE)
 
 
 def test_every_command_is_run_by_a_test_or_has_a_reason():

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from echo_jax.run.build import build
 from echo_jax.system import metric_table
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import read_metrics
+from echo_jax.system.peers import Peers
 from echo_jax.tools import TOOLS, bubblewrap, sandbox
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +245,26 @@ def test_a_run_that_cannot_start_from_another_says_why(finished, tmp_path, field
     with pytest.raises(UserError, match=message):
         lifecycle.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()  # so that the corrected command can start
+
+
+def test_a_run_under_nohup_goes_on_after_a_hang_up():
+    stopping = types.SimpleNamespace(stop=threading.Event())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with lifecycle.stop_on_signal(stopping, Peers()) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+        assert (received, stopping.stop.is_set()) == ([], False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("minutes", "seconds", "due"), [(1.0, 59, False), (1.0, 61, True), (0.0, 1e6, False)])
+def test_a_checkpoint_is_due_when_its_minutes_are_over(minutes, seconds, due):
+    config = tiny.get_config()
+    config.checkpoint.minutes = minutes
+    run = types.SimpleNamespace(config=config, peers=Peers(), saved_time=time.monotonic() - seconds)
+    assert lifecycle.Trainer._minutes_are_over(run) == due
 
 
 @pytest.mark.slow

@@ -197,6 +197,9 @@ class PagedEngine:
                 return
             end = min(own.fed + self._page, own.prompt)
             if end % self._page:  # its owner goes on writing there
+                if not self._book.available:  # for the copy, while the original is held too
+                    self._book.release(found)
+                    return
                 own.pages.append(self._book.take())
                 self._copies.append((found, own.pages[-1]))
             else:

@@ -27,6 +27,11 @@ class Pages:
         """The number of pages that have a holder."""
         return self.count - len(self._free) - len(self._idle)
 
+    @property
+    def available(self) -> int:
+        """The number of pages that `take` could return."""
+        return self.count - self.held
+
     def take(self) -> int:
         """Returns a page that nobody holds, held once.
 

@@ -155,6 +155,14 @@ def test_a_smaller_pool_or_fewer_rows_changes_no_bit():
         new_engine(pool_tokens=40)
 
 
+def test_a_pool_without_a_page_to_spare_computes_what_it_cannot_copy():
+    prompt = tuple(np.random.default_rng(4).integers(1, TINY.vocab_size, SLOTS - 2).tolist())  # ends within a page
+    expected = talk(new_engine(), {0: [(prompt, 2)], 1: [(prompt, 2)]})
+    tight = new_engine(pool_tokens=SLOTS)
+    assert tight.sessions == 1
+    assert talk(tight, {0: [(prompt, 2)], 1: [(prompt, 2)]}) == expected
+
+
 def test_sessions_closed_in_any_state_give_everything_back_once():
     rng = np.random.default_rng(3)
     engine = new_engine()

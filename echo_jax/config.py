@@ -114,7 +114,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.max_turn_tokens = 24  # sampled in one turn
     c.rollout.warn_last_turn = False  # tell the agent when its last turn comes
     c.rollout.temperature = 1.0  # sampling temperature, in training and evaluation
-    c.rollout.engine = "dense"  # the sampler: dense, paged, or your "module:Class"; see rollout/engine/
+    c.rollout.engine = "paged"  # the sampler: paged, or your "module:Class"; see rollout/engine/
     c.rollout.engine_options = ml_collections.ConfigDict()  # keyword arguments of the engine
     c.rollout.tool_threads = 8  # tool calls that run at once; every open rollout has a sandbox
     c.rollout.save_every = 10  # save the rollouts of every n-th step, and of the last one; 0: of the last one only

@@ -65,18 +65,3 @@ def _splash(q, k, v, segment_ids, mesh: Mesh | None):
     return jax.shard_map(
         attend, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(rows, None)), out_specs=spec, check_vma=False
     )(q, k, v, segment_ids)
-
-
-def cached_attention(q, k, v, positions):
-    """Attention of one token per lane over the lane's cache.
-
-    Args:
-      q: [B, H, K].
-      k, v: [B, S, G, K]; slot s holds position s of the lane's sequence.
-      positions: int32 [B]; a lane sees the slots up to and including its position.
-
-    Returns:
-      [B, H, K].
-    """
-    mask = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
-    return jax.nn.dot_product_attention(q[:, None], k, v, mask=mask[:, None, None], implementation="xla")[:, 0]

@@ -6,12 +6,12 @@ are gathered, like every other matrix. A token's output depends on that token al
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from echo_jax.system.sharding import MESH_AXIS_OF
+from echo_jax.system.sharding import MESH_AXIS_OF, free_axes
 
 
-def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mesh | None = None):
+def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mesh | AbstractMesh | None = None):
     """Returns each token's sum over its `per_token` likeliest experts, each a SwiGLU (arXiv 2505.09388, 2).
 
     Args:
@@ -29,6 +29,8 @@ def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mes
     if mesh is None:
         return _mix(x, router, gate, up, down, per_token, normalize)
     rows, embed, ffn = (MESH_AXIS_OF[name] for name in ("batch", "embed", "ffn"))
+    free = free_axes(mesh)
+    rows = tuple(axis for axis in rows if axis in free)
 
     def local(x, router, gate, up, down):
         whole = lambda w, axis: jax.lax.all_gather(w, embed, axis=axis, tiled=True)  # noqa: E731
@@ -41,6 +43,7 @@ def mix(x, router, gate, up, down, *, per_token: int, normalize: bool, mesh: Mes
         mesh=mesh,
         in_specs=(tokens, PartitionSpec(embed, None), wide, wide, PartitionSpec(None, ffn, embed)),
         out_specs=tokens,
+        axis_names=free,
     )(x, router, gate, up, down)
 
 

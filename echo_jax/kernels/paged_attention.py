@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.sharding import Mesh, PartitionSpec
 
-from echo_jax.system.sharding import MESH_AXIS_OF
+from echo_jax.system.sharding import MESH_AXIS_OF, free_axes
 
 IMPLEMENTATIONS = ("auto", "xla", "ragged")
 KERNEL_TOKENS = 512  # keys that the kernel handles at once
@@ -96,7 +96,12 @@ def _ragged(q, pool, table, positions, mesh: Mesh | None):
     heads = PartitionSpec(None, None, MESH_AXIS_OF["kv_heads"], None)
     everywhere = PartitionSpec()
     return jax.shard_map(
-        attend, mesh=mesh, in_specs=(heads, heads, everywhere, everywhere), out_specs=heads, check_vma=False
+        attend,
+        mesh=mesh,
+        in_specs=(heads, heads, everywhere, everywhere),
+        out_specs=heads,
+        axis_names=free_axes(mesh),
+        check_vma=False,
     )(q, pool, table, first)
 
 

@@ -8,13 +8,12 @@ In: token ids. Out: hidden states; the loss and the sampler apply the LM head. n
 import dataclasses
 import math
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from echo_jax.kernels.attention import cached_attention, packed_attention
+from echo_jax.kernels.attention import packed_attention
 from echo_jax.kernels.embedding import embed
 from echo_jax.kernels.experts import mix
 from echo_jax.kernels.paged_attention import paged_attention, write_pages
@@ -113,20 +112,6 @@ class ModelConfig:
         return head_norm.get(name) or tuple(size_of[axis] for axis in PARAM_AXES[name])
 
 
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of all layers; slot s of a lane holds position s of its sequence."""
-
-    k: jax.Array  # [L, B, S, G, K]
-    v: jax.Array  # [L, B, S, G, K]
-
-
-def init_cache(config: ModelConfig, lanes: int, slots: int) -> KVCache:
-    shape = (config.num_layers, lanes, slots, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.compute_dtype)
-    return KVCache(k=zeros, v=jnp.zeros_like(zeros))
-
-
 def init_pool(config: ModelConfig, pages: int, page: int):
     """Returns a pool of KV pages for all layers: [L * N, P, 2G, K], see `paged_attention`."""
     shape = (config.num_layers * pages, page, 2 * config.num_kv_heads, config.head_dim)
@@ -141,7 +126,7 @@ def rms_norm(x, scale, eps):
 
 
 class Block(nnx.Module):
-    """One layer. The caller passes `attend(q, k, v)`: over packed rows in training, over a cache in decoding."""
+    """One layer. The caller passes `attend(q, k, v)`: over packed rows in training, over pages in sampling."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -213,7 +198,7 @@ def _ones(config: ModelConfig, name: str):
 
 
 class Transformer(nnx.Module):
-    """Hidden states of packed rows (`__call__`) or of one more token per lane (`decode`)."""
+    """Hidden states of packed rows (`__call__`), or of some more tokens of sequences with a cache (`paged`)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -241,27 +226,6 @@ class Transformer(nnx.Module):
             layer = nnx.remat(layer, policy=policy)
         run = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return self._finish(run(self._embed(tokens, mesh), self.layers))
-
-    def decode(self, tokens, positions, cache: KVCache, mesh: Mesh | None = None):
-        """Feeds one token per lane. tokens, positions int32 [B] -> hidden [B, D], and the cache with this token in it.
-
-        A position past the cache's slots writes nothing (an idle lane). `mesh`: as in `__call__`.
-        """
-        lanes = jnp.arange(tokens.shape[0])
-
-        def layer(carry, block, index):
-            x, cache = carry
-
-            def attend(q, k, v):
-                new_k = cache.k.at[index, lanes, positions].set(k.astype(cache.k.dtype), mode="drop")
-                new_v = cache.v.at[index, lanes, positions].set(v.astype(cache.v.dtype), mode="drop")
-                return cached_attention(q, new_k[index], new_v[index], positions), KVCache(k=new_k, v=new_v)
-
-            return block(x, positions, attend, mesh)
-
-        run = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
-        x, cache = run((self._embed(tokens), cache), self.layers, jnp.arange(self.config.num_layers))
-        return self._finish(x), cache
 
     def paged(self, tokens, positions, pool, table, *, attention: str, mesh: Mesh | None = None):
         """Feeds some tokens of each sequence, whose keys and values lie in pages.

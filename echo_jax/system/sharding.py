@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -68,6 +68,12 @@ def processes_of(mesh: Mesh) -> int:
 def sharding_of(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
     """Returns the sharding of an array whose dimensions have these logical axes."""
     return NamedSharding(mesh, PartitionSpec(*(MESH_AXIS_OF[axis] for axis in axes)))
+
+
+def free_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
+    """Returns the axes over which no enclosing `shard_map` splits the work already."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in types if kind != AxisType.Manual)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

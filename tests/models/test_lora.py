@@ -19,7 +19,8 @@ from echo_jax.models.transformer import LINEAR, abstract_params, bind
 from echo_jax.objective.batch import to_mesh
 from echo_jax.objective.packing import pack
 from echo_jax.objective.weights import weigh
-from echo_jax.rollout.engine.dense import DenseEngine
+from echo_jax.rollout.engine import EngineSetup
+from echo_jax.rollout.engine.paged import PagedEngine
 from echo_jax.system.sharding import make_mesh
 
 ADAPTED = dataclasses.replace(TINY, lora=Lora(rank=3, alpha=6.0, targets=tuple(LINEAR)))
@@ -153,18 +154,22 @@ def test_adapter_gradients_follow_from_the_full_gradient_by_the_chain_rule():
 
 def test_sampler_uses_the_adapter_and_places_frozen_weights_once():
     graphdef, _ = abstract_params(PARTLY, MESH)
-    engine = DenseEngine(graphdef, PARTLY, lanes=2, max_tokens=24, temperature=1.0, stop_ids=(0,), seed=0, mesh=MESH)
+    setup = EngineSetup(
+        graphdef=graphdef, model_config=PARTLY, mesh=MESH, sessions=2, max_tokens=24, temperature=1.0, stop_ids=(0,),
+        seed=0,
+    )  # fmt: skip
+    engine = PagedEngine(setup)
     trained, frozen = lora.split(random_params(PARTLY))
     placed = []
     for version in range(3):
         adapters = jax.tree.map(lambda x, v=version: x * (1 + v), trained)
-        engine.cancel()
         engine.set_params(lora.join(adapters, frozen), version)
-        engine.open(0, 1)
-        engine.generate(0, (5, 6, 7), 16)
+        session = engine.open(1, 0)
+        engine.extend(session, (5, 6, 7), 16)
         turn = {}
         while engine.busy:
             turn |= engine.step()
+        engine.close(session)
         ids = np.array([(5, 6, 7, *turn[0].ids)])
         model = bind(graphdef, lora.join(adapters, frozen))
         states = model(ids, np.arange(ids.size)[None], np.ones_like(ids))
@@ -173,7 +178,6 @@ def test_sampler_uses_the_adapter_and_places_frozen_weights_once():
         np.testing.assert_allclose(turn[0].logprobs, expected, atol=1e-4)
         placed.append(engine._params["layers"]["query"])
     assert placed[0] is placed[1] is placed[2]
-    engine.cancel()
     engine.set_params(lora.join(trained, jax.tree.map(lambda x: x + 1, frozen)), 3)
     np.testing.assert_array_equal(engine._params["layers"]["query"], placed[0] + 1)
 

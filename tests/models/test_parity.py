@@ -18,13 +18,14 @@ from echo_jax.models.pretrained import check_tensors, fields_of, load_params
 from echo_jax.models.rope import RopeScaling
 from echo_jax.models.save_pretrained import write_adapter, write_weights
 from echo_jax.models.sources import open_source
-from echo_jax.models.transformer import ATTENTION, LINEAR, ModelConfig, abstract_params, bind, init_adapters, init_cache
+from echo_jax.models.transformer import ATTENTION, LINEAR, ModelConfig, abstract_params, bind, init_adapters, init_pool
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
 ]
 LENGTH = 64
+PAGE = 16
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -120,10 +121,11 @@ def _jitted(config: ModelConfig):
         return logits(model, model(*row))
 
     @jax.jit
-    def decode(params, token, position, cache):
+    def decode(params, token, position, pool):
         model = bind(graphdef, params)
-        hidden, cache = model.decode(token, position, cache)
-        return logits(model, hidden), cache
+        table = jnp.arange(pool.shape[0] // config.num_layers)[None]
+        hidden, pool = model.paged(token, position, pool, table, attention="xla")
+        return logits(model, hidden[:, 0]), pool
 
     return forward, decode
 
@@ -138,9 +140,9 @@ def forward(config, params, *sequences):
 
 def decoded(config, params, ids):
     """Logits of a sequence fed token by token."""
-    cache, found = init_cache(config, 1, len(ids)), []
+    pool, found = init_pool(config, -(-len(ids) // PAGE), PAGE), []
     for position, token in enumerate(ids):
-        logits, cache = _jitted(config)[1](params, np.array([token]), np.array([position]), cache)
+        logits, pool = _jitted(config)[1](params, np.array([[token]]), np.array([[position]]), pool)
         found.append(logits[0])
     return np.asarray(jnp.stack(found))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic import MESH, SPARSE, TINY
 
-from echo_jax.models.transformer import PARAM_AXES, REMAT, abstract_params, bind, init_cache, init_params
+from echo_jax.models.transformer import PARAM_AXES, REMAT, abstract_params, bind, init_params, init_pool
 from echo_jax.system.sharding import MESH_AXES, MESH_AXIS_OF, make_mesh
 
 UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
@@ -32,19 +32,23 @@ def test_decoding_token_by_token_equals_the_forward_pass(config):
     tokens = random_tokens(0, 3, 9)
     positions = np.broadcast_to(np.arange(9), (3, 9))
     whole = forward(config, params, tokens, positions, np.ones_like(tokens))
-    step = jax.jit(lambda params, t, p, cache: bind(graphdef, params).decode(t, p, cache))
-    cache = init_cache(config, 3, 12)
+    table = np.arange(9, dtype=np.int32).reshape(3, 3)
+    step = jax.jit(lambda params, t, p, pool: bind(graphdef, params).paged(t, p, pool, table, attention="xla"))
+    pool = init_pool(config, 9, 4)
     for t in range(9):
-        hidden, cache = step(params, tokens[:, t], positions[:, t], cache)
-        np.testing.assert_allclose(hidden, whole[:, t], atol=2e-5)
+        hidden, pool = step(params, tokens[:, [t]], positions[:, [t]], pool)
+        np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
 
 
-def test_an_idle_lane_writes_nothing():
+def test_padding_writes_nothing():
     graphdef, params = init_params(TINY, 3, MESH)
-    cache = init_cache(TINY, 2, 4)
-    _, after = bind(graphdef, params).decode(jnp.array([5, 6]), jnp.array([0, 4]), cache)
-    assert (after.k[:, 0, 0] != 0).any()
-    assert (after.k[:, 1] == 0).all()
+    table, positions = jnp.array([[0], [1]]), jnp.array([[0], [-1]])
+    model = bind(graphdef, params)
+    _, pool = model.paged(jnp.array([[5], [6]]), positions, init_pool(TINY, 2, 4), table, attention="xla")
+    layers = pool.reshape(TINY.num_layers, 2, 4, -1)
+    assert (layers[:, 0, 0] != 0).all()
+    assert (layers[:, 0, 1:] == 0).all()
+    assert (layers[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize("config", [TINY, SPARSE], ids=["plain", "experts"])

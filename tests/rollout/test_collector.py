@@ -24,7 +24,7 @@ from echo_jax.roles import Role
 from echo_jax.rollout import world as environment
 from echo_jax.rollout.collector import ATTEMPTS, Collector, Interrupted, Job, RolloutError
 from echo_jax.rollout.engine import EngineSetup
-from echo_jax.rollout.engine.lanes import LaneSessions
+from echo_jax.rollout.engine.paged import PagedEngine
 from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.summary import rollout_metrics, summaries
 from echo_jax.rollout.trajectory import DTYPES
@@ -122,7 +122,7 @@ def engine_setup(**fields):
 
 @pytest.fixture(scope="module")
 def shared():
-    engine = LaneSessions(engine_setup())
+    engine = PagedEngine(engine_setup())
     engine.set_params(caller()[1], 5)
     return engine
 
@@ -707,27 +707,8 @@ def test_machine_that_fails_every_rollout_leaves_its_cause(collector, engine, mo
     assert "injected" in collector.fault
 
 
-# -- the engine of lanes ---------------------------------------------------------------------------------------------
-
-
-def test_a_session_that_follows_another_has_its_lane_and_an_empty_engine_starts_over():
-    engine = LaneSessions(engine_setup(sessions=3))
-    assert [engine.open(i, 0) for i in range(3)] == [0, 1, 2]
-    with pytest.raises(RuntimeError, match="3 sessions are open"):
-        engine.open(3, 0)
-    engine.close(1)
-    engine.close(0)
-    assert [engine.open(4, 0), engine.open(5, 0)] == [0, 1]  # the one closed last comes first
-    for session in (2, 0, 1):
-        engine.close(session)
-    assert [engine.open(i, 0) for i in range(3)] == [0, 1, 2]
-    engine.close(1)
-    with pytest.raises(ValueError, match="session 1 is not open"):
-        engine.close(1)
-
-
 def test_an_engine_that_loses_a_turn_is_an_error_and_leaves_no_sandbox(collector):
-    class Losing(LaneSessions):
+    class Losing(PagedEngine):
         busy = False
 
     with pytest.raises(RolloutError, match="the engine lost the turns of 2 open sessions"):

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from echo_jax.rollout.engine.interface import Engine, EngineSetup
-from echo_jax.rollout.engine.lanes import LaneSessions
 from echo_jax.rollout.engine.paged import PagedEngine
 from echo_jax.system import named
 
 __all__ = ["ENGINES", "Engine", "EngineSetup", "find_engine"]
 
-ENGINES: dict[str, Callable[..., Engine]] = {"dense": LaneSessions, "paged": PagedEngine}
+ENGINES: dict[str, Callable[..., Engine]] = {"paged": PagedEngine}
 
 
 def find_engine(name: str, options: Mapping[str, Any]) -> Callable[..., Engine]:

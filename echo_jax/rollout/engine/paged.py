@@ -1,32 +1,33 @@
-"""A paged engine: sessions hold pages of one pool, and only those that sample take a row of the decoding batch.
+"""A paged engine: sessions hold pages of a pool, and only those that sample take a row of the decoding batch.
 
-In: the new ids of some sessions. Out: sampled ids and their log-probs. The ids and the book of pages are on the host,
-the pool is on the device. Three programs of fixed shapes do everything: `prefill` feeds known ids in chunks, `decode`
-samples a few tokens for each row, `copy` gives a session its own copy of a page that is complete only in part. No shape
-depends on time, a token's place in its chunk depends on its position alone, and every session reserves pages for its
-whole length when it opens: so results do not depend on when tools answer or on what other sessions do, bit for bit.
-Rollouts of a group share the pages of their prompt. Use an engine from one thread.
+In: the new ids of some sessions. Out: sampled ids and their log-probs. The ids, the book of pages and the schedule are
+on the host, the pool is on the device. No shape depends on time, a token's place in its chunk depends on its position
+alone, and a session reserves pages for its whole length when it opens: so results do not depend on when tools answer or
+on what other sessions do, bit for bit. Sessions that begin with the same ids share the pages of these. Use an engine
+from one thread.
 """
 
+import collections
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from echo_jax.kernels.paged_attention import IMPLEMENTATIONS, implementation_for
-from echo_jax.models.transformer import ModelConfig, bind, init_pool
-from echo_jax.rollout.engine.dense import Placement
 from echo_jax.rollout.engine.interface import EngineSetup
+from echo_jax.rollout.engine.layout import plan_layout
 from echo_jax.rollout.engine.pages import Pages, prefix_keys
+from echo_jax.rollout.engine.placement import Placement
+from echo_jax.rollout.engine.programs import make_programs
+from echo_jax.rollout.engine.scheduler import Replica, View, feed_until, next_call
 from echo_jax.rollout.trajectory import Sampled
-from echo_jax.system.sharding import replicated, sharding_of
 
-POOL_AXES = ("time", "time", "kv_heads", "head_dim")
+COUNTS = (
+    *("prefill", "again", "shared", "decode", "evictions"),
+    *("idle_ended", "idle_prefill", "idle_tools", "idle_unopened"),
+)
+FEWEST_ROWS = 0.75  # of a call's rows: when fewer go on, and others are ready, it ends to take them in
 
 
 @dataclasses.dataclass
@@ -34,15 +35,23 @@ class Session:
     """The host's view of one session."""
 
     rollout: int  # global index: the root of its sampling keys
+    replica: int  # that holds its pages
     ids: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of the pages of its prompt
     prompt: int = 0  # how many of its first ids others can have too
-    fed: int = 0  # ids whose keys and values are in the pool
+    fed: int = 0  # ids whose keys and values are in its pages
+    reached: int = 0  # the largest `fed` so far
     budget: int = 0  # tokens still to sample in this turn; 0: it samples none
     turn: int = 0  # where the turn begins
     logprobs: list[float] = dataclasses.field(default_factory=list)  # of the turn
     entropies: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+
+    def said(self, stopped: bool) -> Sampled:
+        """The turn so far."""
+        ids, columns = self.ids[self.turn :], (self.logprobs, self.entropies, self.versions)
+        return Sampled(tuple(ids), *map(tuple, columns), stopped)
 
 
 class PagedEngine:
@@ -58,72 +67,123 @@ class PagedEngine:
         chunks_per_call: int = 8,
         steps_per_call: int = 8,
         pool_tokens: int = 0,
+        pool_gib: float = 0.0,
+        admission: str = "reserved",
         attention: str = "auto",
     ):
         """
         Args:
-          rows: sessions that decode at once; 0: half of the sessions, at least 8.
+          rows: sessions that decode at once; 0: half of the sessions, at least 8 a replica.
           page: tokens in a page; 0: 64 for the TPU kernel, whose tables must fit its scalar memory, else 16.
           chunk: ids of one session that a prefill call feeds at most, a multiple of `page`; 0: eight pages on TPU, else
             two.
           chunks_per_call: sessions that a prefill call feeds at once.
           steps_per_call: maximum number of tokens that a row decodes in one call.
-          pool_tokens: size of the pool; 0: as many as all sessions could need.
+          pool_tokens: tokens in the pool of a process.
+          pool_gib: size of the pool on each device, instead. Without both: as many tokens as all sessions could need,
+            or as fit into nine tenths of the memory that the devices have left.
+          admission: of sessions. "reserved": as many as the pool can hold at their full length. "optimistic": all;
+            when no page is free, a session loses its own and computes them again later. That changes rounding, and
+            which session it is depends on time: so runs are no longer equal bit for bit.
           attention: implementation of `paged_attention`.
         """
         self._placement = Placement(setup.mesh, setup.model_config)
         local = self._placement.local
-        if attention not in IMPLEMENTATIONS:
-            raise ValueError(f"attention = {attention!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-        kernel = implementation_for(attention, local) == "ragged"
-        page = page or (64 if kernel else 16)
-        chunk = chunk or page * (8 if kernel else 2)
-        if chunk % page:
-            raise ValueError(f"chunk = {chunk} is not a multiple of page = {page}")
-        self.max_tokens = setup.max_tokens
-        self._page, self._chunk = page, chunk
-        self._per_session = -(-setup.max_tokens // page)
-        count = -(-pool_tokens // page) or setup.sessions * self._per_session
-        if count < self._per_session:
-            raise ValueError(
-                f"pool_tokens = {pool_tokens} is less than one session may need, max_tokens = {setup.max_tokens}"
-            )
-        self.sessions = min(setup.sessions, count // self._per_session)
-        self.rows = min(self.sessions, rows or max(8, -(-self.sessions // 2)))
-        self._pool = jax.jit(init_pool, static_argnums=(0, 1, 2), out_shardings=sharding_of(local, POOL_AXES))(
-            setup.model_config, count, page
+        self._layout = layout = plan_layout(
+            setup.model_config,
+            local,
+            sessions=setup.sessions,
+            max_tokens=setup.max_tokens,
+            free_bytes=_free_bytes(local.devices.flat, self._placement.bytes_a_device),
+            attention=attention,
+            admission=admission,
+            rows=rows,
+            page=page,
+            chunk=chunk,
+            chunks_per_call=chunks_per_call,
+            steps_per_call=steps_per_call,
+            pool_tokens=pool_tokens,
+            pool_gib=pool_gib,
         )
-        self._book = Pages(count)
-        self._open: dict[int, Session] = {}
-        self._handles = list(reversed(range(self.sessions)))
-        self._stop_ids = setup.stop_ids
-        self._steps, self._chunks = steps_per_call, chunks_per_call
-        self._copies: list[tuple[int, int]] = []
-        self._key = jax.random.key(setup.seed)
-        self._params, self._version = None, 0
+        self.max_tokens = setup.max_tokens
+        self.sessions = layout.replicas * layout.sessions
         self._programs = make_programs(
             setup.graphdef,
             setup.model_config,
             local,
+            layout,
             temperature=setup.temperature,
             stop_ids=setup.stop_ids,
-            steps=steps_per_call,
             attention=attention,
         )
-        self.computed = {"prefill": 0, "decode": 0, "idle": 0, "shared": 0}  # tokens fed, rows that decoded nothing
+        self._key = jax.random.key(setup.seed)
+        self._books = [Pages(layout.pages) for _ in range(layout.replicas)]
+        self._open: dict[int, Session] = {}
+        self._copies: list[list[tuple[int, int]]] = [[] for _ in self._books]
+        self._params, self._pool, self._version = None, None, 0
+        self._counts = collections.Counter()
+        self._peak = 0.0
 
-    def set_params(self, params, version: int) -> None:
-        if self._open:
+    # Weights.
+
+    def set_params(self, params, version: int, open_sessions: str = "refuse") -> None:
+        if self._open and open_sessions == "refuse":
             raise RuntimeError(f"weights may only change while no session is open, but {sorted(self._open)} are")
+        if open_sessions not in ("refuse", "recompute", "keep"):
+            raise ValueError(f"open_sessions = {open_sessions!r}: choose one of refuse, recompute, keep")
+        if self._open and version < self._version:
+            raise ValueError(f"version {version} is older than {self._version}, from which open sessions have sampled")
+        for own in self._open.values():
+            if open_sessions == "recompute":
+                self._release(own)
+            else:  # nobody may share what it computes from now on with keys and values of older weights before it
+                own.prompt, own.keys = 0, []
+        for book in self._books:
+            book.forget_prefixes()
         self._params, self._version = self._placement(params), version
-        self._book.forget_prefixes()
+        if self._pool is None:
+            self._pool = self._programs.new_pool()
+
+    def sleep(self) -> None:
+        """Gives the memory of the weights and of the pool back, until the next `set_params`.
+
+        Raises:
+          RuntimeError: a session is open.
+        """
+        if self._open:
+            raise RuntimeError(f"sessions {sorted(self._open)} are open")
+        self._params = self._pool = None
+        self._placement.forget()
+
+    # Sessions.
 
     def open(self, rollout: int, group: int) -> int:
         del group  # equal prompts are found by their ids
-        if not self._handles:
-            raise RuntimeError(f"all {self.sessions} sessions are open")
-        handle = self._handles.pop()
-        self._open[handle] = Session(rollout)
+        return self._add(rollout, self._emptiest())
+
+    def fork(self, session: int, rollout: int) -> int:
+        """Starts a session that holds what another holds, and shares its pages; returns its handle.
+
+        Raises:
+          ValueError: the other is sampling.
+          RuntimeError: `sessions` are open already.
+        """
+        parent = self._open[session]
+        if parent.budget:
+            raise ValueError(f"session {session} is sampling; fork it between two turns")
+        same = parent.replica if self._room(parent.replica) else None
+        handle = self._add(rollout, self._emptiest() if same is None else same)
+        own = self._open[handle]
+        own.ids, own.keys, own.prompt = list(parent.ids), parent.keys, parent.prompt
+        if same is not None:
+            book = self._books[same]
+            whole, part = divmod(parent.fed, self._layout.page)
+            own.pages = [book.hold(page) for page in parent.pages[:whole]]
+            own.fed = whole * self._layout.page
+            if part and self._copy(own, parent.pages[whole]):
+                own.fed = parent.fed
+            own.reached = own.fed
+            self._run_copies()
         return handle
 
     def extend(self, session: int, ids: tuple[int, ...], max_new: int) -> None:
@@ -137,257 +197,239 @@ class PagedEngine:
         own.ids += ids
         if not known:
             own.prompt = len(ids) - 1  # the last id is fed by the decoder, which samples after it
-            own.keys = prefix_keys(ids[:-1], self._page)
+            own.keys = prefix_keys(ids[:-1], self._layout.page)
         own.turn, own.budget = len(own.ids), max_new
-        own.logprobs, own.entropies = [], []
+        own.logprobs, own.entropies, own.versions = [], [], []
+
+    def cancel(self, session: int) -> Sampled:
+        """Ends the turn of a session, which stays open; returns what it sampled so far, perhaps no token."""
+        own = self._open[session]
+        said = own.said(stopped=False) if own.budget else Sampled((), (), (), (), False)
+        own.budget = 0
+        return said
+
+    def close(self, session: int) -> None:
+        if session not in self._open:
+            raise ValueError(f"session {session} is not open")
+        self._release(self._open.pop(session))
 
     @property
     def busy(self) -> bool:
         return any(own.budget for own in self._open.values())
 
     def step(self) -> dict[int, Sampled]:
-        """Feeds a chunk of known ids to some sessions or, if none has any, decodes a few tokens for as many as have a
-        row."""
-        sampling = sorted((own.rollout, handle, own) for handle, own in self._open.items() if own.budget)
-        if waiting := self._to_prefill([own for _, _, own in sampling]):
-            self._feed(waiting)
+        """Makes one call: feeds some sessions a chunk of known ids, or decodes a few tokens."""
+        self._share_prompts()
+        views = [[] for _ in self._books]
+        for handle, own in self._open.items():
+            views[own.replica].append(self._view(handle, own))
+        replicas = [Replica(own, book.holders, book.available) for own, book in zip(views, self._books, strict=True)]
+        feeds, plans = next_call(replicas, self._layout)
+        for plan in plans:
+            for handle in plan.evict:
+                self._release(self._open[handle])
+                self._counts["evictions"] += 1
+        chosen = [plan.sessions for plan in plans]
+        if feeds:
+            self._feed(chosen)
             return {}
-        return self._sample([(handle, own) for _, handle, own in sampling[: self.rows]])
+        return self._sample(chosen)
 
-    def close(self, session: int) -> None:
-        if session not in self._open:
-            raise ValueError(f"session {session} is not open")
-        for page in self._open.pop(session).pages:
-            self._book.release(page)
-        self._handles.append(session)
-        self._handles.sort(reverse=True)
+    def stats(self) -> Mapping[str, float]:
+        """Returns what was counted since the last call of this; all add up, but for the peak.
 
-    def cancel(self) -> None:
-        """Ends all sessions."""
-        for session in list(self._open):
-            self.close(session)
+        prefill: known ids fed; again: those of them that had been fed before; shared: known ids found in the pool
+        instead; decode: ids sampled, one a row and step; idle_*: rows that sampled none in a step, because their turn
+        ended within the call (ended), or no session took the row: there were some that had ids to feed (prefill), or
+        waited for tools (tools), or no more were open (unopened); evictions; peak_pages: the largest share of a pool
+        that was held.
+        """
+        counts = {name: self._counts[name] for name in COUNTS} | {"peak_pages": self._peak}
+        self._counts.clear()
+        self._peak = 0.0
+        return counts
+
+    def _room(self, replica: int) -> int:
+        """How many more sessions a replica can open."""
+        return self._layout.sessions - sum(own.replica == replica for own in self._open.values())
+
+    def _emptiest(self) -> int:
+        return max(range(self._layout.replicas), key=lambda replica: (self._room(replica), -replica))
+
+    def _add(self, rollout: int, replica: int) -> int:
+        if not self._room(replica):
+            raise RuntimeError(f"all {self.sessions} sessions are open")
+        handle = next(handle for handle in range(self.sessions) if handle not in self._open)
+        self._open[handle] = Session(rollout, replica)
+        return handle
+
+    def _release(self, own: Session) -> None:
+        """Takes a session's pages away. If it goes on, what they held is computed again."""
+        for page in own.pages:
+            self._books[own.replica].release(page)
+        own.pages, own.fed = [], 0
+
+    def _view(self, handle: int, own: Session) -> View:
+        at = own.fed // self._layout.page
+        key = own.keys[at] if own.fed < own.prompt else None
+        return View(handle, own.rollout, len(own.ids), own.fed, own.budget, tuple(own.pages), key)
 
     # Known ids.
 
-    def _to_prefill(self, sampling: list[Session]) -> list[Session]:
-        """Takes pages that hold a session's next ids already; returns the sessions that have ids left to feed, at most
-        one of those with the same next ids."""
-        waiting, computing = [], set()
-        for own in sampling:
+    def _share_prompts(self) -> None:
+        """Advances the sessions that are about to feed their prompt over the pages of it that the pool has."""
+        hungry = [own for own in self._open.values() if own.budget and own.fed < own.prompt]
+        for own in sorted(hungry, key=lambda own: own.rollout):
             self._share(own)
-            if own.fed >= len(own.ids) - 1:
-                continue
-            at = own.fed // self._page
-            key = own.keys[at] if at < len(own.keys) and own.fed < own.prompt else None
-            if key is None or key not in computing:
-                waiting.append(own)
-                computing.add(key)
-            if len(waiting) == self._chunks:
-                break
-        if self._copies:
-            self._run_copies()
-        return waiting
+        self._run_copies()
 
     def _share(self, own: Session) -> None:
-        """Advances a session over the pages of its prompt that the pool has."""
-        while own.fed < own.prompt and own.fed % self._page == 0:
-            at = own.fed // self._page
-            found = self._book.find(own.keys[at])
+        page, book = self._layout.page, self._books[own.replica]
+        while own.fed < own.prompt and own.fed % page == 0:
+            found = book.find(own.keys[own.fed // page])
             if found is None:
                 return
-            end = min(own.fed + self._page, own.prompt)
-            if end % self._page:  # its owner goes on writing there
-                if not self._book.available:  # for the copy, while the original is held too
-                    self._book.release(found)
+            end = min(own.fed + page, own.prompt)
+            if end % page:  # its owner goes on writing there
+                copied = self._copy(own, found)
+                book.release(found)
+                if not copied:
                     return
-                own.pages.append(self._book.take())
-                self._copies.append((found, own.pages[-1]))
             else:
                 own.pages.append(found)
-            self.computed["shared"] += end - own.fed
+            self._counts["shared"] += end - own.fed
             own.fed = end
+            own.reached = max(own.reached, end)
+
+    def _copy(self, own: Session, source: int) -> bool:
+        """Plans a copy of a page as the next of a session's pages; returns False if no page is free for it."""
+        book = self._books[own.replica]
+        if not book.available:
+            return False
+        own.pages.append(book.take())
+        self._copies[own.replica].append((book.hold(source), own.pages[-1]))
+        return True
 
     def _run_copies(self) -> None:
-        """Copies pages, some at a time; a copied page was held until now."""
-        for start in range(0, len(self._copies), self._chunks):
-            some = self._copies[start : start + self._chunks]
-            pairs = np.full((2, self._chunks), -1, np.int32)
-            pairs[:, : len(some)] = np.asarray(some).T
+        """Makes the planned copies, some in a call."""
+        width = self._layout.chunks
+        while any(self._copies):
+            pairs = np.full((2, self._layout.replicas * width), -1, np.int32)
+            for replica, copies in enumerate(self._copies):
+                for row, (source, target) in enumerate(copies[:width], start=replica * width):
+                    pairs[:, row] = source, target
+                    self._books[replica].release(source)
+                del copies[:width]
             self._pool = self._programs.copy(self._pool, *pairs)
-            for page, _ in some:
-                self._book.release(page)
-        self._copies = []
 
-    def _feed(self, waiting: list[Session]) -> None:
-        tokens = np.zeros((self._chunks, self._chunk), np.int32)
-        positions = np.full((self._chunks, self._chunk), -1, np.int32)
-        ends = []
-        for row, own in enumerate(waiting):
+    def _feed(self, chosen: list[list[int]]) -> None:
+        rows, size = self._layout.replicas * self._layout.chunks, self._layout.chunk
+        placed = self._placed(chosen, self._layout.chunks)
+        tokens = np.zeros((rows, size), np.int32)
+        positions = np.full((rows, size), -1, np.int32)
+        ends = {}
+        for row, handle, own in placed:
+            ends[row] = end = feed_until(self._view(handle, own), self._layout)
             # A token's column follows from its position, so that it does not matter where a chunk starts.
-            start = own.fed // self._chunk * self._chunk
-            end = min(start + self._chunk, len(own.ids) - 1)
-            columns = slice(own.fed - start, end - start)
+            first = own.fed % size
+            columns = slice(first, first + end - own.fed)
             tokens[row, columns] = own.ids[own.fed : end]
             positions[row, columns] = np.arange(own.fed, end)
             self._make_room(own, end)
-            ends.append(end)
-        self._pool = self._programs.prefill(
-            self._params, self._pool, tokens, positions, self._table(waiting, self._chunks)
-        )
-        for own, end in zip(waiting, ends, strict=True):
-            self.computed["prefill"] += end - own.fed
-            for at in range(own.fed // self._page, -(-min(end, own.prompt) // self._page)):
-                if min((at + 1) * self._page, own.prompt) <= end:
-                    self._book.publish(own.pages[at], own.keys[at])
-            own.fed = end
+        self._pool = self._programs.prefill(self._params, self._pool, tokens, positions, self._table(placed, rows))
+        for row, _, own in placed:
+            end = ends[row]
+            self._counts["prefill"] += end - own.fed
+            self._counts["again"] += max(0, min(end, own.reached) - own.fed)
+            self._publish(own, end)
+            own.fed, own.reached = end, max(own.reached, end)
+
+    def _publish(self, own: Session, end: int) -> None:
+        """Lets others share the pages of a session's prompt that are complete once it is fed up to `end`."""
+        page = self._layout.page
+        for at in range(own.fed // page, -(-min(end, own.prompt) // page)):
+            if min((at + 1) * page, own.prompt) <= end:
+                self._books[own.replica].publish(own.pages[at], own.keys[at])
 
     # Sampling.
 
-    def _sample(self, chosen: list[tuple[int, Session]]) -> dict[int, Sampled]:
-        tokens, positions, rollouts, budgets = np.zeros((4, self.rows), np.int32)
-        for row, (_, own) in enumerate(chosen):
+    def _sample(self, chosen: list[list[int]]) -> dict[int, Sampled]:
+        layout = self._layout
+        rows = layout.replicas * layout.rows
+        placed = self._placed(chosen, layout.rows)
+        tokens, positions, budgets, rollouts = np.zeros((4, rows), np.int32)
+        for row, _, own in placed:
             tokens[row], positions[row] = own.ids[own.fed], own.fed
-            rollouts[row], budgets[row] = own.rollout, own.budget
-            self._make_room(own, own.fed + min(own.budget, self._steps))
-        table = self._table([own for _, own in chosen], self.rows)
+            budgets[row], rollouts[row] = own.budget, own.rollout
+            self._make_room(own, own.fed + min(own.budget, layout.steps))
+        least = np.asarray([self._least(replica, len(handles)) for replica, handles in enumerate(chosen)], np.int32)
         results, self._pool = self._programs.decode(
-            self._params, self._pool, tokens, positions, budgets, rollouts, table, self._key
+            *(self._params, self._pool, tokens, positions, budgets, rollouts),
+            *(self._table(placed, rows), least, self._key),
         )
         ids, logprobs, entropies, counts, stopped = map(np.asarray, results)
+        self._count_rows(chosen, counts)
         finished = {}
-        for row, (handle, own) in enumerate(chosen):
-            count = counts[row]
+        for row, handle, own in placed:
+            count = int(counts[row])
             own.ids += ids[row, :count].tolist()
             own.logprobs += logprobs[row, :count].tolist()
             own.entropies += entropies[row, :count].tolist()
-            own.fed += int(count)
-            own.budget = 0 if stopped[row] else own.budget - int(count)
+            own.versions += [self._version] * count
+            own.fed += count
+            own.reached = own.fed
+            own.budget = 0 if stopped[row] else own.budget - count
             if not own.budget:
-                said = tuple(own.ids[own.turn :])
-                versions = (self._version,) * len(said)
-                finished[handle] = Sampled(
-                    said, tuple(own.logprobs), tuple(own.entropies), versions, bool(stopped[row])
-                )
-        self.computed["decode"] += int(counts.sum())
-        self.computed["idle"] += int(counts.max(initial=0)) * self.rows - int(counts.sum())
+                finished[handle] = own.said(stopped=bool(stopped[row]))
         return finished
 
-    def _make_room(self, own: Session, end: int) -> None:
-        while len(own.pages) * self._page < end:
-            own.pages.append(self._book.take())
+    def _least(self, replica: int, chosen: int) -> int:
+        """How many rows must go on for a call not to end early."""
+        busy = sum(own.budget > 0 for own in self._open.values() if own.replica == replica)
+        return math.ceil(FEWEST_ROWS * chosen) if busy > chosen else 1
 
-    def _table(self, chosen: list[Session], rows: int) -> np.ndarray:
-        # As long as whole chunks may be: a kernel may look at the pages of a chunk's padding.
-        table = np.zeros((rows, -(-self.max_tokens // self._chunk) * self._chunk // self._page), np.int32)
-        for row, own in enumerate(chosen):
+    def _count_rows(self, chosen: list[list[int]], counts: np.ndarray) -> None:
+        """Adds to the statistics what the rows of a decode call did, and why some did nothing."""
+        for replica, handles in enumerate(chosen):
+            own = counts[replica * self._layout.rows :][: self._layout.rows]
+            steps, sampled = int(own.max()), int(own.sum())
+            sessions = [own for own in self._open.values() if own.replica == replica]
+            empty = self._layout.rows - len(handles)
+            feeding = min(empty, sum(own.budget > 0 for own in sessions) - len(handles))
+            waiting = min(empty - feeding, sum(not own.budget for own in sessions))
+            self._counts.update(
+                decode=sampled,
+                idle_ended=steps * len(handles) - sampled,
+                idle_prefill=steps * feeding,
+                idle_tools=steps * waiting,
+                idle_unopened=steps * (empty - feeding - waiting),
+            )
+            self._peak = max(self._peak, self._books[replica].held / self._layout.pages)
+
+    # Arrays for the programs.
+
+    def _placed(self, chosen: list[list[int]], rows: int) -> list[tuple[int, int, Session]]:
+        """Returns the row, the handle and the session of all that a call serves."""
+        return [
+            (replica * rows + i, handle, self._open[handle])
+            for replica, handles in enumerate(chosen)
+            for i, handle in enumerate(handles)
+        ]
+
+    def _make_room(self, own: Session, end: int) -> None:
+        while len(own.pages) * self._layout.page < end:
+            own.pages.append(self._books[own.replica].take())
+
+    def _table(self, placed: list[tuple[int, int, Session]], rows: int) -> np.ndarray:
+        table = np.zeros((rows, self._layout.table), np.int32)
+        for row, _, own in placed:
             table[row, : len(own.pages)] = own.pages
         return table
 
 
-class Programs(NamedTuple):
-    """The jitted programs of an engine; each donates the pool and returns it in place."""
-
-    prefill: Callable  # (params, pool, tokens [R, C], positions [R, C], table [R, M]) -> pool
-    decode: Callable  # see `_decode`
-    copy: Callable  # (pool, source pages [R], target pages [R]; -1: none) -> pool
-
-
-def make_programs(
-    graphdef, config: ModelConfig, mesh: Mesh, *, temperature: float, stop_ids: tuple[int, ...], steps: int, attention
-) -> Programs:
-    """`mesh`: of the engine, whose devices need not be this machine's; the others as in `PagedEngine`."""
-    pool, everywhere = sharding_of(mesh, POOL_AXES), replicated(mesh)
-    shared = {
-        "graphdef": graphdef,
-        "mesh": mesh if mesh.size > 1 else None,
-        "attention": implementation_for(attention, mesh),
-    }
-    decode = functools.partial(_decode, **shared, temperature=temperature, stop_ids=stop_ids, steps=steps)
-    copy = functools.partial(_copy, layers=config.num_layers)
-    return Programs(
-        prefill=jax.jit(functools.partial(_prefill, **shared), donate_argnums=1, out_shardings=pool),
-        decode=jax.jit(decode, donate_argnums=1, out_shardings=(everywhere, pool)),
-        copy=jax.jit(copy, donate_argnums=0, out_shardings=pool),
-    )
-
-
-def _prefill(params, pool, tokens, positions, table, *, graphdef, mesh, attention):
-    return bind(graphdef, params).paged(tokens, positions, pool, table, attention=attention, mesh=mesh)[1]
-
-
-def _copy(pool, sources, targets, *, layers):
-    """Copies pages in all layers; -1: none."""
-    pages = pool.shape[0] // layers
-    offsets = jnp.arange(layers)[:, None] * pages
-    targets = jnp.where(targets < 0, pool.shape[0], targets + offsets)  # past the end: dropped
-    return pool.at[targets].set(pool[jnp.maximum(sources, 0) + offsets], mode="drop")
-
-
-def _decode(
-    params,
-    pool,
-    tokens,
-    positions,
-    budgets,
-    rollouts,
-    table,
-    key,
-    *,
-    graphdef,
-    mesh,
-    attention,
-    temperature,
-    stop_ids,
-    steps,
-):
-    """Samples up to `steps` tokens for every row with a budget.
-
-    Args:
-      tokens, positions, budgets, rollouts: int32 [B]. The first token to feed, its position, how many to sample.
-      table: int32 [B, M].
-
-    Returns:
-      (ids, log-probs, entropies, each [B, steps]; number of ids sampled [B]; whether the last stops [B]), and the pool.
-    """
-    rollout_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rollouts)
-    rows = tokens.shape[0]
-
-    def unfinished(carry):
-        return (carry[0] < steps) & jnp.any(carry[2] > 0)
-
-    def one_token(carry):
-        i, tokens, left, pool, ids, logprobs, entropies, counts, stopped = carry
-        running = left > 0
-        position = positions + counts
-        model = bind(graphdef, params)
-        fed = jnp.where(running, position, -1)
-        hidden, pool = model.paged(tokens[:, None], fed[:, None], pool, table, attention=attention, mesh=mesh)
-        head = model.head().astype(hidden.dtype)
-        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32) / temperature
-        keys = jax.vmap(jax.random.fold_in)(rollout_keys, position + 1)
-        sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        every = jax.nn.log_softmax(logits)
-        logprob = jnp.take_along_axis(every, sampled[:, None], axis=-1)[:, 0]
-        entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
-        stops = running & jnp.isin(sampled, jnp.asarray(stop_ids))
-        return (
-            i + 1,
-            jnp.where(running, sampled, tokens),
-            jnp.where(stops, 0, left - running),
-            pool,
-            ids.at[:, i].set(sampled),
-            logprobs.at[:, i].set(logprob),
-            entropies.at[:, i].set(entropy),
-            counts + running,
-            stopped | stops,
-        )
-
-    start = (
-        *(0, tokens, budgets, pool),
-        jnp.zeros((rows, steps), jnp.int32),
-        *(jnp.zeros((rows, steps)) for _ in range(2)),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, bool),
-    )
-    _, _, _, pool, *results = jax.lax.while_loop(unfinished, one_token, start)
-    return tuple(results), pool
+def _free_bytes(devices: Iterable[jax.Device], weights: int) -> int | None:
+    """Returns what the fullest device has left once it holds the weights; None if a device does not tell."""
+    found = [device.memory_stats() for device in devices]
+    if not all(stats and "bytes_limit" in stats for stats in found):
+        return None
+    return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in found) - weights

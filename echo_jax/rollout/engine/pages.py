@@ -17,7 +17,7 @@ class Pages:
     def __init__(self, count: int):
         self.count = count
         self._free = list(reversed(range(count)))
-        self._holders = [0] * count
+        self.holders = [0] * count  # of each page
         self._page_of: dict[bytes, int] = {}  # key of a prefix -> page
         self._key_of: dict[int, bytes] = {}
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()  # findable pages without a holder
@@ -45,14 +45,25 @@ class Pages:
             self._forget(page)
         else:
             raise RuntimeError(f"all {self.count} pages are held")
-        self._holders[page] = 1
+        self.holders[page] = 1
+        return page
+
+    def hold(self, page: int) -> int:
+        """Returns a page that somebody holds, held once more.
+
+        Raises:
+          ValueError: nobody holds it.
+        """
+        if not self.holders[page]:
+            raise ValueError(f"page {page} has no holder yet")
+        self.holders[page] += 1
         return page
 
     def find(self, key: bytes) -> int | None:
         """Returns the page of this prefix, held once more; None if there is none."""
         page = self._page_of.get(key)
         if page is not None:
-            self._holders[page] += 1
+            self.holders[page] += 1
             self._idle.pop(page, None)
         return page
 
@@ -67,10 +78,10 @@ class Pages:
         Raises:
           ValueError: nobody holds it.
         """
-        if not self._holders[page]:
+        if not self.holders[page]:
             raise ValueError(f"page {page} is released more often than it was taken")
-        self._holders[page] -= 1
-        if not self._holders[page]:
+        self.holders[page] -= 1
+        if not self.holders[page]:
             if page in self._key_of:
                 self._idle[page] = None
             else:

@@ -1,0 +1,113 @@
+"""The shapes of an engine's programs and the size of its pool, fixed before a run's first token.
+
+In: an engine's options, the model, and what its devices have left. Out: a `Layout`, or an error that names the numbers.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from echo_jax.kernels.paged_attention import IMPLEMENTATIONS, implementation_for
+from echo_jax.models.transformer import ModelConfig
+
+ADMISSIONS = ("reserved", "optimistic")
+POOL_SHARE = 0.9  # of the memory that is left; programs need temporary memory too
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes that no time or load changes, so that they change no bit. Each replica of the model has its own pool and
+    an equal part of the sessions, the rows and the chunks."""
+
+    replicas: int
+    sessions: int  # of one replica, the most that can be open at once
+    rows: int  # of one replica: sessions that decode at once
+    steps: int  # that a row decodes at most in one call
+    chunks: int  # of one replica: sessions that a prefill call feeds at once
+    chunk: int  # ids of one session that a prefill call feeds at most
+    page: int  # tokens in a page
+    pages: int  # in one replica's pool
+    pages_a_session: int  # that a session of max_tokens needs
+
+    @property
+    def table(self) -> int:
+        """Entries of a page table. They cover whole chunks: a kernel may look at the pages of a chunk's padding."""
+        tokens = self.pages_a_session * self.page
+        return -(-tokens // self.chunk) * self.chunk // self.page
+
+
+def page_bytes(config: ModelConfig, page: int, tensor: int) -> int:
+    """Returns the memory of a page of `page` tokens in all layers, on one of `tensor` devices that share the heads."""
+    numbers = config.num_layers * page * 2 * config.num_kv_heads * config.head_dim
+    return numbers * jnp.dtype(config.compute_dtype).itemsize // tensor
+
+
+def plan_layout(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    sessions: int,
+    max_tokens: int,
+    free_bytes: int | None = None,
+    attention: str = "auto",
+    admission: str = "reserved",
+    rows: int = 0,
+    page: int = 0,
+    chunk: int = 0,
+    chunks_per_call: int = 8,
+    steps_per_call: int = 8,
+    pool_tokens: int = 0,
+    pool_gib: float = 0.0,
+) -> Layout:
+    """Returns the shapes for these options, which `PagedEngine` describes.
+
+    Args:
+      mesh: of the engine: replicas over `data`, each over `tensor`.
+      sessions: that should be open at once, over all replicas.
+      free_bytes: memory that a device has left for the pool; None: unknown, as on a CPU.
+
+    Raises:
+      ValueError: an option cannot work, or the pool is too small for one session.
+    """
+    for name, value, choices in (("attention", attention, IMPLEMENTATIONS), ("admission", admission, ADMISSIONS)):
+        if value not in choices:
+            raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
+    if pool_tokens and pool_gib:
+        raise ValueError(f"pool_tokens = {pool_tokens} and pool_gib = {pool_gib:g} say the same: set one of them")
+    kernel = implementation_for(attention, mesh) == "ragged"
+    page = page or (64 if kernel else 16)
+    chunk = chunk or page * (8 if kernel else 2)
+    if chunk % page:
+        raise ValueError(f"chunk = {chunk} is not a multiple of page = {page}")
+    replicas, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    share = lambda count: -(-count // replicas)  # noqa: E731
+    a_session, size = -(-max_tokens // page), page_bytes(config, page, tensor)
+    wanted = share(sessions) * a_session
+    if pool_tokens:
+        pages, source = -(-share(pool_tokens) // page), f"pool_tokens = {pool_tokens}"
+    elif pool_gib:
+        pages, source = int(pool_gib * GIB) // size, f"pool_gib = {pool_gib:g}"
+    elif free_bytes is None:
+        pages, source = wanted, ""
+    else:
+        pages = min(wanted, max(0, int(POOL_SHARE * free_bytes)) // size)
+        source = f"{POOL_SHARE:g} of the {free_bytes / GIB:.2f} GiB that a device has left"
+    if pages < a_session:
+        raise ValueError(
+            f"{source} holds {pages * page} tokens in pages of {page} ({size} bytes a device each), but one session "
+            f"may need max_tokens = {max_tokens}"
+        )
+    open_at_once = share(sessions) if admission == "optimistic" else min(share(sessions), pages // a_session)
+    return Layout(
+        replicas=replicas,
+        sessions=open_at_once,
+        rows=min(open_at_once, share(rows) or max(8, -(-open_at_once // 2))),
+        steps=steps_per_call,
+        chunks=share(chunks_per_call),
+        chunk=chunk,
+        page=page,
+        pages=pages,
+        pages_a_session=a_session,
+    )

@@ -1,0 +1,76 @@
+"""Where a process samples: the mesh of its engine, and the way of the weights there from the training mesh.
+
+Each process has an engine on its local devices, so that no process waits for another's tools. The model's matrices are
+sharded over as many of these devices as divide its heads, FFN and vocabulary; the others hold replicas of the model.
+"""
+
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from echo_jax.models import lora
+from echo_jax.models.transformer import ModelConfig, abstract_params, used_dtype
+from echo_jax.system.sharding import make_mesh
+
+
+class Placement:
+    """Brings parameters from the training mesh to the engine's mesh: one jitted cast and reshard. Brings frozen
+    parameters only once, until `forget`."""
+
+    def __init__(self, mesh: Mesh, config: ModelConfig, process: int | None = None):
+        """
+        Args:
+          mesh: of training.
+          process: whose engine it is; None: this one's.
+        """
+        devices = list(mesh.devices.flat)  # those of a process are adjacent
+        process = jax.process_index() if process is None else process
+        local_devices = [d for d in devices if d.process_index == process]
+        sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
+        tensor = math.gcd(len(local_devices), *sizes)
+        # The engine's mesh: replicas over `data`, each sharded over `tensor`.
+        self.local = make_mesh(len(local_devices) // tensor, 1, tensor, local_devices)
+        # On the devices of all processes, each laid out like `local`, in the dtype that the model uses.
+        everywhere = abstract_params(config, make_mesh(len(devices) // tensor, 1, tensor, devices))[1]
+        self.placed = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, used_dtype(path, x.dtype, config), sharding=x.sharding),
+            everywhere,
+        )
+        self._bring_trained, self._bring_frozen = map(bring, lora.split(self.placed))
+        self.forget()
+
+    def __call__(self, params: dict) -> dict:
+        trained, frozen = lora.split(params)
+        given = self._frozen[0]
+        if not given or any(a is not b for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(given), strict=True)):
+            self._frozen = frozen, self._to_local(self._bring_frozen(frozen))
+        return lora.join(self._to_local(self._bring_trained(trained)), self._frozen[1])
+
+    def forget(self) -> None:
+        """Keeps no parameters, so that their memory is free once nobody else holds them."""
+        self._frozen: tuple[dict, dict] = {}, {}  # as given, and on `local`
+
+    @property
+    def bytes_a_device(self) -> int:
+        """Memory of the engine's parameters on one of its devices."""
+        shards = (x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(self.placed))
+        sizes = (x.dtype.itemsize for x in jax.tree.leaves(self.placed))
+        return sum(math.prod(shape) * size for shape, size in zip(shards, sizes, strict=True))
+
+    def _to_local(self, tree: dict) -> dict:
+        return jax.tree.map(self._shards_to_local, tree)
+
+    def _shards_to_local(self, x: jax.Array) -> jax.Array:
+        shards = [shard.data for shard in x.addressable_shards]
+        sharding = NamedSharding(self.local, x.sharding.spec)
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+
+def bring(placed: dict):
+    """Returns the jitted program that casts and reshards parameters to those of `placed`."""
+
+    def cast(params):
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), params, placed)
+
+    return jax.jit(cast, out_shardings=jax.tree.map(lambda x: x.sharding, placed))

@@ -6,7 +6,8 @@ In: this process's share of the jobs. Out: its trajectories; or, in every proces
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from echo_jax.rollout.collector import Collector, Interrupted, RolloutError
+from echo_jax.rollout.collector import Collector, Interrupted, Job, RolloutError
+from echo_jax.rollout.engine import Engine
 from echo_jax.rollout.episode import Outcome
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.peers import Peers
@@ -30,6 +31,10 @@ class JointCollector:
     def raised_here(self) -> Collection[int]:
         """Returns which of this process's rollouts in the last collection those were."""
         return self._collector.raised.keys()
+
+    def prepare(self, jobs: Sequence[Job], engine: Engine) -> None:
+        """Like `Collector.prepare`. It waits for no other process."""
+        self._collector.prepare(jobs, engine)
 
     def rollouts(self, *arguments: Any, **options: Any) -> list[Trajectory]:
         """Like `Collector.rollouts`.

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,6 +55,14 @@ class Job:
     environment: str = ""  # entry of the task mixture that the task comes from
 
 
+class Seconds(NamedTuple):
+    """Where the wall time of a collection went."""
+
+    engine: float = 0.0  # inside `Engine.step`
+    tools: float = 0.0  # no session had a turn to sample: it waited for tools
+    host: float = 0.0  # the rest
+
+
 class Collector:
     """Makes trajectories, from a policy or from scripts. Use it as a context manager: its exit ends all threads and
     sandboxes."""
@@ -67,6 +77,7 @@ class Collector:
         self.retried = 0  # number of rollouts that the last collection repeated
         self.fault = ""  # why the last unscored rollout of that collection has no score
         self.raised: dict[int, str] = {}  # rollout -> the first exception that its task or tools raised
+        self.seconds = Seconds()  # of the last collection of sampled rollouts
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
@@ -117,6 +128,7 @@ class Collector:
         try:
             return collection.run(on_finish)
         finally:
+            self.seconds = collection.seconds
             collection.close()
             self.retried, self.fault, self.raised = collection.retried, collection.fault, collection.raised
 
@@ -292,6 +304,8 @@ class _Collection:
         self._attempts = dict.fromkeys(range(len(jobs)), 0)
         self._at_once = collector._open_at_once(engine)
         self.retried = 0
+        self._start = time.perf_counter()
+        self._engine_seconds = self._tool_seconds = 0.0  # see `Seconds`
 
     def run(self, on_finish: Callable[[int], None]) -> list[Trajectory]:
         first = [i for i in map(self._unfinished, range(self._at_once)) if i is not None]
@@ -301,19 +315,29 @@ class _Collection:
         while len(self._done) < len(self._jobs):
             if self._collector.stop.is_set():
                 raise Interrupted([t for t in self._done.values() if t.rollout not in self.raised])
+            start = time.perf_counter()
             if self._engine.busy:
-                for session, turn in self._engine.step().items():
+                turns = self._engine.step()
+                self._engine_seconds += time.perf_counter() - start
+                for session, turn in turns.items():
                     i = self._job_of[session]
                     self._known[i] += len(turn.ids)
                     self._advance(i, turn)
             elif self._waiting:
                 concurrent.futures.wait(self._waiting, 0.1, concurrent.futures.FIRST_COMPLETED)
+                self._tool_seconds += time.perf_counter() - start
             else:
                 raise RolloutError(f"the engine lost the turns of {len(self._job_of)} open sessions")
             for future in [future for future in self._waiting if future.done()]:
                 self._collect(self._waiting.pop(future), future.result())
                 on_finish(len(self._done))
         return [self._done[i] for i in range(len(self._jobs))]
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where the time went since the start."""
+        passed = time.perf_counter() - self._start
+        return Seconds(self._engine_seconds, self._tool_seconds, passed - self._engine_seconds - self._tool_seconds)
 
     @property
     def fault(self) -> str:

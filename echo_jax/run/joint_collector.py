@@ -4,9 +4,10 @@ In: this process's share of the jobs. Out: its trajectories; or, in every proces
 """
 
 from collections.abc import Callable, Collection, Sequence
+from statistics import mean
 from typing import Any
 
-from echo_jax.rollout.collector import Collector, Interrupted, Job, RolloutError
+from echo_jax.rollout.collector import Collector, Interrupted, Job, RolloutError, Seconds
 from echo_jax.rollout.engine import Engine
 from echo_jax.rollout.episode import Outcome
 from echo_jax.rollout.trajectory import Trajectory
@@ -27,6 +28,11 @@ class JointCollector:
     def retried(self) -> int:
         """Number of rollouts that the last collection repeated, over all processes."""
         return sum(self._peers.gather(self._collector.retried))
+
+    def seconds(self) -> Seconds:
+        """Returns where the wall time of the last collection went, in the mean over all processes."""
+        everyone = self._peers.gather(list(self._collector.seconds), "seconds")
+        return Seconds(*map(mean, zip(*everyone, strict=True)))
 
     def raised_here(self) -> Collection[int]:
         """Returns which of this process's rollouts in the last collection those were."""

@@ -153,6 +153,7 @@ class Trainer:
                 metrics = rollout_metrics(everyone, "rollout", environments(self.config.task.mixture))
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
+                metrics |= self._rollout_seconds()
                 objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
                 with self._keeping(trajectories):
                     self._prepare()
@@ -248,6 +249,14 @@ class Trainer:
         self.peers.first(lambda: path.unlink(missing_ok=True))
         self._report_exceptions()
         return trajectories
+
+    def _rollout_seconds(self) -> dict[str, float]:
+        """Returns metrics of where the time of this step's collection went."""
+        if self.parts.replay:
+            return {}
+        spent = self.collector.seconds()
+        busy = spent.engine / (spent.engine + spent.host)
+        return {"time/engine": spent.engine, "time/tools": spent.tools, "rollout/device_busy": busy}
 
     @property
     def _finished_rollouts(self) -> str:

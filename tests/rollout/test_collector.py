@@ -325,6 +325,28 @@ def test_a_cap_on_sandboxes_holds_and_changes_no_rollout(collector, engine, monk
     assert counts["most"] == 2
 
 
+def test_the_seconds_of_a_collection_say_what_it_waited_for(collector, engine, monkeypatch):
+    inside, step, finish = [], engine.step, EpisodeWorld.finish
+
+    def slow_step():
+        start = time.perf_counter()
+        time.sleep(0.02)
+        try:
+            return step()
+        finally:
+            inside.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(engine, "step", slow_step)
+    monkeypatch.setattr(EpisodeWorld, "finish", lambda *a, **k: time.sleep(0.1) or finish(*a, **k))
+    start = time.perf_counter()
+    collector.rollouts(jobs_of(1), engine, lambda done: time.sleep(0.05 * done))
+    passed, seconds = time.perf_counter() - start, collector.seconds
+    assert sum(inside) <= seconds.engine <= sum(inside) + 0.01
+    assert seconds.tools >= 0.1
+    assert seconds.host >= 0.05
+    assert passed - 0.1 <= sum(seconds) <= passed
+
+
 # -- sandboxes opened ahead ----------------------------------------------------------------------------------------
 
 

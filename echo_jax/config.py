@@ -116,7 +116,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.temperature = 1.0  # sampling temperature, in training and evaluation
     c.rollout.engine = "paged"  # the sampler: paged, or your "module:Class"; see rollout/engine/
     c.rollout.engine_options = ml_collections.ConfigDict()  # keyword arguments of the engine
-    c.rollout.tool_threads = 8  # tool calls that run at once; every open rollout has a sandbox
+    c.rollout.tool_threads = 0  # tool calls that a process runs at once; 0: as many as it has open rollouts
+    # Sandboxes that a process has open at once, those of the next step included, which start during the update. An open
+    # rollout has one, so fewer rollouts are then sampled at once. 0: one for each session of the engine.
+    c.rollout.max_sandboxes = 0
     c.rollout.save_every = 10  # save the rollouts of every n-th step, and of the last one; 0: of the last one only
     c.rollout.keep = 0  # newest of these files to keep; 0: all
     c.rollout.grammar = "plain"  # syntax of tool calls: plain | json | llama, see render/calls.py

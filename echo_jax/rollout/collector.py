@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,24 +55,54 @@ class Job:
     environment: str = ""  # entry of the task mixture that the task comes from
 
 
-class Collector:
-    """Makes trajectories, from a policy or from scripts. Use it as a context manager: its exit ends all threads."""
+class Seconds(NamedTuple):
+    """Where the wall time of a collection went."""
 
-    def __init__(self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int):
+    engine: float = 0.0  # inside `Engine.step`
+    tools: float = 0.0  # no session had a turn to sample: it waited for tools
+    host: float = 0.0  # the rest
+
+
+class Collector:
+    """Makes trajectories, from a policy or from scripts. Use it as a context manager: its exit ends all threads and
+    sandboxes."""
+
+    def __init__(self, renderer: Renderer, rules: Rules, machine: Machine, tool_threads: int, max_sandboxes: int = 0):
+        """
+        Args:
+          tool_threads: number of tool calls, starts of sandboxes and scorings that run at once.
+          max_sandboxes: number of sandboxes that are open at once; 0: one for each session of the engine.
+        """
         self.stop = threading.Event()  # if set, from any thread, the current collection soon raises Interrupted
         self.retried = 0  # number of rollouts that the last collection repeated
         self.fault = ""  # why the last unscored rollout of that collection has no score
         self.raised: dict[int, str] = {}  # rollout -> the first exception that its task or tools raised
+        self.seconds = Seconds()  # of the last collection of sampled rollouts
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
-        self._pool = concurrent.futures.ThreadPoolExecutor(tool_threads, thread_name_prefix="tool")
+        self._max_sandboxes = max_sandboxes
+        threads = min(tool_threads, max_sandboxes or tool_threads)
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="tool")
+        self._ahead: dict[int, EpisodeWorld] = {}  # rollout -> its world, from `prepare`
 
     def __enter__(self) -> "Collector":
         return self
 
     def __exit__(self, *_) -> None:
+        self._close_ahead()
         self._pool.shutdown(cancel_futures=True)
+
+    def prepare(self, jobs: Sequence[Job], engine: Engine) -> None:
+        """Starts the sandboxes that `rollouts(jobs, engine)` begins with, in other threads, so that they are ready by
+        then. Another collection closes them, as does the collector's exit."""
+        self._close_ahead()
+        if self.stop.is_set():
+            return
+        first = jobs[: self._open_at_once(engine)]
+        self._ahead = {job.rollout: EpisodeWorld(job.task, self._machine) for job in first}
+        for world in self._ahead.values():
+            world.open_in(self._pool)
 
     def rollouts(
         self,
@@ -82,7 +114,8 @@ class Collector:
         """Samples one trajectory per job from the engine's policy.
 
         Each session of the engine runs one rollout at a time; job i starts when job i - sessions has ended. So the
-        order of rollouts does not depend on how long tools take.
+        order of rollouts does not depend on how long tools take. A rollout has a sandbox from start to end, so
+        `max_sandboxes` limits the sessions in use.
 
         Args:
           on_finish: called with the number of finished rollouts.
@@ -95,6 +128,7 @@ class Collector:
         try:
             return collection.run(on_finish)
         finally:
+            self.seconds = collection.seconds
             collection.close()
             self.retried, self.fault, self.raised = collection.retried, collection.fault, collection.raised
 
@@ -113,6 +147,7 @@ class Collector:
           UserCodeError: a script or a score raised an exception.
           Interrupted: `stop` was set.
         """
+        self._close_ahead()
         futures = [self._pool.submit(self._script, job, right, seed) for job, right in zip(jobs, solve, strict=True)]
         try:
             trajectories = []
@@ -125,9 +160,22 @@ class Collector:
                 future.cancel()
             concurrent.futures.wait(futures)
 
+    def _open_at_once(self, engine: Engine) -> int:
+        """Returns how many rollouts are open at once."""
+        return min(engine.sessions, self._max_sandboxes or engine.sessions)
+
     def _start(self, job: Job) -> tuple[Episode, EpisodeWorld]:
+        """Returns a rollout's first state, and its world: the one opened ahead for it, if there is one."""
         episode = episode_lib.start(self._renderer, self._rules, job.task.prompt, job.task.tools)
-        return episode, EpisodeWorld(job.task, self._machine)
+        return episode, self._ahead.pop(job.rollout, None) or EpisodeWorld(job.task, self._machine)
+
+    def _close_ahead(self, but: Iterable[Job] = ()) -> None:
+        """Closes the worlds that were opened ahead, but not those of these jobs."""
+        tasks = {job.rollout: job.task for job in but}
+        others = {i: world for i, world in self._ahead.items() if tasks.get(i) is not world.task}
+        _close(others.values())
+        for i in others:
+            del self._ahead[i]
 
     def _script(self, job: Job, solve: bool, seed: int) -> Trajectory:
         for _ in range(ATTEMPTS):
@@ -226,6 +274,17 @@ def _transcript(episode: Episode) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def _close(worlds: Iterable[EpisodeWorld], running: Iterable[concurrent.futures.Future] = ()) -> None:
+    """Closes worlds, once all that runs in them has ended; what no thread has begun yet is cancelled."""
+    worlds = list(worlds)
+    pending = [*running, *(world.opened for world in worlds if world.opened)]
+    for future in pending:
+        future.cancel()
+    concurrent.futures.wait(pending)
+    for world in worlds:
+        world.close()
+
+
 class _Collection:
     """The state of one `Collector.rollouts`."""
 
@@ -235,36 +294,50 @@ class _Collection:
         self._engine = engine
         self._pool = collector._pool
         self._worlds: dict[int, EpisodeWorld] = {}
-        self._opened: dict[int, concurrent.futures.Future] = {}
         self._episodes: dict[int, Episode] = {}
-        self._waiting: dict[concurrent.futures.Future, int] = {}  # running tool call or scoring -> job
+        self._waiting: dict[concurrent.futures.Future, int] = {}  # what a job waits for in the pool -> job
         self._job_of: dict[int, int] = {}  # open session -> job
         self._session_of: dict[int, int] = {}
         self._known: dict[int, int] = {}  # job -> number of ids that its session holds
         made = {trajectory.rollout: trajectory for trajectory in finished if trajectory.scored}
         self._done = {i: made[job.rollout] for i, job in enumerate(jobs) if job.rollout in made}
         self._attempts = dict.fromkeys(range(len(jobs)), 0)
+        self._at_once = collector._open_at_once(engine)
         self.retried = 0
+        self._start = time.perf_counter()
+        self._engine_seconds = self._tool_seconds = 0.0  # see `Seconds`
 
     def run(self, on_finish: Callable[[int], None]) -> list[Trajectory]:
-        for i in range(min(self._engine.sessions, len(self._jobs))):
-            self._begin_from(i)
+        first = [i for i in map(self._unfinished, range(self._at_once)) if i is not None]
+        self._collector._close_ahead(but=[self._jobs[i] for i in first])
+        for i in first:
+            self._begin(i)
         while len(self._done) < len(self._jobs):
             if self._collector.stop.is_set():
                 raise Interrupted([t for t in self._done.values() if t.rollout not in self.raised])
+            start = time.perf_counter()
             if self._engine.busy:
-                for session, turn in self._engine.step().items():
+                turns = self._engine.step()
+                self._engine_seconds += time.perf_counter() - start
+                for session, turn in turns.items():
                     i = self._job_of[session]
                     self._known[i] += len(turn.ids)
                     self._advance(i, turn)
             elif self._waiting:
                 concurrent.futures.wait(self._waiting, 0.1, concurrent.futures.FIRST_COMPLETED)
+                self._tool_seconds += time.perf_counter() - start
             else:
                 raise RolloutError(f"the engine lost the turns of {len(self._job_of)} open sessions")
             for future in [future for future in self._waiting if future.done()]:
                 self._collect(self._waiting.pop(future), future.result())
                 on_finish(len(self._done))
         return [self._done[i] for i in range(len(self._jobs))]
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where the time went since the start."""
+        passed = time.perf_counter() - self._start
+        return Seconds(self._engine_seconds, self._tool_seconds, passed - self._engine_seconds - self._tool_seconds)
 
     @property
     def fault(self) -> str:
@@ -279,27 +352,21 @@ class _Collection:
 
     def close(self) -> None:
         """Ends everything that still runs, so that no session or sandbox outlives a stopped collection."""
-        pending = [*self._opened.values(), *self._waiting]
-        for future in pending:
-            future.cancel()
-        concurrent.futures.wait(pending)
-        for world in self._worlds.values():
-            world.close()
+        _close(self._worlds.values(), running=self._waiting)
+        self._collector._close_ahead()
         for session in list(self._job_of):
             self._close_session(self._job_of[session])
 
-    def _begin_from(self, i: int) -> None:
-        """Starts job i or, if it is done, the next unfinished job i + k · sessions, if one is left."""
-        while i in self._done:
-            i += self._engine.sessions
-        if i < len(self._jobs):
-            self._begin(i)
+    def _unfinished(self, i: int) -> int | None:
+        """Returns i or, if job i is done, the next job of its session that is not; None if none is left."""
+        return next((k for k in range(i, len(self._jobs), self._at_once) if k not in self._done), None)
 
     def _begin(self, i: int) -> None:
         job = self._jobs[i]
         self._attempts[i] += 1
         self._episodes[i], self._worlds[i] = self._collector._start(job)
-        self._opened[i] = self._pool.submit(self._worlds[i].open)  # in parallel to the policy's first turn
+        if self._worlds[i].opened is None:
+            self._worlds[i].open_in(self._pool)  # in parallel to the policy's first turn
         session = self._engine.open(job.rollout, job.group)
         self._job_of[session], self._session_of[i], self._known[i] = i, session, 0
         self._ask(i)
@@ -319,12 +386,27 @@ class _Collection:
         episode = self._episodes[i] = episode_lib.advance(self._episodes[i], event)
         if episode.phase is Phase.GENERATE:
             self._ask(i)
-        elif episode.phase is Phase.CALL:
-            self._waiting[self._pool.submit(self._call, i, episode.call, episode.seconds_left)] = i
+        elif self._worlds[i].opened.done():
+            self._act(i)
         else:
-            self._waiting[self._pool.submit(self._finish, i, episode)] = i
+            self._waiting[self._worlds[i].opened] = i  # only then, so that no thread of the pool waits for another
 
-    def _collect(self, i: int, result: CommandResult | Trajectory) -> None:
+    def _act(self, i: int) -> None:
+        """Has a thread of the pool run the episode's call or, at its end, score it, now that its world is open."""
+        episode, world = self._episodes[i], self._worlds[i]
+        is_open = world.opened.result()
+        if episode.phase is not Phase.CALL:
+            self._waiting[self._pool.submit(_score, self._jobs[i], episode, world)] = i
+        elif is_open:
+            run = self._collector._run
+            self._waiting[self._pool.submit(run, world, episode.call, episode.seconds_left)] = i
+        else:
+            self._advance(i, CommandResult(Status.INFRA, None, b"", b"", 0, 0.0, ""))
+
+    def _collect(self, i: int, result: bool | CommandResult | Trajectory) -> None:
+        if isinstance(result, bool):  # whether the world is open
+            self._act(i)
+            return
         if isinstance(result, CommandResult):
             self._advance(i, result)
             return
@@ -334,15 +416,5 @@ class _Collection:
             self._begin(i)
             return
         self._done[i] = result
-        self._begin_from(i)
-
-    # These two run in the pool. It starts its jobs in order, so `_opened[i]` never waits behind them.
-
-    def _call(self, i: int, call: Call, seconds: float) -> CommandResult:
-        if not self._opened[i].result():
-            return CommandResult(Status.INFRA, None, b"", b"", 0, 0.0, "")
-        return self._collector._run(self._worlds[i], call, seconds)
-
-    def _finish(self, i: int, episode: Episode) -> Trajectory:
-        self._opened[i].result()
-        return _score(self._jobs[i], episode, self._worlds[i])
+        if (following := self._unfinished(i)) is not None:
+            self._begin(following)

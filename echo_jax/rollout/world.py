@@ -5,6 +5,7 @@ separate budgets. Faults of the machine are kept apart from those that the agent
 the user's task and tools: out of a tool they are an observation, out of a score the reward 0; each is logged.
 """
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ class EpisodeWorld:
     """The world of one episode. Its methods run in threads of a pool, one at a time."""
 
     def __init__(self, task: Task, machine: Machine):
-        self._task = task
+        self.task = task
+        self.opened: concurrent.futures.Future[bool] | None = None  # what `open` returns, once `open_in` was called
         self._machine = machine
         self._world: World | None = None
         self.fault = ""  # why the world could not be made or scored
@@ -55,10 +57,14 @@ class EpisodeWorld:
         self.raised: list[str] = []  # exceptions of the task and of tools, see `user_code.describe`
         self.limits_by = ""
 
+    def open_in(self, pool: concurrent.futures.Executor) -> None:
+        """Has a thread of the pool `open` it."""
+        self.opened = pool.submit(self.open)
+
     def open(self) -> bool:
         """Starts the world; returns whether it is ready. Retries after faults of the machine."""
         try:
-            self._world = self._task.world()
+            self._world = self.task.world()
         except BaseException as error:
             self.fault = self._log("the world of task", error)
             return False
@@ -69,8 +75,8 @@ class EpisodeWorld:
                 self._world = Sandbox(
                     limits=self._machine.limits,
                     backend=self._machine.backend,
-                    files=self._task.files,
-                    symlinks=self._task.symlinks,
+                    files=self.task.files,
+                    symlinks=self.task.symlinks,
                 )
             except SandboxBroken as error:
                 self.fault = str(error)
@@ -84,12 +90,12 @@ class EpisodeWorld:
             setup = self._setup()
             if setup is None or setup.status is Status.OK:
                 return True
-            self.fault = f"setup {self._task.setup!r}: {setup.status} {setup.head.decode(errors='replace')}"
+            self.fault = f"setup {self.task.setup!r}: {setup.status} {setup.head.decode(errors='replace')}"
             self.close()
         return False
 
     def _setup(self) -> CommandResult | None:
-        return self._world.run(self._task.setup, timeout=self._machine.setup_seconds) if self._task.setup else None
+        return self._world.run(self.task.setup, timeout=self._machine.setup_seconds) if self.task.setup else None
 
     def run(self, name: str, tool: Tool, arguments: Mapping[str, Any], seconds: float) -> CommandResult:
         """Runs a call for at most `seconds`, and at most the time-out of the limits. An exception of the tool is what
@@ -126,7 +132,7 @@ class EpisodeWorld:
         Raises:
           ScoreError: the reward is outside the range that the task declares.
         """
-        low, high = self._task.reward_range
+        low, high = self.task.reward_range
         reward = min(max(0.0, low), high)
         try:
             if self._world is None:
@@ -134,7 +140,7 @@ class EpisodeWorld:
             self._world.timeout = self._machine.score_seconds
             self._world.kill_processes()
             try:
-                reward = float(self._task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
+                reward = float(self.task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
             except (CannotScore, SandboxBroken):
                 raise
             except BaseException as error:  # also a SandboxError: that a file is missing is no fault of the machine
@@ -142,7 +148,7 @@ class EpisodeWorld:
         except SandboxUsedUp:
             return low
         except CannotScore as error:
-            self.fault, self.unscored = f"task {self._task.name} cannot be scored: {error}", True
+            self.fault, self.unscored = f"task {self.task.name} cannot be scored: {error}", True
             return None
         except SandboxError as error:
             self.fault = str(error)
@@ -151,7 +157,7 @@ class EpisodeWorld:
             self.close()
         if not low <= reward <= high:
             raise ScoreError(
-                f"the score of task {self._task.name} is {reward}, outside its reward_range [{low:g}, {high:g}]"
+                f"the score of task {self.task.name} is {reward}, outside its reward_range [{low:g}, {high:g}]"
             )
         return reward
 
@@ -168,7 +174,7 @@ class EpisodeWorld:
     def _log(self, what: str, error: BaseException) -> str:
         """Keeps an exception of the user's code; returns its text. A `sys.exit()` counts too: here, in a thread of the
         pool, nobody means the run by it."""
-        text = user_code.describe(f"{what} {self._task.name}", error)
+        text = user_code.describe(f"{what} {self.task.name}", error)
         self.raised.append(text)
         user_code.log(text)
         return text

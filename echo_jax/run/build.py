@@ -87,7 +87,9 @@ class Parts:
         return engine
 
     def make_collector(self) -> Collector:
-        return Collector(self.renderer, self.rules, sandboxes(self.config), self.config.rollout.tool_threads)
+        rollout = self.config.rollout
+        threads = rollout.tool_threads or self.learner.rollouts_at_once
+        return Collector(self.renderer, self.rules, sandboxes(self.config), threads, rollout.max_sandboxes)
 
 
 def episode_rules(config: ml_collections.ConfigDict, tools: Mapping[str, Tool]) -> Rules:

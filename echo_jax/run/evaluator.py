@@ -50,6 +50,13 @@ class Evaluator:
         self._engine = engine
         self._score = Scorer(parts.learner, parts.peers)
         self._transcripts: list[Trajectory] | None = None
+        self._jobs_ahead: dict[tuple[int, int], list[Job]] = {}  # (episodes, samples) -> the jobs of `prepare`
+
+    def prepare(self, *, episodes: int, samples: int = 1) -> None:
+        """Starts the sandboxes that the next evaluation begins with. It waits for no other process."""
+        jobs = self._jobs(episodes, samples)
+        self._jobs_ahead = {(episodes, samples): jobs}
+        self._collector.prepare(jobs, self._engine)
 
     def __call__(
         self,
@@ -64,16 +71,7 @@ class Evaluator:
         share."""
         parts, peers = self._parts, self._parts.peers
         self._engine.set_params(params, version)
-        jobs = [
-            Job(
-                parts.heldout_tasks[task],
-                group=task,
-                rollout=FIRST_EVAL_ROLLOUT + task * samples + sample,
-                environment=parts.environments[task],
-            )
-            for task in peers.share(range(episodes))
-            for sample in range(samples)
-        ]
+        jobs = self._jobs_ahead.pop((episodes, samples), None) or self._jobs(episodes, samples)
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
         rollouts = summaries(trajectories, parts.renderer.observation_header, peers)
         metrics = rollout_metrics(rollouts, "eval", environments(parts.config.task.mixture))
@@ -82,6 +80,20 @@ class Evaluator:
         if (ce := self.observation_ce(params)) is not None:
             metrics["eval/observation_ce"] = ce
         return metrics
+
+    def _jobs(self, episodes: int, samples: int) -> list[Job]:
+        """Returns this process's share of an evaluation's rollouts."""
+        parts = self._parts
+        return [
+            Job(
+                parts.heldout_tasks[task],
+                group=task,
+                rollout=FIRST_EVAL_ROLLOUT + task * samples + sample,
+                environment=parts.environments[task],
+            )
+            for task in parts.peers.share(range(episodes))
+            for sample in range(samples)
+        ]
 
     def observation_ce(self, params) -> float | None:
         """Returns the mean cross-entropy, in nats per token, of the tool output in the fixed held-out transcripts; None

@@ -4,9 +4,11 @@ In: this process's share of the jobs. Out: its trajectories; or, in every proces
 """
 
 from collections.abc import Callable, Collection, Sequence
+from statistics import mean
 from typing import Any
 
-from echo_jax.rollout.collector import Collector, Interrupted, RolloutError
+from echo_jax.rollout.collector import Collector, Interrupted, Job, RolloutError, Seconds
+from echo_jax.rollout.engine import Engine
 from echo_jax.rollout.episode import Outcome
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.peers import Peers
@@ -27,9 +29,18 @@ class JointCollector:
         """Number of rollouts that the last collection repeated, over all processes."""
         return sum(self._peers.gather(self._collector.retried))
 
+    def seconds(self) -> Seconds:
+        """Returns where the wall time of the last collection went, in the mean over all processes."""
+        everyone = self._peers.gather(list(self._collector.seconds), "seconds")
+        return Seconds(*map(mean, zip(*everyone, strict=True)))
+
     def raised_here(self) -> Collection[int]:
         """Returns which of this process's rollouts in the last collection those were."""
         return self._collector.raised.keys()
+
+    def prepare(self, jobs: Sequence[Job], engine: Engine) -> None:
+        """Like `Collector.prepare`. It waits for no other process."""
+        self._collector.prepare(jobs, engine)
 
     def rollouts(self, *arguments: Any, **options: Any) -> list[Trajectory]:
         """Like `Collector.rollouts`.

@@ -140,9 +140,9 @@ def _run(parts: Parts, workdir: Path) -> int:
 
     errors = workdir / ("errors.log" if peers.is_first else f"errors_process_{peers.index}.log")
     with (
+        user_code.log_to(errors),
         parts.make_collector() as collector,
         stop_on_signal(collector, peers) as received,
-        user_code.log_to(errors),
     ):
         trainer = Trainer(parts, collector, workdir)
         with _closing(trainer, peers):

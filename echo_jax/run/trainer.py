@@ -73,6 +73,7 @@ class Trainer:
         self.metrics = MetricsWriter(workdir, resume_step=first) if self.peers.is_first else None
         self.console = LastingConsole(quiet=not self.peers.is_first)
         self._reported: set[str] = set()  # places of exceptions that were printed
+        self._jobs_ahead: dict[int, list[Job]] = {}  # step -> jobs that `_prepare` made for the one after it
 
     @property
     def params(self) -> dict:
@@ -152,8 +153,10 @@ class Trainer:
                 metrics = rollout_metrics(everyone, "rollout", environments(self.config.task.mixture))
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
+                metrics |= self._rollout_seconds()
                 objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
                 with self._keeping(trajectories):
+                    self._prepare()
                     weights = weigh(trajectories, learner.advantages(trajectories, pool), objective, pool)
                     metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
                     metrics["rollout/accepted"] -= metrics["rollout/filtered"]
@@ -172,7 +175,7 @@ class Trainer:
                 if _due(self.step, rollout.save_every) or self.step == self.last_step:
                     self._save_rollouts(f"step_{self.step:06d}", trajectories)
                     self.peers.first(self._forget_old_rollouts)
-                if _due(self.step - self.warm_steps, self.config.eval.every) or self.step == self.last_step:
+                if self._evaluates_after(self.step):
                     metrics |= self._evaluate()
                 self.profiler.after(self.step - self.warm_steps)
                 self._finish_step(metrics, progress)
@@ -199,21 +202,40 @@ class Trainer:
                 saved.save(self.step, self.state.params, {})
             return saved.restore(self.learner.abstract_trained)[0]
 
-    def _rollouts(self) -> list[Trajectory]:
-        if self.parts.replay:
-            return self._replayed()
+    def _evaluates_after(self, step: int) -> bool:
+        """Returns whether this step of RL ends with an evaluation."""
+        return _due(step - self.warm_steps, self.config.eval.every) or step == self.last_step
+
+    def _jobs(self, step: int) -> list[Job]:
+        """Returns this process's share of the rollouts that the policy after `step` makes."""
         rollout = self.config.rollout
-        first_task = self.config.warm_start.demonstrations + (self.step - self.warm_steps) * rollout.groups
-        first_rollout = self.step * self.learner.rollouts_per_step
+        first_task = self.config.warm_start.demonstrations + (step - self.warm_steps) * rollout.groups
+        first_rollout = step * self.learner.rollouts_per_step
         group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.learner.rollouts_per_step))}
-        with self.peers.failing_together():
-            tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
-        self.peers.gather(None, "tasks")  # before the devices work together
+        tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
         environment = {group: self.parts.environments[first_task + group] for group in tasks}
-        jobs = [
+        return [
             Job(tasks[group], group=group, rollout=first_rollout + i, environment=environment[group])
             for i, group in group_of.items()
         ]
+
+    def _prepare(self) -> None:
+        """Starts the first sandboxes of what follows this step's update, while that runs. It waits for no other
+        process."""
+        after = self.step + 1
+        with contextlib.suppress(UserError):  # out of making a task: raised when the task is needed
+            if self._evaluates_after(after):
+                self.evaluator.prepare(episodes=self.config.eval.episodes)
+            elif not self.parts.replay:
+                self._jobs_ahead = {after: self._jobs(after)}
+                self.collector.prepare(self._jobs_ahead[after], self.engine)
+
+    def _rollouts(self) -> list[Trajectory]:
+        if self.parts.replay:
+            return self._replayed()
+        with self.peers.failing_together():
+            jobs = self._jobs_ahead.pop(self.step, None) or self._jobs(self.step)
+        self.peers.gather(None, "tasks")  # before the devices work together
         self.engine.set_params(self.params, self.step)
         path = self._rollouts_file(self._finished_rollouts)
         found = self.peers.first(path.exists)
@@ -227,6 +249,14 @@ class Trainer:
         self.peers.first(lambda: path.unlink(missing_ok=True))
         self._report_exceptions()
         return trajectories
+
+    def _rollout_seconds(self) -> dict[str, float]:
+        """Returns metrics of where the time of this step's collection went."""
+        if self.parts.replay:
+            return {}
+        spent = self.collector.seconds()
+        busy = spent.engine / (spent.engine + spent.host)
+        return {"time/engine": spent.engine, "time/tools": spent.tools, "rollout/device_busy": busy}
 
     @property
     def _finished_rollouts(self) -> str:

@@ -56,6 +56,8 @@ MAY_BE_ZERO = (
     "seed",
     "num_steps",
     "task.rooms.map_seed",
+    "rollout.tool_threads",
+    "rollout.max_sandboxes",
     "rollout.save_every",
     "rollout.keep",
     "warm_start.num_steps",

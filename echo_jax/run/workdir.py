@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "system.": PLACEMENT,
     "pack.rows": PLACEMENT,
     "rollout.tool_threads": PLACEMENT,
+    "rollout.max_sandboxes": PLACEMENT,
     "model.remat": PLACEMENT,
     "model.attention": PLACEMENT,
     "checkpoint.": LOOKING,

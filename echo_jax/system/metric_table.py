@@ -74,6 +74,7 @@ METRICS = {
     "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
     "rollout/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
     "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed"),
+    "rollout/device_busy": Metric(_SHARE, "time/engine over the time in which a session could sample"),
     "rollout/tokens_per_second": Metric("tokens/s", "tokens of the rollouts, prompts included, over time/rollout"),
     **{f"eval/{name}": metric for name, metric in _EPISODES.items()},
     "eval/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
@@ -94,6 +95,8 @@ METRICS = {
     # Seconds.
     "time/step": Metric("s", "the whole step, without evaluations"),
     "time/rollout": Metric("s", "sampling and tools"),
+    "time/engine": Metric("s", "of a collection, inside the engine; mean over processes, as the next"),
+    "time/tools": Metric("s", "of a collection, in which every open session waited for tools"),
     "time/train": Metric("s", "packing and the update"),
     "time/evaluate": Metric("s", "evaluations of this step"),
 }

@@ -58,7 +58,9 @@ class Task(abc.ABC):
     setup: str = ""  # a shell command run before the agent starts; its changes to the directory stay
 
     def world(self) -> World | None:
-        """Returns a new world for an episode that needs no sandbox; None: the episode runs in a sandbox."""
+        """Returns a new world for an episode that needs no sandbox; None: the episode runs in a sandbox.
+
+        Runs in another thread, for the first episodes of a step during the update before it."""
         return None
 
     @abc.abstractmethod

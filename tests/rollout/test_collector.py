@@ -21,6 +21,7 @@ from echo_jax.models.transformer import abstract_params, bind
 from echo_jax.render import BuiltinRenderer
 from echo_jax.render.calls import MALFORMED
 from echo_jax.roles import Role
+from echo_jax.rollout import collector as collector_lib
 from echo_jax.rollout import world as environment
 from echo_jax.rollout.collector import ATTEMPTS, Collector, Interrupted, Job, RolloutError
 from echo_jax.rollout.engine import EngineSetup
@@ -270,6 +271,158 @@ def test_one_thread_is_enough_for_all_tools(engine):
         Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=16) as many,
     ):
         assert all(map(same, one.rollouts(jobs, engine), many.rollouts(jobs, engine)))
+
+
+def test_a_slow_start_holds_up_no_other_rollout(engine, monkeypatch):
+    """Each of two threads is one rollout's: none of them waits for another."""
+    others_end, first = threading.Event(), jobs_of(1)[0].task.name
+
+    class Waiting(EpisodeWorld):
+        def open(self):
+            assert self.task.name != first or others_end.wait(5)
+            return super().open()
+
+        def finish(self, *arguments, **options):
+            others_end.set()
+            return super().finish(*arguments, **options)
+
+    monkeypatch.setattr(collector_lib, "EpisodeWorld", Waiting)
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=2) as collector:
+        assert all(t.scored for t in collector.rollouts(jobs_of(2), engine))
+
+
+def counted(monkeypatch):
+    """Counts sandboxes: in "most", how many were open at once; in "starts", how many there were."""
+    counts, lock = {"most": 0, "starts": 0}, threading.Lock()
+    is_open = set()
+
+    class Counted(Sandbox):
+        def __init__(self, **options):
+            with lock:
+                is_open.add(self)
+                counts.update(most=max(counts["most"], len(is_open)), starts=counts["starts"] + 1)
+            super().__init__(**options)
+
+        def close(self):
+            super().close()
+            with lock:
+                is_open.discard(self)
+
+    monkeypatch.setattr(environment, "Sandbox", Counted)
+    return counts
+
+
+def test_a_cap_on_sandboxes_holds_and_changes_no_rollout(collector, engine, monkeypatch):
+    jobs = jobs_of(5)
+    expected = collector.rollouts(jobs, engine)
+    counts = counted(monkeypatch)
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=16, max_sandboxes=2) as capped:
+        for prepared in (jobs, jobs[2:]):
+            capped.prepare(prepared, engine)
+            assert all(map(same, capped.rollouts(jobs, engine), expected))
+        capped.prepare(jobs, engine)
+        capped.scripted(scripted_jobs(*[says("submit oak")] * 4), [True] * 4, 0)
+    assert counts["most"] == 2
+
+
+def test_the_seconds_of_a_collection_say_what_it_waited_for(collector, engine, monkeypatch):
+    inside, step, finish = [], engine.step, EpisodeWorld.finish
+
+    def slow_step():
+        start = time.perf_counter()
+        time.sleep(0.02)
+        try:
+            return step()
+        finally:
+            inside.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(engine, "step", slow_step)
+    monkeypatch.setattr(EpisodeWorld, "finish", lambda *a, **k: time.sleep(0.1) or finish(*a, **k))
+    start = time.perf_counter()
+    collector.rollouts(jobs_of(1), engine, lambda done: time.sleep(0.05 * done))
+    passed, seconds = time.perf_counter() - start, collector.seconds
+    assert sum(inside) <= seconds.engine <= sum(inside) + 0.01
+    assert seconds.tools >= 0.1
+    assert seconds.host >= 0.05
+    assert passed - 0.1 <= sum(seconds) <= passed
+
+
+# -- sandboxes opened ahead ----------------------------------------------------------------------------------------
+
+
+def open_ahead(collector, jobs, engine):
+    """Prepares for jobs, and waits until the sandboxes are there."""
+    collector.prepare(jobs, engine)
+    deadline = time.monotonic() + 10
+    while own_sandboxes() < min(LANES, len(jobs)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_sandboxes_opened_ahead_are_used_and_change_no_rollout(collector, engine, monkeypatch):
+    jobs = jobs_of(5)
+    expected = collector.rollouts(jobs, engine)
+    counts = counted(monkeypatch)
+    open_ahead(collector, jobs, engine)
+    assert counts["starts"] == LANES
+    assert all(map(same, collector.rollouts(jobs, engine), expected))
+    assert counts["starts"] == len(jobs)
+
+
+@pytest.mark.parametrize("way", ["exit", "others", "other tasks", "finished", "prepared anew", "stop"])
+def test_sandboxes_opened_ahead_in_vain_are_closed(engine, monkeypatch, way):
+    jobs = jobs_of(LANES)
+    counts = counted(monkeypatch)
+    with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=3) as collector:
+        made = collector.rollouts(jobs, engine)
+        open_ahead(collector, jobs, engine)
+        match way:
+            case "others":
+                collector.rollouts(jobs_of(2 * LANES)[LANES:], engine)
+            case "other tasks":
+                collector.rollouts(jobs_of(LANES), engine)
+                assert counts["starts"] == 3 * LANES
+            case "finished":
+                assert all(map(same, collector.rollouts(jobs, engine, finished=made), made))
+            case "prepared anew":
+                collector.prepare([], engine)
+            case "stop":
+                collector.stop.set()
+                with pytest.raises(Interrupted):
+                    collector.rollouts(jobs, engine)
+                collector.prepare(jobs, engine)
+        assert own_sandboxes() == (LANES if way == "exit" else 0)
+        assert counts["most"] == LANES
+    assert own_sandboxes() == 0
+
+
+def test_no_sandbox_opened_ahead_outlives_an_error(engine):
+    def fail():
+        with Collector(RENDERER, RULES, Machine(LIMITS), tool_threads=1) as collector:  # so that some starts still wait
+            collector.prepare(jobs_of(LANES), engine)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert own_sandboxes() == 0
+
+
+def test_a_fault_while_opening_ahead_counts_as_one_in_the_collection(collector, engine, monkeypatch):
+    jobs = with_task(jobs_of(5), 0, files={"bad": b""})  # for a machine that fails
+    jobs = with_task(jobs, 2, files={"../oak": b""})  # an exception of the user's
+    results, starts_of = [], []
+    for prepares in (False, True):
+        sandbox, starts = unreliable(99, lambda files: "bad" in files)
+        monkeypatch.setattr(environment, "Sandbox", sandbox)
+        if prepares:
+            collector.prepare(jobs, engine)
+        results.append(collector.rollouts(jobs, engine))
+        starts_of.append((sorted(starts), collector.retried, collector.fault, collector.raised.keys()))
+    assert all(map(same, *results))
+    assert [t.scored for t in results[0]] == [False, True, False, True, True]
+    assert starts_of[0] == starts_of[1]
+    assert starts_of[0][1] == 2
+    assert list(starts_of[0][3]) == [jobs[2].rollout]
 
 
 def test_progress_counts_up_to_the_number_of_jobs(collector, engine):

@@ -10,6 +10,7 @@ from configs import maze, tiny
 from echo_jax.config import ConfigError
 from echo_jax.objective.advantages import ADVANTAGES, advantages_of
 from echo_jax.objective.policy_losses import POLICY_LOSSES
+from echo_jax.run import build as build_lib
 from echo_jax.run.build import build
 from echo_jax.run.validate import validate
 from echo_jax.tasks import FAMILIES
@@ -148,6 +149,16 @@ def test_task_with_an_unknown_tool_is_named(monkeypatch):
     monkeypatch.setitem(FAMILIES, "lookup", NoSuchTool)
     with pytest.raises(ConfigError, match=r"lookup/train/0 names unknown tools: browser; choose from bash, python"):
         build(tiny.get_config())
+
+
+@pytest.mark.parametrize(("given", "threads"), [(0, 4), (3, 3)])
+def test_every_open_rollout_has_a_tool_thread_unless_the_config_says_how_many(monkeypatch, given, threads):
+    config = tiny.get_config()
+    config.rollout.tool_threads, config.rollout.max_sandboxes = given, 7
+    parts = build(config)
+    monkeypatch.setattr(build_lib, "Collector", lambda *arguments: arguments)
+    assert parts.make_collector()[3:] == (threads, 7)
+    assert parts.learner.rollouts_at_once == 4
 
 
 def test_tasks_that_run_no_subprocess_need_no_sandbox(monkeypatch):

@@ -5,7 +5,7 @@ import threading
 import pytest
 from synthetic import make_trajectory
 
-from echo_jax.rollout.collector import Interrupted, RolloutError
+from echo_jax.rollout.collector import Interrupted, RolloutError, Seconds
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.system.peers import Peers
 from echo_jax.system.user_code import UserCodeError
@@ -84,6 +84,13 @@ def test_all_processes_stop_only_when_one_is_asked_to():
     made.stop.set()
     with pytest.raises(Interrupted):
         JointCollector(made, Peers()).check_stop()
+
+
+def test_seconds_are_the_mean_over_all_processes():
+    made = Made()
+    made.seconds = Seconds(engine=1.0, tools=4.0, host=0.5)
+    joint = JointCollector(made, WithAnother({"seconds": [3.0, 0.0, 1.5]}))
+    assert joint.seconds() == Seconds(engine=2.0, tools=2.0, host=1.0)
 
 
 def test_exceptions_count_over_all_processes_and_stop_the_run_if_no_rollout_is_without():

@@ -725,13 +725,14 @@ class Recorded(NamedTuple):
     reads: set[str]  # leaves of the config
     compiled: list[int]  # step at each compilation
     jobs: list[tuple[int, list[Job]]]  # step and jobs of each collection of sampled rollouts
+    prepared: list[tuple[int, list[Job]]]  # step at which sandboxes were opened for these jobs
     workdir: Path
 
 
 @pytest.fixture(scope="module")
 def recorded_run(tmp_path_factory):
     """A run in this process over a 2 × 2 × 2 mesh."""
-    compiled, jobs = [], []
+    compiled, jobs, prepared = [], [], []
     trainer = None
     original = lifecycle.Trainer.__init__
 
@@ -745,11 +746,15 @@ def recorded_run(tmp_path_factory):
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.append(trainer.step if trainer else -1)
 
-    collect = Collector.rollouts
+    collect, prepare = Collector.rollouts, Collector.prepare
 
     def remember_jobs(self, chosen, *arguments, **options):
         jobs.append((trainer.step, chosen))
         return collect(self, chosen, *arguments, **options)
+
+    def remember_prepared(self, chosen, engine):
+        prepared.append((trainer.step, chosen))
+        prepare(self, chosen, engine)
 
     config = tiny.get_config()
     config.num_steps = 4
@@ -769,6 +774,7 @@ def recorded_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle.Trainer, "__init__", remember)
         patch.setattr(Collector, "rollouts", remember_jobs)
+        patch.setattr(Collector, "prepare", remember_prepared)
         # These two read every leaf, to write config.json and to check values, which does not count as use.
         flat, validate = _on(config, config_lib.flat), _on(config, build_lib.validate)
         for module in (build_lib.config_lib, workdir_lib):
@@ -778,7 +784,7 @@ def recorded_run(tmp_path_factory):
         with build_lib.start_peers(recording) as peers:
             assert lifecycle.train(recording, workdir, peers=peers) == 0
     jax.monitoring.clear_event_listeners()
-    return Recorded(config, reads, compiled, jobs, workdir)
+    return Recorded(config, reads, compiled, jobs, prepared, workdir)
 
 
 def _recording(config, prefix, reads):
@@ -810,6 +816,13 @@ def test_every_config_leaf_is_read_by_something(recorded_run):
     unread = set(config_lib.flat(recorded_run.config)) - recorded_run.reads
     unread -= {name for name in unread if name.startswith("task.")}  # of families outside the mixture
     assert not unread
+
+
+def test_during_an_update_the_sandboxes_of_what_follows_open(recorded_run):
+    """They are for the evaluation after the update or, without one, for the next step; none are for after the end."""
+    assert [step for step, _ in recorded_run.prepared] == [4, 5, 6, 7]
+    for step, jobs in recorded_run.prepared:
+        assert next(made for at, made in recorded_run.jobs if at == step + 1) is jobs
 
 
 def test_metrics_and_metric_table_match(recorded_run, finished):

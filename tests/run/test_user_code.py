@@ -105,6 +105,7 @@ def test_a_failure_that_stops_the_run_names_its_place(tmp_path, failure, error):
     message = str(raised.value)
     for part in (*FAILURES[failure], f"{error}: ", "raising.py:", "Traceback (most recent call last)"):
         assert part in message
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == (0 if failure == "loss" else 1)
 
 
 def failing(failure, error="OSError"):

@@ -78,6 +78,7 @@ class Collector:
         self.fault = ""  # why the last unscored rollout of that collection has no score
         self.raised: dict[int, str] = {}  # rollout -> the first exception that its task or tools raised
         self.seconds = Seconds()  # of the last collection of sampled rollouts
+        self.counts: Mapping[str, float] = {}  # what the engine counted in it, see `Engine.stats`
         self._renderer = renderer
         self._rules = rules
         self._machine = machine
@@ -125,10 +126,12 @@ class Collector:
           Interrupted: `stop` was set.
         """
         collection = _Collection(self, jobs, engine, finished)
+        stats = getattr(engine, "stats", dict)
+        stats()  # from now on
         try:
             return collection.run(on_finish)
         finally:
-            self.seconds = collection.seconds
+            self.seconds, self.counts = collection.seconds, stats()
             collection.close()
             self.retried, self.fault, self.raised = collection.retried, collection.fault, collection.raised
 

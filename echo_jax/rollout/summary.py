@@ -6,7 +6,7 @@ In: trajectories. Out: a `Summary` of each, for processes to exchange; and, from
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -104,3 +104,18 @@ def _metrics(rollouts: Sequence[Summary]) -> dict[str, float]:
     for status in (*Status, *MALFORMED, "submit"):
         metrics[f"calls_{status}"] = statuses[status]
     return metrics
+
+
+def engine_metrics(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns metrics of what the engines of all processes counted, see `PagedEngine.stats`; none without counts."""
+    if not all(processes):
+        return {}
+    total = {name: sum(counts[name] for counts in processes) for name in processes[0]}
+    idle = {name: count for name, count in total.items() if name.startswith("idle_")}
+    rows = total["decode"] + sum(idle.values())
+    return {
+        "engine/rows_idle": sum(idle.values()) / max(rows, 1),
+        **{f"engine/rows_{name}": count / max(rows, 1) for name, count in idle.items()},
+        **{f"engine/{name}": total[name] for name in ("decode", "prefill", "again", "shared", "evictions")},
+        "engine/pages": max(counts["peak_pages"] for counts in processes),
+    }

@@ -21,6 +21,7 @@ from echo_jax.roles import Role
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.collector import Job
 from echo_jax.rollout.engine import Engine
+from echo_jax.rollout.engine.interface import sleep
 from echo_jax.rollout.summary import Summary, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
@@ -73,6 +74,7 @@ class Evaluator:
         self._engine.set_params(params, version)
         jobs = self._jobs_ahead.pop((episodes, samples), None) or self._jobs(episodes, samples)
         trajectories = self._collector.rollouts(jobs, self._engine, on_finish)
+        sleep(self._engine)
         rollouts = summaries(trajectories, parts.renderer.observation_header, peers)
         metrics = rollout_metrics(rollouts, "eval", environments(parts.config.task.mixture))
         metrics["eval/raised"] = self._collector.raised

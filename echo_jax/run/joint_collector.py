@@ -3,7 +3,7 @@
 In: this process's share of the jobs. Out: its trajectories; or, in every process, the same exception.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -33,6 +33,10 @@ class JointCollector:
         """Returns where the wall time of the last collection went, in the mean over all processes."""
         everyone = self._peers.gather(list(self._collector.seconds), "seconds")
         return Seconds(*map(mean, zip(*everyone, strict=True)))
+
+    def counts(self) -> list[Mapping[str, float]]:
+        """Returns what the engine of each process counted in the last collection."""
+        return self._peers.gather(dict(self._collector.counts), "counts")
 
     def raised_here(self) -> Collection[int]:
         """Returns which of this process's rollouts in the last collection those were."""

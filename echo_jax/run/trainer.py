@@ -23,7 +23,8 @@ from echo_jax.objective.advantages import groups_of
 from echo_jax.objective.weights import MODES, TokenWeights, weigh
 from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.collector import Collector, Interrupted, Job
-from echo_jax.rollout.summary import rollout_metrics, summaries
+from echo_jax.rollout.engine.interface import sleep
+from echo_jax.rollout.summary import engine_metrics, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.evaluator import Evaluator, evaluation_line
@@ -55,8 +56,6 @@ class Trainer:
         self.peers = parts.peers
         self.workdir = workdir
         self.collector = JointCollector(collector, self.peers)
-        self.engine = parts.make_engine()
-        self.evaluator = Evaluator(parts, self.collector, self.engine, workdir)
         if self.peers.is_first:
             trajectory_lib.remove_shares(workdir / "rollouts")
         self.checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
@@ -65,6 +64,8 @@ class Trainer:
         self.step = 0
         self.starts_at = 0  # or the step of another run whose weights this one starts from
         self.state, self.frozen = self._restore_or_init()
+        self.engine = parts.make_engine()  # its pool takes what the devices have left
+        self.evaluator = Evaluator(parts, self.collector, self.engine, workdir)
         self.saved_step = self.checkpointer.latest_step()
         self.saved_time = time.monotonic()
         self.recorded_step = -1 if self.step == self.starts_at else self.step  # complete once its metrics are written
@@ -153,7 +154,7 @@ class Trainer:
                 metrics = rollout_metrics(everyone, "rollout", environments(self.config.task.mixture))
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
-                metrics |= self._rollout_seconds()
+                metrics |= self._collection_metrics()
                 objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
                 with self._keeping(trajectories):
                     self._prepare()
@@ -242,6 +243,7 @@ class Trainer:
         finished = trajectory_lib.load(path, vocab_size=self.learner.vocab_size) if found else []
         try:
             trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
+            sleep(self.engine)  # the update needs its memory
         except Interrupted as interrupted:
             if any(self.peers.gather(len(interrupted.finished))):
                 self._save_rollouts(self._finished_rollouts, interrupted.finished)
@@ -250,13 +252,14 @@ class Trainer:
         self._report_exceptions()
         return trajectories
 
-    def _rollout_seconds(self) -> dict[str, float]:
-        """Returns metrics of where the time of this step's collection went."""
+    def _collection_metrics(self) -> dict[str, float]:
+        """Returns metrics of where the time of this step's collection went, and of its engine."""
         if self.parts.replay:
             return {}
         spent = self.collector.seconds()
         busy = spent.engine / (spent.engine + spent.host)
-        return {"time/engine": spent.engine, "time/tools": spent.tools, "rollout/device_busy": busy}
+        times = {"time/engine": spent.engine, "time/tools": spent.tools, "rollout/device_busy": busy}
+        return times | engine_metrics(self.collector.counts())
 
     @property
     def _finished_rollouts(self) -> str:

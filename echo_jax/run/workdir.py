@@ -241,6 +241,8 @@ def _recorded(workdir: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(recorded).__name__}, not an object")
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
+    if recorded.get("rollout.engine") == "dense":  # the paged engine took its place
+        recorded["rollout.engine"] = "paged"
     return recorded
 
 

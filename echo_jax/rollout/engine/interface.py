@@ -31,7 +31,9 @@ class Engine(Protocol):
     its options; name it in `ENGINES`, or as `module:Class` in `config.rollout.engine`.
 
     A session's samples depend only on the weights, the seed, its rollout and its ids, never on other sessions or on
-    time.
+    time. A session has one turn at a time, so its handle stands for the turn too. Two methods may be lacking:
+    `sleep()`, which gives the memory of weights and pool back until the next `set_params`, and `stats()`, which returns
+    counts for the metrics; `PagedEngine` has both.
     """
 
     sessions: int  # number of sessions that can be open at once
@@ -76,3 +78,9 @@ class Engine(Protocol):
     def close(self, session: int) -> None:
         """Ends a session in any state. `open` may reuse its handle."""
         ...
+
+
+def sleep(engine: Engine) -> None:
+    """Lets an engine give its memory back, if it can; no session may be open."""
+    if hasattr(engine, "sleep"):
+        engine.sleep()

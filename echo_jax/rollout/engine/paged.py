@@ -127,6 +127,18 @@ class PagedEngine:
     # Weights.
 
     def set_params(self, params, version: int, open_sessions: str = "refuse") -> None:
+        """Like `Engine.set_params`. Between two calls of `step` it may also change the weights of open sessions, whose
+        later tokens then have the new version.
+
+        Args:
+          open_sessions: "refuse": an error. "recompute": what they hold is fed again, so that they go on as if the new
+            weights had read it. "keep": they go on from keys and values of older weights, and the log-probs of what
+            they sample are not what the trainer's forward gives.
+
+        Raises:
+          RuntimeError: a session is open, and they are refused.
+          ValueError: `version` is older than that of an open session.
+        """
         if self._open and open_sessions == "refuse":
             raise RuntimeError(f"weights may only change while no session is open, but {sorted(self._open)} are")
         if open_sessions not in ("refuse", "recompute", "keep"):

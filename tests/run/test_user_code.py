@@ -1,5 +1,7 @@
 """Exceptions out of code that users bring: what becomes of them, of the run and of its work."""
 
+import types
+
 import pytest
 from runs import comparable
 from test_outside import config
@@ -105,7 +107,25 @@ def test_a_failure_that_stops_the_run_names_its_place(tmp_path, failure, error):
     message = str(raised.value)
     for part in (*FAILURES[failure], f"{error}: ", "raising.py:", "Traceback (most recent call last)"):
         assert part in message
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == (0 if failure == "loss" else 1)
+
+
+def test_an_error_while_making_tasks_ahead_is_left_to_their_step():
+    def jobs(step):
+        raise UserCodeError(f"no task for the step after {step}")
+
+    run = types.SimpleNamespace(step=3, parts=types.SimpleNamespace(replay=()), _jobs=jobs)
+    run._evaluates_after = lambda step: False
+    lifecycle.Trainer._prepare(run)
+
+
+@pytest.mark.variant
+def test_a_task_that_cannot_be_made_stops_its_own_step_and_not_the_one_before(tmp_path):
+    """Though tasks are made a step ahead. The first 16 are made, to check them, before the run starts."""
+    made = broken(where="make", first=16)
+    made.num_steps = 6
+    with pytest.raises(UserCodeError, match=r"make\('train', 16\) raised"):
+        lifecycle.train(made, tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == saved_step(tmp_path) == 4
 
 
 def failing(failure, error="OSError"):

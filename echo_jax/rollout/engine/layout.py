@@ -76,6 +76,7 @@ def plan_layout(
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
     if pool_tokens and pool_gib:
         raise ValueError(f"pool_tokens = {pool_tokens} and pool_gib = {pool_gib:g} say the same: set one of them")
+    platform = mesh.devices.flat[0].platform
     kernel = implementation_for(attention, mesh) == "ragged"
     page = page or (64 if kernel else 16)
     chunk = chunk or page * (8 if kernel else 2)
@@ -103,7 +104,7 @@ def plan_layout(
     return Layout(
         replicas=replicas,
         sessions=open_at_once,
-        rows=min(open_at_once, share(rows) or max(8, -(-open_at_once // 2))),
+        rows=min(open_at_once, share(rows) or max(8, -(-open_at_once // (8 if platform == "cpu" else 2)))),
         steps=steps_per_call,
         chunks=share(chunks_per_call),
         chunk=chunk,

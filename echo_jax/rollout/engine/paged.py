@@ -73,7 +73,8 @@ class PagedEngine:
     ):
         """
         Args:
-          rows: sessions that decode at once; 0: half of the sessions, at least 8 a replica.
+          rows: sessions that decode at once; 0: half of the sessions, on a CPU an eighth, since there each row costs
+            time; at least 8 a replica.
           page: tokens in a page; 0: 64 for the TPU kernel, whose tables must fit its scalar memory, else 16.
           chunk: ids of one session that a prefill call feeds at most, a multiple of `page`; 0: eight pages on TPU, else
             two.

@@ -92,6 +92,15 @@ def test_an_older_workdir_gives_back_its_config_with_defaults_for_later_fields()
     assert flat(recorded_config(WORKDIRS / "tiny")) == flat(tiny.get_config())
 
 
+def test_a_run_of_the_engine_that_is_gone_goes_on_with_the_one_in_its_place(tmp_path):
+    config = tiny.get_config()
+    claim_workdir(config, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"rollout.engine": "dense"}))
+    check_workdir(config, tmp_path)
+    assert recorded_config(tmp_path).rollout.engine == config.rollout.engine == "paged"
+
+
 def test_a_field_of_a_later_version_is_named(tmp_path):
     claim_workdir(default_config(), tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())

@@ -1,7 +1,7 @@
 """Attention over a pool of KV pages: each sequence's keys and values lie in pages of a fixed size, in any order.
 
 In: queries, the pool and each sequence's table of pages. Out: what the queries attend to. On TPU it is jax's Pallas
-kernel; elsewhere a loop over pages with a softmax that is corrected page by page (Milakov and Gimelshein, arXiv
+kernel; elsewhere a loop over pages with a softmax that is corrected step by step (Milakov and Gimelshein, arXiv
 1805.02867), which ends at the longest live position: the cost follows what is used, not the table's length, and the
 table's length changes no bit.
 """
@@ -18,6 +18,10 @@ from echo_jax.system.sharding import MESH_AXIS_OF, free_axes
 IMPLEMENTATIONS = ("auto", "xla", "ragged")
 KERNEL_TOKENS = 512  # keys that the kernel handles at once
 KERNEL_QUERIES = 32
+# The loop takes one page a step up to LOOP_SINGLY positions, where keys past a sequence's end would cost most.
+# Beyond that it takes as many pages as hold LOOP_TOKENS keys.
+LOOP_SINGLY = 128
+LOOP_TOKENS = 64
 
 
 def implementation_for(name: str, mesh: Mesh) -> str:
@@ -50,12 +54,16 @@ def paged_attention(q, pool, table, positions, *, implementation: str = "xla", m
     page, groups = pool.shape[1], pool.shape[2] // 2
     grouped = (q * size**-0.5).reshape(batch, tokens, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
     last = jnp.max(positions)
+    several = max(1, LOOP_TOKENS // page)
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % several)))
 
-    def one_page(i, carry):
+    def some_pages(i, carry, *, pages):
         highest, total, mixed = carry
-        kv = pool[table[:, i]].reshape(batch, page, groups, 2, size)
+        own = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
+        kv = pool[own].reshape(batch, pages * page, groups, 2, size)
         scores = jnp.einsum("bghck,bpgk->bghcp", grouped, kv[:, :, :, 0], preferred_element_type=jnp.float32)
-        seen = i * page + jnp.arange(page) <= positions[:, None, None, :, None]
+        at = i * pages * page + jnp.arange(pages * page)
+        seen = at <= positions[:, None, None, :, None]
         scores = jnp.where(seen, scores, -jnp.inf)
         higher = jnp.maximum(highest, scores.max(-1))
         # Where no key was seen yet, `higher` is -inf: there is nothing to correct and nothing to add.
@@ -68,7 +76,12 @@ def paged_attention(q, pool, table, positions, *, implementation: str = "xla", m
 
     shape = grouped.shape[:-1]
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32))
-    _, total, mixed = jax.lax.fori_loop(0, last // page + 1, one_page, start)
+    # Where a step begins depends on positions alone: neither the table's length nor the other sequences change a bit.
+    begin = LOOP_SINGLY // (several * page)
+    singly = jnp.minimum(last // page + 1, begin * several)
+    carry = jax.lax.fori_loop(0, singly, functools.partial(some_pages, pages=1), start)
+    together = functools.partial(some_pages, pages=several)
+    _, total, mixed = jax.lax.fori_loop(begin, last // (several * page) + 1, together, carry)
     y = mixed / jnp.where(total > 0, total, 1.0)[..., None]
     return y.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 

@@ -12,6 +12,13 @@ from echo_jax.kernels.paged_attention import paged_attention, write_pages
 PAGE, PAGES, BATCH, HEADS, GROUPS, SIZE = 4, 40, 3, 4, 2, 16
 
 
+@pytest.fixture(autouse=True)
+def steps_of_one_page_and_of_two(monkeypatch):
+    """Makes the loop leave its steps of a single page within these short sequences."""
+    monkeypatch.setattr(module, "LOOP_SINGLY", 2 * PAGE)
+    monkeypatch.setattr(module, "LOOP_TOKENS", 2 * PAGE)
+
+
 def example(seed, lengths, tokens, *, pages=6):
     """Returns (q, pool, table, positions, k, v): sequences of these lengths whose last `tokens` ask; -1: no sequence.
     k and v [B, S, G, K] hold in one piece what lies in the pages."""

@@ -244,7 +244,7 @@ def group(config: ModelConfig, others: dict[str, Sampler], args) -> Iterator[str
         said = ours.turns(asks, TURN)
         assert all(len(said[session].ids) == TURN for session in asks)
         asks = {session: draw(OBSERVATION) for session in asks}
-    computed = ours.engine.computed
+    computed = ours.engine.stats()
     unique = PROMPT + GROUP * (TURNS - 1) * OBSERVATION
     # All that was fed, less the sampled tokens; a session's last one is never fed.
     forced = computed["prefill"] + computed["decode"] - GROUP * (TURNS * TURN - 1)

@@ -4,16 +4,33 @@ In: an engine's options, the model, and what its devices have left. Out: a `Layo
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from echo_jax.kernels.paged_attention import IMPLEMENTATIONS, implementation_for
+from echo_jax.kernels.paged_attention import IMPLEMENTATIONS
 from echo_jax.models.transformer import ModelConfig
 
 ADMISSIONS = ("reserved", "optimistic")
 POOL_SHARE = 0.9  # of the memory that is left; programs need temporary memory too
 GIB = 2**30
+
+
+class Defaults(NamedTuple):
+    """Shapes that suit a kind of device."""
+
+    page: int
+    pages_a_chunk: int
+    chunks: int
+    sessions_a_row: int
+
+
+DEFAULTS = {
+    "tpu": Defaults(64, 8, 8, 2),  # the kernel's page tables must fit its scalar memory
+    "gpu": Defaults(16, 4, 64, 2),  # one call costs about the same for any number of chunks
+    "cpu": Defaults(16, 2, 8, 8),  # each row and each chunk costs time
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +73,7 @@ def plan_layout(
     rows: int = 0,
     page: int = 0,
     chunk: int = 0,
-    chunks_per_call: int = 8,
+    chunks_per_call: int = 0,
     steps_per_call: int = 8,
     pool_tokens: int = 0,
     pool_gib: float = 0.0,
@@ -76,10 +93,9 @@ def plan_layout(
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
     if pool_tokens and pool_gib:
         raise ValueError(f"pool_tokens = {pool_tokens} and pool_gib = {pool_gib:g} say the same: set one of them")
-    platform = mesh.devices.flat[0].platform
-    kernel = implementation_for(attention, mesh) == "ragged"
-    page = page or (64 if kernel else 16)
-    chunk = chunk or page * (8 if kernel else 2)
+    defaults = DEFAULTS.get(mesh.devices.flat[0].platform, DEFAULTS["gpu"])
+    page = page or defaults.page
+    chunk = chunk or page * defaults.pages_a_chunk
     if chunk % page:
         raise ValueError(f"chunk = {chunk} is not a multiple of page = {page}")
     replicas, tensor = mesh.shape["data"], mesh.shape["tensor"]
@@ -104,9 +120,9 @@ def plan_layout(
     return Layout(
         replicas=replicas,
         sessions=open_at_once,
-        rows=min(open_at_once, share(rows) or max(8, -(-open_at_once // (8 if platform == "cpu" else 2)))),
+        rows=min(open_at_once, share(rows) or max(8, -(-open_at_once // defaults.sessions_a_row))),
         steps=steps_per_call,
-        chunks=share(chunks_per_call),
+        chunks=min(open_at_once, share(chunks_per_call or defaults.chunks)),
         chunk=chunk,
         page=page,
         pages=pages,

@@ -64,7 +64,7 @@ class PagedEngine:
         rows: int = 0,
         page: int = 0,
         chunk: int = 0,
-        chunks_per_call: int = 8,
+        chunks_per_call: int = 0,
         steps_per_call: int = 8,
         pool_tokens: int = 0,
         pool_gib: float = 0.0,
@@ -73,11 +73,10 @@ class PagedEngine:
     ):
         """
         Args:
-          rows: sessions that decode at once; 0: half of the sessions, on a CPU an eighth, since there each row costs
-            time; at least 8 a replica.
-          page: tokens in a page; 0: 64 for the TPU kernel, whose tables must fit its scalar memory, else 16.
-          chunk: ids of one session that a prefill call feeds at most, a multiple of `page`; 0: eight pages on TPU, else
-            two.
+          rows: sessions that decode at once. 0, as for the next three: by the kind of device, see `DEFAULTS`; here
+            half of the sessions, or on a CPU an eighth, at least 8 a replica.
+          page: tokens in a page.
+          chunk: ids of one session that a prefill call feeds at most, a multiple of `page`.
           chunks_per_call: sessions that a prefill call feeds at once.
           steps_per_call: maximum number of tokens that a row decodes in one call.
           pool_tokens: tokens in the pool of a process.

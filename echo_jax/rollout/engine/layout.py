@@ -8,12 +8,16 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from echo_jax.kernels.paged_attention import IMPLEMENTATIONS, implementation_for
+from echo_jax.kernels.paged_attention import IMPLEMENTATIONS, implementation_for, pool_heads
 from echo_jax.models.transformer import ModelConfig
 
 ADMISSIONS = ("reserved", "optimistic")
 POOL_SHARE = 0.9  # of the memory that is left; programs need temporary memory too
 GIB = 2**30
+
+
+class PoolTooSmall(ValueError):
+    """The pool does not hold one session of full length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +42,11 @@ class Layout:
         return -(-tokens // self.chunk) * self.chunk // self.page
 
 
-def page_bytes(config: ModelConfig, page: int, tensor: int) -> int:
-    """Returns the memory of a page of `page` tokens in all layers, on one of `tensor` devices that share the heads."""
-    numbers = config.num_layers * page * 2 * config.num_kv_heads * config.head_dim
+def page_bytes(config: ModelConfig, page: int, tensor: int, attention: str = "xla") -> int:
+    """Returns the memory of a page of `page` tokens in all layers, on one of `tensor` devices that share the heads; see
+    `init_pool`."""
+    heads, size = pool_heads(config.num_kv_heads, config.head_dim, config.compute_dtype, attention, tensor)
+    numbers = config.num_layers * page * 2 * heads * size
     return numbers * jnp.dtype(config.compute_dtype).itemsize // tensor
 
 
@@ -69,21 +75,23 @@ def plan_layout(
       free_bytes: memory that a device has left for the pool; None: unknown, as on a CPU.
 
     Raises:
-      ValueError: an option cannot work, or the pool is too small for one session.
+      PoolTooSmall: the pool is too small for one session.
+      ValueError: an option cannot work.
     """
     for name, value, choices in (("attention", attention, IMPLEMENTATIONS), ("admission", admission, ADMISSIONS)):
         if value not in choices:
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
     if pool_tokens and pool_gib:
         raise ValueError(f"pool_tokens = {pool_tokens} and pool_gib = {pool_gib:g} say the same: set one of them")
-    kernel = implementation_for(attention, mesh) == "ragged"
+    attention = implementation_for(attention, mesh)
+    kernel = attention == "ragged"
     page = page or (64 if kernel else 16)
     chunk = chunk or page * (8 if kernel else 2)
     if chunk % page:
         raise ValueError(f"chunk = {chunk} is not a multiple of page = {page}")
     replicas, tensor = mesh.shape["data"], mesh.shape["tensor"]
     share = lambda count: -(-count // replicas)  # noqa: E731
-    a_session, size = -(-max_tokens // page), page_bytes(config, page, tensor)
+    a_session, size = -(-max_tokens // page), page_bytes(config, page, tensor, attention)
     wanted = share(sessions) * a_session
     if pool_tokens:
         pages, source = -(-share(pool_tokens) // page), f"pool_tokens = {pool_tokens}"
@@ -95,7 +103,7 @@ def plan_layout(
         pages = min(wanted, max(0, int(POOL_SHARE * free_bytes)) // size)
         source = f"{POOL_SHARE:g} of the {free_bytes / GIB:.2f} GiB that a device has left"
     if pages < a_session:
-        raise ValueError(
+        raise PoolTooSmall(
             f"{source} holds {pages * page} tokens in pages of {page} ({size} bytes a device each), but one session "
             f"may need max_tokens = {max_tokens}"
         )

@@ -22,6 +22,7 @@ KERNEL_QUERIES = 32
 # Beyond that it takes as many pages as hold LOOP_TOKENS keys.
 LOOP_SINGLY = 128
 LOOP_TOKENS = 64
+LANES = 128  # the kernel takes multiples of this head size
 
 
 def implementation_for(name: str, mesh: Mesh) -> str:
@@ -32,7 +33,30 @@ def implementation_for(name: str, mesh: Mesh) -> str:
     return "ragged" if mesh.devices.flat[0].platform == "tpu" else "xla"
 
 
-def paged_attention(q, pool, table, positions, *, implementation: str = "xla", mesh: Mesh | None = None):
+def pool_heads(kv_heads: int, head_dim: int, dtype, implementation: str, shards: int = 1) -> tuple[int, int]:
+    """Returns the number of KV heads and the head size of a pool whose heads are spread over `shards` devices: those of
+    the model or, for `ragged`, the next that its kernel takes."""
+    if implementation != "ragged":
+        return kv_heads, head_dim
+    heads, packed = kv_heads // shards, 4 // jnp.dtype(dtype).itemsize
+    while (2 * heads) % packed or not ((tiles := 2 * heads // packed) in (1, 2, 4, 8) or tiles % 8 == 0):
+        heads += 1
+    return heads * shards, -(-head_dim // LANES) * LANES
+
+
+def _padded(x, shape: tuple[int, ...], shards: int = 1):
+    """Returns x [B, C, H, K] with zeros up to (H, K) = shape: behind the heads of each shard, and behind each head."""
+    if x.shape[2:] == shape:
+        return x
+    heads, size = shape
+    x = x.reshape(*x.shape[:2], shards, x.shape[2] // shards, x.shape[3])
+    more = heads // shards - x.shape[3], size - x.shape[4]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more[0]), (0, more[1]))).reshape(*x.shape[:2], heads, size)
+
+
+def paged_attention(
+    q, pool, table, positions, *, implementation: str = "xla", mesh: Mesh | None = None, kv_heads: int | None = None
+):
     """Causal attention of some tokens of each sequence over its pages. Softmax in f32.
 
     `ragged` needs the tokens of a sequence to lie so that position - column is the same for all, and works on the
@@ -44,12 +68,13 @@ def paged_attention(q, pool, table, positions, *, implementation: str = "xla", m
       table: int32 [B, M], the pages of each sequence in order; entries past its last page may be any page.
       positions: int32 [B, C] of the tokens; a token sees the positions up to its own. -1: padding, whose result is
         finite.
+      kv_heads: of the model, where the pool of `ragged` is padded to more, or to a larger K; see `pool_heads`.
 
     Returns:
       Like q.
     """
     if implementation == "ragged":
-        return _ragged(q, pool, table, positions, mesh)
+        return _ragged(q, pool, table, positions, mesh, q.shape[2] // (kv_heads or pool.shape[2] // 2))
     batch, tokens, heads, size = q.shape
     page, groups = pool.shape[1], pool.shape[2] // 2
     grouped = (q * size**-0.5).reshape(batch, tokens, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
@@ -86,9 +111,9 @@ def paged_attention(q, pool, table, positions, *, implementation: str = "xla", m
     return y.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
-def _ragged(q, pool, table, positions, mesh: Mesh | None):
+def _ragged(q, pool, table, positions, mesh: Mesh | None, group: int):
     """jax's kernel takes sequences whose queries are their last tokens. Here all C columns count as queries;
-    nobody reads the results of padding."""
+    nobody reads the results of padding. `group`: query heads of a KV head."""
     batch, tokens, heads, size = q.shape
     first = jnp.maximum(jnp.max(positions - jnp.arange(tokens), axis=1), 0)
     kernel = functools.partial(
@@ -99,10 +124,11 @@ def _ragged(q, pool, table, positions, mesh: Mesh | None):
     )
 
     def attend(q, pool, table, first):
-        flat = q.reshape(batch * tokens, *q.shape[2:])
+        wide = _padded(q, (pool.shape[2] // 2 * group, pool.shape[3]))
+        flat = wide.reshape(batch * tokens, *wide.shape[2:])
         starts = jnp.arange(batch + 1, dtype=jnp.int32) * tokens
         y = kernel(flat, pool, first + tokens, table, starts, jnp.full(1, batch, jnp.int32))
-        return y.reshape(q.shape)
+        return y.reshape(wide.shape)[:, :, : q.shape[2], :size]
 
     if mesh is None:
         return attend(q, pool, table, first)
@@ -118,11 +144,12 @@ def _ragged(q, pool, table, positions, mesh: Mesh | None):
     )(q, pool, table, first)
 
 
-def write_pages(pool, k, v, table, positions):
+def write_pages(pool, k, v, table, positions, *, shards: int = 1):
     """Returns the pool with the keys and values of some tokens, [B, C, G, K] each, in their sequences' pages; those at
-    position -1 are left out. Donate the pool."""
+    position -1 are left out. Donate the pool. `shards`: devices over which its heads are spread."""
     page = pool.shape[1]
     at = jnp.take_along_axis(table, jnp.maximum(positions, 0) // page, axis=1)
     at = jnp.where(positions >= 0, at, pool.shape[0])  # past the end: dropped
+    k, v = (_padded(x, (pool.shape[2] // 2, pool.shape[3]), shards) for x in (k, v))
     kv = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[-1])
     return pool.at[at, positions % page].set(kv.astype(pool.dtype), mode="drop")

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of training, and the peak of a chip: the FLOPs that a model's arithmetic needs, not those executed.
+"""Analytic FLOPs of training, bytes of sampling, and the peak of a chip: what arithmetic needs, not what is done.
 
 Two FLOPs per weight and token forward, four backward, of which a frozen weight needs two. Recomputation is not counted;
 of the experts, only those that a token goes to count. Causal attention: every token with itself and those before it in
@@ -8,6 +8,7 @@ its segment.
 import math
 
 import jax
+import jax.numpy as jnp
 
 from echo_jax.models import lora
 from echo_jax.models.transformer import EXPERT, ModelConfig
@@ -27,14 +28,28 @@ PEAK_FLOPS = {
 
 def train_flops(model: ModelConfig, tokens: float, pairs: float) -> float:
     """Returns the FLOPs of forward and backward over `tokens`, with `pairs` of a token and a token it attends to."""
-    one = lambda name: math.prod(model.sizes(name)[name in EXPERT :])  # noqa: E731
-    layer = sum(one(name) * (model.experts_per_token if name in EXPERT else 1) for name in model.matrices)
-    weights = model.num_layers * layer + model.vocab_size * model.embed_dim
+    weights, adapter = _multiplied(model)
     attention = model.num_layers * 2 * model.num_heads * model.head_dim  # scores, and the weighted sum of values
     if not model.lora.rank:
         return 6.0 * (weights * tokens + attention * pairs)
-    adapter = sum(math.prod(model.sizes(name + part)) for name in model.lora.targets for part in (lora.A, lora.B))
-    return (4.0 * weights + 6.0 * model.num_layers * adapter) * tokens + 6.0 * attention * pairs
+    return (4.0 * weights + 6.0 * adapter) * tokens + 6.0 * attention * pairs
+
+
+def decode_bytes(model: ModelConfig, tokens: float) -> float:
+    """Returns the least bytes to read for one more token in each of any number of sequences that hold `tokens` in all:
+    every weight that multiplies once, every key and value once. Of a mixture of experts, those of one sequence, as if
+    all chose the same. Norms, biases and the looked-up rows of the embedding do not count."""
+    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens
+    return (sum(_multiplied(model)) + cached) * jnp.dtype(model.compute_dtype).itemsize
+
+
+def _multiplied(model: ModelConfig) -> tuple[int, int]:
+    """Returns the number of weights that multiply a token, without the adapters' and of the adapters."""
+    one = lambda name: math.prod(model.sizes(name)[name in EXPERT :])  # noqa: E731
+    layer = sum(one(name) * (model.experts_per_token if name in EXPERT else 1) for name in model.matrices)
+    targets = model.lora.targets if model.lora.rank else ()
+    adapter = sum(math.prod(model.sizes(name + part)) for name in targets for part in (lora.A, lora.B))
+    return model.num_layers * layer + model.vocab_size * model.embed_dim, model.num_layers * adapter
 
 
 def utilisation(flops_per_second: float, devices: list[jax.Device]) -> float | None:

@@ -6,6 +6,7 @@ In: token ids. Out: hidden states; the loss and the sampler apply the LM head. n
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,11 +17,11 @@ from jax.sharding import Mesh
 from echo_jax.kernels.attention import packed_attention
 from echo_jax.kernels.embedding import embed
 from echo_jax.kernels.experts import mix
-from echo_jax.kernels.paged_attention import paged_attention, write_pages
+from echo_jax.kernels.paged_attention import paged_attention, pool_heads, write_pages
 from echo_jax.models import lora
 from echo_jax.models.lora import Lora
 from echo_jax.models.rope import NO_SCALING, RopeScaling, frequencies, rotate
-from echo_jax.system.sharding import sharding_of
+from echo_jax.system.sharding import MESH_AXIS_OF, sharding_of
 
 # The matrices of a layer: logical axes of the inputs, and of the outputs.
 LINEAR = {
@@ -112,10 +113,15 @@ class ModelConfig:
         return head_norm.get(name) or tuple(size_of[axis] for axis in PARAM_AXES[name])
 
 
-def init_pool(config: ModelConfig, pages: int, page: int):
-    """Returns a pool of KV pages for all layers: [L * N, P, 2G, K], see `paged_attention`."""
-    shape = (config.num_layers * pages, page, 2 * config.num_kv_heads, config.head_dim)
-    return jnp.zeros(shape, config.compute_dtype)
+def init_pool(config: ModelConfig, pages: int, page: int, attention: str = "xla", shards: int = 1):
+    """Returns a pool of KV pages for all layers: [L * N, P, 2G, K], see `paged_attention`.
+
+    Args:
+      attention: implementation of it, which may need more heads or a larger K than the model has.
+      shards: devices over which the heads are spread.
+    """
+    heads, size = pool_heads(config.num_kv_heads, config.head_dim, config.compute_dtype, attention, shards)
+    return jnp.zeros((config.num_layers * pages, page, 2 * heads, size), config.compute_dtype)
 
 
 def rms_norm(x, scale, eps):
@@ -240,14 +246,18 @@ class Transformer(nnx.Module):
           hidden [B, C, D], and the pool with these tokens in it.
         """
         pages = pool.shape[0] // self.config.num_layers
+        shards = 1 if mesh is None else mesh.shape[MESH_AXIS_OF["kv_heads"]]
+        attend_pages = functools.partial(
+            paged_attention, implementation=attention, mesh=mesh, kv_heads=self.config.num_kv_heads
+        )
 
         def layer(carry, block, index):
             x, pool = carry
 
             def attend(q, k, v):
                 own = table + index * pages
-                new = write_pages(pool, k, v, own, positions)
-                return paged_attention(q, new, own, positions, implementation=attention, mesh=mesh), new
+                new = write_pages(pool, k, v, own, positions, shards=shards)
+                return attend_pages(q, new, own, positions), new
 
             return block(x, jnp.maximum(positions, 0), attend, mesh)
 

@@ -1,5 +1,7 @@
 """The mesh, and the one table that maps logical axes to mesh axes."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -78,3 +80,9 @@ def free_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def bytes_a_device(tree) -> int:
+    """Returns the memory on one device of arrays, or of their shapes with shardings."""
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * size for shape, size in shards)

@@ -32,7 +32,8 @@ from echo_jax.objective.batch import to_mesh
 from echo_jax.objective.weights import weigh
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import Trajectory
-from echo_jax.run.ahead_of_time import GIB, lower_train_step
+from echo_jax.run.ahead_of_time import lower_train_step
+from echo_jax.run.resident import GIB
 
 OUTPUT = flags.DEFINE_string("output", None, "also write the tables to this file")
 REPEATS = flags.DEFINE_integer("repeats", 2, "timed updates per row; the fastest counts")

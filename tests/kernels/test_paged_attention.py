@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from echo_jax.kernels import paged_attention as module
-from echo_jax.kernels.paged_attention import paged_attention, write_pages
+from echo_jax.kernels.paged_attention import paged_attention, pool_heads, write_pages
 
 PAGE, PAGES, BATCH, HEADS, GROUPS, SIZE = 4, 40, 3, 4, 2, 16
 
@@ -71,6 +71,44 @@ def test_the_kernel_is_called_with_what_it_expects(monkeypatch):
     assert np.isfinite(theirs).all()
     np.testing.assert_allclose(theirs[positions >= 0], ours[positions >= 0], atol=1e-5)
     assert (ours[positions < 0] == 0).all()
+
+
+@pytest.mark.parametrize(("heads", "groups", "shards"), [(9, 3, 1), (3, 3, 1), (12, 6, 2)])
+def test_a_pool_padded_for_the_kernel_gives_what_one_without_padding_gives(monkeypatch, heads, groups, shards):
+    rng = np.random.default_rng(5)
+    k, v = rng.normal(size=(2, BATCH, PAGE, groups, SIZE)).astype(np.float32)
+    q = rng.normal(size=(BATCH, PAGE, heads, SIZE)).astype(np.float32)
+    table, positions = jnp.arange(BATCH)[:, None], jnp.tile(jnp.arange(PAGE), (BATCH, 1))
+    kernel = lambda *arguments, num_kv_pages_per_block, num_queries_per_block, **rest: (  # noqa: E731
+        ref_ragged_paged_attention(*arguments, **rest)
+    )
+    monkeypatch.setattr(module, "ragged_paged_attention", kernel)
+    plain = write_pages(jnp.zeros((BATCH, PAGE, 2 * groups, SIZE)), k, v, table, positions)
+    expected = paged_attention(q, plain, table, positions)
+    wide, size = pool_heads(groups, SIZE, "float32", "ragged", shards)
+    assert (wide, size) == (groups + shards, 128)
+    padded = write_pages(jnp.zeros((BATCH, PAGE, 2 * wide, size)), k, v, table, positions, shards=shards)
+    found = [  # as each device sees it
+        paged_attention(*arrays, table, positions, implementation="ragged", kv_heads=groups // shards)
+        for arrays in zip(jnp.split(q, shards, axis=2), jnp.split(padded, shards, axis=2), strict=True)
+    ]
+    np.testing.assert_allclose(jnp.concatenate(found, axis=2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "dtype", "shards", "padded"),
+    [
+        (8, 128, "bfloat16", 8, (8, 128)),
+        (8, 128, "bfloat16", 4, (8, 128)),
+        (3, 64, "bfloat16", 1, (4, 128)),
+        (5, 64, "bfloat16", 1, (8, 128)),
+        (10, 80, "bfloat16", 2, (16, 128)),
+        (3, 128, "float32", 1, (4, 128)),
+    ],
+)
+def test_the_pool_has_the_next_heads_that_the_kernel_takes(heads, size, dtype, shards, padded):
+    assert pool_heads(heads, size, dtype, "ragged", shards) == padded
+    assert pool_heads(heads, size, dtype, "xla", shards) == (heads, size)
 
 
 def test_the_length_of_the_table_and_the_company_change_no_bit():

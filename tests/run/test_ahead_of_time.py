@@ -1,6 +1,7 @@
-"""Laws of compiling ahead of time: its counts, its errors, and that the real step compiles for a TPU."""
+"""Laws of compiling ahead of time: its counts, its errors, and that the programs of a run compile for a TPU."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from echo_jax.config import ConfigError
 from echo_jax.learner.learner import _check_experts, build_learner
 from echo_jax.models.flops import train_flops, utilisation
 from echo_jax.run import ahead_of_time
+from echo_jax.run.resident import CHIPS, GIB
 from echo_jax.system import hlo
 from echo_jax.system.sharding import make_mesh
 
@@ -169,7 +171,7 @@ def test_small_step_forms_no_logits_and_gathers_no_head_in_a_loop_and_no_stack_o
 
 
 @pytest.mark.tpu
-def test_the_real_step_compiles_for_tpu_and_is_described():
+def test_the_programs_of_a_run_compile_for_tpu_and_are_described():
     fits = run("--table=configs/tiny.py", "--topology=v5e:2x2")
     assert fits.returncode == 1
     assert "has 1 chips, v5e:2x2 has 4" in fits.stderr
@@ -180,12 +182,37 @@ def test_the_real_step_compiles_for_tpu_and_is_described():
         assert result.returncode == 0, result.stderr
         described = json.loads(result.stdout)
         assert described["fits"]
+        assert described["train_fits"]
+        assert described["resident"]["update"] == described["peak_bytes"]
+        assert described["resident"]["transfer"] < described["resident"]["sampling"]
+        assert set(described["programs"]) == {"train_step", "bring", "prefill", "decode", "copy"}
+        assert described["sampler"]["sessions"] == described["sampler"]["sessions_a_step"] > 0
         assert described["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
         assert 0 < described["argument_bytes"] < described["peak_bytes"] < described["hbm_bytes"] == 16 * 2**30
         assert described["collectives"]
     shape = run("--config=configs/tiny.py", "--topology=v5e:3x5x7")
     assert (shape.returncode, "Traceback" in shape.stderr) == (1, False)
     assert "v5e:3x5x7" in shape.stderr
+
+
+@pytest.mark.tpu
+def test_a_run_whose_pool_holds_no_session_does_not_fit_though_its_update_does(monkeypatch):
+    """With adapters, whose frozen weights a program of their own brings."""
+    config = tiny.get_config()
+    config.mesh.fsdp = config.pack.rows = 0
+    config.lora.rank = 4
+    fits = ahead_of_time.compile_run(config, "v5e:2x2")
+    assert fits["fits"]
+    assert {"bring_frozen", "bring"} <= set(fits["programs"])
+    small = dataclasses.replace(CHIPS["v5e"], usable=(fits["resident"]["update"] + 1024) / GIB)
+    monkeypatch.setitem(CHIPS, "v5e", small)
+    monkeypatch.setattr(ahead_of_time, "kept_bytes", lambda learner: fits["resident"]["update"])
+    described = ahead_of_time.compile_run(config, "v5e:2x2")
+    assert described["train_fits"]
+    assert not described["fits"]
+    assert described["sampler"]["sessions"] == described["sampler"]["sessions_at_most"] == 0
+    assert described["resident"]["sampling"] > described["usable_bytes"]
+    assert "decode" not in described["programs"]
 
 
 @pytest.mark.tpu
@@ -197,7 +224,7 @@ def test_no_logits_no_head_in_a_loop_and_no_whole_stack_of_layers_is_gathered():
     texts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead_of_time, "by_kind", texts.append)
-        ahead_of_time.compile_train_step(config, "v5e:4x4")
+        ahead_of_time.compile_train_step(ahead_of_time.learner_on(config, "v5e:4x4"))
     (text,) = texts
     model = config.model
     found = hlo.collectives(text)

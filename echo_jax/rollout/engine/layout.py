@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from echo_jax.kernels.paged_attention import IMPLEMENTATIONS
+from echo_jax.kernels.paged_attention import IMPLEMENTATIONS, implementation_for, pool_heads
 from echo_jax.models.transformer import ModelConfig
 
 ADMISSIONS = ("reserved", "optimistic")
@@ -31,6 +31,10 @@ DEFAULTS = {
     "gpu": Defaults(16, 4, 64, 2),  # one call costs about the same for any number of chunks
     "cpu": Defaults(16, 2, 8, 8),  # each row and each chunk costs time
 }
+
+
+class PoolTooSmall(ValueError):
+    """The pool does not hold one session of full length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +59,11 @@ class Layout:
         return -(-tokens // self.chunk) * self.chunk // self.page
 
 
-def page_bytes(config: ModelConfig, page: int, tensor: int) -> int:
-    """Returns the memory of a page of `page` tokens in all layers, on one of `tensor` devices that share the heads."""
-    numbers = config.num_layers * page * 2 * config.num_kv_heads * config.head_dim
+def page_bytes(config: ModelConfig, page: int, tensor: int, attention: str = "xla") -> int:
+    """Returns the memory of a page of `page` tokens in all layers, on one of `tensor` devices that share the heads; see
+    `init_pool`."""
+    heads, size = pool_heads(config.num_kv_heads, config.head_dim, config.compute_dtype, attention, tensor)
+    numbers = config.num_layers * page * 2 * heads * size
     return numbers * jnp.dtype(config.compute_dtype).itemsize // tensor
 
 
@@ -86,13 +92,15 @@ def plan_layout(
       free_bytes: memory that a device has left for the pool; None: unknown, as on a CPU.
 
     Raises:
-      ValueError: an option cannot work, or the pool is too small for one session.
+      PoolTooSmall: the pool is too small for one session.
+      ValueError: an option cannot work.
     """
     for name, value, choices in (("attention", attention, IMPLEMENTATIONS), ("admission", admission, ADMISSIONS)):
         if value not in choices:
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
     if pool_tokens and pool_gib:
         raise ValueError(f"pool_tokens = {pool_tokens} and pool_gib = {pool_gib:g} say the same: set one of them")
+    attention = implementation_for(attention, mesh)
     defaults = DEFAULTS.get(mesh.devices.flat[0].platform, DEFAULTS["gpu"])
     page = page or defaults.page
     chunk = chunk or page * defaults.pages_a_chunk
@@ -100,7 +108,7 @@ def plan_layout(
         raise ValueError(f"chunk = {chunk} is not a multiple of page = {page}")
     replicas, tensor = mesh.shape["data"], mesh.shape["tensor"]
     share = lambda count: -(-count // replicas)  # noqa: E731
-    a_session, size = -(-max_tokens // page), page_bytes(config, page, tensor)
+    a_session, size = -(-max_tokens // page), page_bytes(config, page, tensor, attention)
     wanted = share(sessions) * a_session
     if pool_tokens:
         pages, source = -(-share(pool_tokens) // page), f"pool_tokens = {pool_tokens}"
@@ -112,7 +120,7 @@ def plan_layout(
         pages = min(wanted, max(0, int(POOL_SHARE * free_bytes)) // size)
         source = f"{POOL_SHARE:g} of the {free_bytes / GIB:.2f} GiB that a device has left"
     if pages < a_session:
-        raise ValueError(
+        raise PoolTooSmall(
             f"{source} holds {pages * page} tokens in pages of {page} ({size} bytes a device each), but one session "
             f"may need max_tokens = {max_tokens}"
         )

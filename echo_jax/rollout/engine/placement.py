@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from echo_jax.models import lora
 from echo_jax.models.transformer import ModelConfig, abstract_params, used_dtype
-from echo_jax.system.sharding import make_mesh
+from echo_jax.system.sharding import bytes_a_device, make_mesh
 
 
 class Placement:
@@ -54,9 +54,17 @@ class Placement:
     @property
     def bytes_a_device(self) -> int:
         """Memory of the engine's parameters on one of its devices."""
-        shards = (x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(self.placed))
-        sizes = (x.dtype.itemsize for x in jax.tree.leaves(self.placed))
-        return sum(math.prod(shape) * size for shape, size in zip(shards, sizes, strict=True))
+        return bytes_a_device(self.placed)
+
+    def abstract_on(self, mesh: Mesh) -> dict:
+        """Returns the shapes of the engine's parameters on a mesh like `local`."""
+        on = lambda x: NamedSharding(mesh, x.sharding.spec)  # noqa: E731
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(x)), self.placed)
+
+    def lower(self, abstract_params: dict) -> list[jax.stages.Lowered]:
+        """Lowers the programs that bring parameters, in the order in which they run."""
+        trained, frozen = lora.split(abstract_params)
+        return [*([self._bring_frozen.lower(frozen)] if frozen else ()), self._bring_trained.lower(trained)]
 
     def _to_local(self, tree: dict) -> dict:
         return jax.tree.map(self._shards_to_local, tree)

@@ -48,7 +48,10 @@ def make_programs(
         "mesh": mesh if mesh.size > 1 else None,
         "attention": implementation_for(attention, mesh),
     }
-    new_pool = functools.partial(init_pool, config, layout.replicas * layout.pages, layout.page)
+    shards = mesh.shape[MESH_AXIS_OF["kv_heads"]]
+    new_pool = functools.partial(
+        init_pool, config, layout.replicas * layout.pages, layout.page, model["attention"], shards
+    )
     prefill = _on_replicas(functools.partial(_prefill, **model), mesh, (WHOLE, *[PART] * 4), PART)
     decode = functools.partial(_decode, **model, temperature=temperature, stop_ids=stop_ids, steps=layout.steps)
     decode = _on_replicas(decode, mesh, (WHOLE, *[PART] * 7, WHOLE), (PART, PART))
@@ -59,6 +62,24 @@ def make_programs(
         decode=jax.jit(decode, donate_argnums=1, out_shardings=(NamedSharding(mesh, PART), pool)),
         copy=jax.jit(copy, donate_argnums=0, out_shardings=pool),
     )
+
+
+def lower(programs: Programs, mesh: Mesh, layout: Layout, params: dict) -> dict[str, jax.stages.Lowered]:
+    """Lowers an engine's programs for its mesh, whose devices need not be this machine's.
+
+    Args:
+      params: shapes of the parameters on the mesh.
+    """
+    shape = jax.eval_shape(programs.new_pool)
+    pool = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=pool_sharding(mesh))
+    ints = lambda *shape: jax.ShapeDtypeStruct((layout.replicas * shape[0], *shape[1:]), jnp.int32)  # noqa: E731
+    rows, chunks, chunk, table = layout.rows, layout.chunks, layout.chunk, layout.table
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {
+        "prefill": programs.prefill.lower(params, pool, ints(chunks, chunk), ints(chunks, chunk), ints(chunks, table)),
+        "decode": programs.decode.lower(params, pool, *[ints(rows)] * 4, ints(rows, table), ints(1), key),
+        "copy": programs.copy.lower(pool, ints(chunks), ints(chunks)),
+    }
 
 
 def pool_sharding(mesh: Mesh) -> NamedSharding:

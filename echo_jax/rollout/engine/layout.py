@@ -124,13 +124,14 @@ def plan_layout(
             f"{source} holds {pages * page} tokens in pages of {page} ({size} bytes a device each), but one session "
             f"may need max_tokens = {max_tokens}"
         )
-    open_at_once = share(sessions) if admission == "optimistic" else min(share(sessions), pages // a_session)
+    asked = share(sessions)
     return Layout(
         replicas=replicas,
-        sessions=open_at_once,
-        rows=min(open_at_once, share(rows) or max(8, -(-open_at_once // defaults.sessions_a_row))),
+        sessions=asked if admission == "optimistic" else min(asked, pages // a_session),
+        # These follow from the config alone: the memory that happens to be left must not change a bit.
+        rows=min(asked, share(rows) or max(8, -(-asked // defaults.sessions_a_row))),
         steps=steps_per_call,
-        chunks=min(open_at_once, share(chunks_per_call or defaults.chunks)),
+        chunks=min(asked, share(chunks_per_call or defaults.chunks)),
         chunk=chunk,
         page=page,
         pages=pages,

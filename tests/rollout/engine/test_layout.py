@@ -36,6 +36,11 @@ def test_the_pool_takes_what_the_devices_have_left():
     assert (plan.pages, plan.sessions) == (45, 6)
     assert layout(free_bytes=50 * size, admission="optimistic").sessions == 16
     assert layout(free_bytes=GIB) == layout()
+    assert (plan.rows, plan.chunks, plan.chunk) == (
+        layout().rows,
+        layout().chunks,
+        layout().chunk,
+    )  # shapes that matter
     assert layout(pool_gib=30 * size / GIB).pages == 30
 
 

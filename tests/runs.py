@@ -55,7 +55,7 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
 
 def comparable(workdir: Path) -> list[dict]:
     rates = ("rollout/tokens_per_second", "train/tokens_per_second", "train/flops_per_second", "train/mfu")
-    timed = ("time/", "rollout/device_busy", *rates)
+    timed = ("time/", "engine/", "rollout/device_busy", *rates)  # what an engine counts depends on when tools answer
     return [
         {name: value for name, value in record.items() if not name.startswith(timed)}
         for record in read_metrics(workdir / "metrics.jsonl")

@@ -186,6 +186,29 @@ def test_killed_and_interrupted_equals_uninterrupted_bit_for_bit(finished, inter
         np.testing.assert_array_equal(own, expected)
 
 
+# Every tool call and every start of a sandbox takes a random time, so that sessions come and go in another order.
+SLOW_TOOLS = """
+import random, time
+from echo_jax.rollout.world import EpisodeWorld
+for name in ("open", "run"):
+    def slow(self, *arguments, method=getattr(EpisodeWorld, name)):
+        time.sleep(random.uniform(0.0, 0.4))
+        return method(self, *arguments)
+    setattr(EpisodeWorld, name, slow)
+"""
+
+
+@pytest.mark.variant
+def test_random_delays_of_tools_change_no_bit_of_a_run(finished, tmp_path):
+    delayed = begun(tmp_path / "w", SLOW_TOOLS)
+    assert delayed.status == 0, delayed.output
+    assert comparable(tmp_path / "w") == comparable(finished)
+    for own, expected in zip(
+        jax.tree.leaves(final_state(tmp_path / "w")), jax.tree.leaves(final_state(finished)), strict=True
+    ):
+        np.testing.assert_array_equal(own, expected)
+
+
 def test_ctrl_c_stops_a_run_and_prints_how_to_resume(interrupted):
     stopped = interrupted[0]["in the rollouts"]
     assert stopped.status == 130, stopped.output

@@ -183,7 +183,7 @@ def test_the_programs_of_a_run_compile_for_tpu_and_are_described():
         described = json.loads(result.stdout)
         assert described["fits"]
         assert described["train_fits"]
-        assert described["resident"]["update"] == described["peak_bytes"]
+        assert described["resident"]["update"] > described["peak_bytes"]  # beside the reference of the KL
         assert described["resident"]["transfer"] < described["resident"]["sampling"]
         assert set(described["programs"]) == {"train_step", "bring", "prefill", "decode", "copy"}
         assert described["sampler"]["sessions"] == described["sampler"]["sessions_a_step"] > 0

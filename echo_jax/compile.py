@@ -11,16 +11,16 @@ and tpu7x half of one.
 - `programs`: arguments, temporary memory, outputs that overwrite no argument, and seconds to compile of each.
 - `resident`: what lies in memory at the same time during the update (the sampler gives its memory back), the transfer
   (train state and weights) and sampling (train state, weights, pool, and the temporary memory of the largest program).
-- `fits`: the largest of these is at most `usable_bytes`, and the pool holds a session of full length. `train_fits`: the
-  update alone does; `argument_bytes`, `temporary_bytes`, `peak_bytes`, `collectives` and `flops` (analytic, of a
-  micro-batch of full rows) are of the train step. Not compiled are the forward passes that score transcripts and, where
-  the loss asks for them, old or reference log-probs: they happen when the update does, and need less.
+- `fits`: the compiler refuses no program, the largest of these is at most `usable_bytes`, and the pool holds a session
+  of full length. `train_fits`: the update alone does. `argument_bytes`, `temporary_bytes`, `peak_bytes`,
+  `collectives` and `flops` (analytic, of a micro-batch of full rows) are of the train step. Not compiled are the
+  forward passes that score transcripts and, where the loss asks for them, old or reference log-probs.
 - `sampler`: a host's engine: its devices, the tokens in its pool, how many sessions of full length it could hold at
   most and how many a step asks of it (those without room wait), and an upper bound on its speed,
   `tokens_per_second_per_chip`: a decode step reads all weights once and the `live_tokens` of each of `rows`, at the
   full bandwidth of the memory. It counts no prefill, arithmetic, communication or waiting for tools. Its programs are
-  compiled as if a host's chips were a slice of their own: of a larger slice of v5e or v6e this compiler takes either
-  one chip or all, so try there first whether a pod runs them.
+  compiled as if a host's chips were a slice of their own: of larger slices of v5e and v6e this compiler refuses to use
+  some chips only, so whether a pod runs them must be tried there.
 - `would_hold_a_session`: if the pool holds none, changes of which each alone would do.
 """
 

@@ -20,20 +20,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 
 def xla_has(flag: str) -> bool:
-    """Returns whether jaxlib and libtpu, if it is here, know a flag of XLA; each ends a process that sets an unknown
-    one."""
-    packages = filter(None, map(importlib.util.find_spec, ("jaxlib", "libtpu")))
-    return all(any(map(has(flag), Path(package.origin).parent.glob("*.so"))) for package in packages)
-
-
-def has(text: str):
-    """Returns whether a file has this text, as a function of its path."""
-
-    def found(path: Path) -> bool:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(text.encode()) >= 0
-
-    return found
+    """Returns whether this jaxlib knows a flag of XLA; XLA ends a process that sets an unknown one."""
+    for path in Path(importlib.util.find_spec("jaxlib").origin).parent.glob("*.so"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+            if library.find(flag.encode()) >= 0:
+                return True
+    return False
 
 
 if xla_has("xla_cpu_use_fusion_emitters"):  # they take half of the compile time

@@ -162,13 +162,16 @@ def compile_sampler(learner: Learner, chip: Chip, live_tokens: int) -> dict:
     try:
         layout = _layout(learner, placement.local, left)
     except PoolTooSmall:
-        layout, sampling = wanted, []
+        layout, sampling, engine_costs = wanted, [], {}
     else:
         sampling, engine_costs = _compile_all(lower_engine(learner, placement, layout))
-        costs |= engine_costs
         pool["pool_bytes"] = layout.pages * engine.page_bytes
         pool["pool_tokens"] = layout.replicas * layout.pages * layout.page
         pool["sessions"] = layout.replicas * layout.sessions
+    phases = resident(state, transfer, sampling, engine.weights + engine.session_bytes)
+    for phase, programs in (("transfer", costs), ("sampling", engine_costs)):
+        if any("compiler" in cost for cost in programs.values()):
+            del phases[phase]  # what a program needs that the compiler refuses is not known
     return {
         "sampler": {
             "chips": placement.local.size,
@@ -181,8 +184,8 @@ def compile_sampler(learner: Learner, chip: Chip, live_tokens: int) -> dict:
             **decode_ceiling(engine, chip, layout.rows, live_tokens),
         },
         "would_hold_a_session": advice(engine, learner.mesh.size, usable, state),
-        "resident": resident(state, transfer, sampling, engine.weights + engine.session_bytes),
-        "programs": costs,
+        "resident": phases,
+        "programs": costs | engine_costs,
     }
 
 
@@ -212,9 +215,9 @@ def _layout(learner: Learner, mesh: Mesh, free_bytes: int | None = None) -> Layo
     sizes = {"sessions": learner.rollouts_at_once, "max_tokens": rollout.max_tokens, "free_bytes": free_bytes}
     try:
         return plan_layout(learner.model_config, mesh, **sizes, **rollout.engine_options)
-    except PoolTooSmall:
-        raise
     except ValueError as error:
+        if isinstance(error, PoolTooSmall) and free_bytes is not None:
+            raise
         raise ConfigError(f"config.rollout.engine_options: {error}") from error
 
 

@@ -172,7 +172,7 @@ def why_not(result: dict) -> Iterator[str]:
             "chips": "{} chips in all",
         }
         ways = [forms[name].format(count) for name, count in would.items()]
-        yield "the pool holds no session of full length; what alone would help: " + (", or ".join(ways) or "nothing")
+        yield "the pool holds no session of full length; room for one would make " + (" or ".join(ways) or "nothing")
     for phase, size in result["resident"].items():
         if size > usable:
             yield f"{phase} needs {size / GIB:.2f} GiB of {usable / GIB:.2f}"

@@ -174,7 +174,7 @@ def test_small_step_forms_no_logits_and_gathers_no_head_in_a_loop_and_no_stack_o
 def test_the_programs_of_a_run_compile_for_tpu_and_are_described():
     fits = run("--table=configs/tiny.py", "--topology=v5e:2x2")
     assert fits.returncode == 1
-    assert "has 1 chips, v5e:2x2 has 4" in fits.stderr
+    assert "has 1 chips, but v5e:2x2 has 4" in fits.stderr
     mesh = ["--config.mesh.fsdp=0", "--config.pack.rows=0", "--topology=v5e:2x2"]
     splash = ["--config.model.attention=splash", "--config.model.head_dim=128", "--config.pack.length=512"]
     for arguments in (mesh, [*mesh, *splash]):
@@ -183,7 +183,7 @@ def test_the_programs_of_a_run_compile_for_tpu_and_are_described():
         described = json.loads(result.stdout)
         assert described["fits"]
         assert described["train_fits"]
-        assert described["resident"]["update"] == described["peak_bytes"]
+        assert described["resident"]["update"] > described["peak_bytes"]  # beside the reference of the KL
         assert described["resident"]["transfer"] < described["resident"]["sampling"]
         assert set(described["programs"]) == {"train_step", "bring", "prefill", "decode", "copy"}
         assert described["sampler"]["sessions"] == described["sampler"]["sessions_a_step"] > 0

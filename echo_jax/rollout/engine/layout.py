@@ -98,6 +98,12 @@ def plan_layout(
     for name, value, choices in (("attention", attention, IMPLEMENTATIONS), ("admission", admission, ADMISSIONS)):
         if value not in choices:
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
+    counts = {"rows": rows, "page": page, "chunk": chunk, "chunks_per_call": chunks_per_call}
+    for name, value in (counts | {"pool_tokens": pool_tokens, "pool_gib": pool_gib}).items():
+        if value < 0:
+            raise ValueError(f"{name} = {value} is negative")
+    if steps_per_call < 1:
+        raise ValueError(f"steps_per_call = {steps_per_call} must be at least 1")
     if pool_tokens and pool_gib:
         raise ValueError(f"pool_tokens = {pool_tokens} and pool_gib = {pool_gib:g} say the same: set one of them")
     attention = implementation_for(attention, mesh)

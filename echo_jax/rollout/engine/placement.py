@@ -14,23 +14,28 @@ from echo_jax.models.transformer import ModelConfig, abstract_params, used_dtype
 from echo_jax.system.sharding import bytes_a_device, make_mesh
 
 
+def engine_mesh(mesh: Mesh, config: ModelConfig, process: int | None = None) -> Mesh:
+    """Returns the mesh of a process's engine: replicas of the model over `data`, each sharded over `tensor`.
+
+    Args:
+      mesh: of training.
+      process: None: this one.
+    """
+    process = jax.process_index() if process is None else process
+    local_devices = [device for device in mesh.devices.flat if device.process_index == process]
+    sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
+    tensor = math.gcd(len(local_devices), *sizes)
+    return make_mesh(len(local_devices) // tensor, 1, tensor, local_devices)
+
+
 class Placement:
     """Brings parameters from the training mesh to the engine's mesh: one jitted cast and reshard. Brings frozen
     parameters only once, until `forget`."""
 
     def __init__(self, mesh: Mesh, config: ModelConfig, process: int | None = None):
-        """
-        Args:
-          mesh: of training.
-          process: whose engine it is; None: this one's.
-        """
-        devices = list(mesh.devices.flat)  # those of a process are adjacent
-        process = jax.process_index() if process is None else process
-        local_devices = [d for d in devices if d.process_index == process]
-        sizes = (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size)
-        tensor = math.gcd(len(local_devices), *sizes)
-        # The engine's mesh: replicas over `data`, each sharded over `tensor`.
-        self.local = make_mesh(len(local_devices) // tensor, 1, tensor, local_devices)
+        """Arguments as for `engine_mesh`."""
+        self.local = engine_mesh(mesh, config, process)
+        devices, tensor = list(mesh.devices.flat), self.local.shape["tensor"]  # those of a process are adjacent
         # On the devices of all processes, each laid out like `local`, in the dtype that the model uses.
         everywhere = abstract_params(config, make_mesh(len(devices) // tensor, 1, tensor, devices))[1]
         self.placed = jax.tree_util.tree_map_with_path(

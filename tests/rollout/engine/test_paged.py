@@ -615,10 +615,13 @@ def crowded():
         ({"page": 8, "chunk": 12}, "chunk = 12 is not a multiple of page = 8"),
         ({"attention": "flash"}, "attention = 'flash': choose one of auto, xla, ragged"),
         ({"admission": "greedy"}, "admission = 'greedy': choose one of reserved, optimistic"),
+        ({"rows": -1}, "rows = -1 is negative"),
+        ({"steps_per_call": 0}, "steps_per_call = 0 must be at least 1"),
+        ({"pool_tokens": 32}, "pool_tokens = 32 holds 32 tokens .* one session may need max_tokens = 64"),
     ],
 )
 def test_bad_options_are_errors_of_the_config(options, message):
     config = tiny.get_config()
     config.rollout.engine_options = options
     with pytest.raises(ConfigError, match=f"config.rollout.engine_options: {message}"):
-        build(config).make_engine()
+        build(config)  # so before a run claims its workdir

@@ -368,20 +368,21 @@ def test_bad_requests_are_refused(engine):
 @pytest.mark.parametrize("length", [3, 8, 9, 14])  # before, at and after the end of a page, with a chunk that ends
 def test_a_fork_goes_on_from_what_its_parent_holds(engine, length):
     rng = np.random.default_rng(length)
-    asks = [(draw_ids(rng, length, length + 1), 5), ((9, 8, 7), 6)]
+    first_ask, then = (draw_ids(rng, length, length + 1), 5), [(9, 8, 7), (6, 5, 4), (3, 2, 1)]  # each goes its own way
     parent = engine.open(1, 0)
-    engine.extend(parent, *asks[0])
+    engine.extend(parent, *first_ask)
     first = finish(engine)[parent]
     fed = count(engine, "prefill")
     forks = [engine.fork(parent, rollout) for rollout in (2, 3)]
-    for handle in (parent, *forks):
-        engine.extend(handle, *asks[1])
+    asks = {handle: [first_ask, (ids, 6)] for handle, ids in zip((parent, *forks), then, strict=True)}
+    for handle, (_, ask) in asks.items():
+        engine.extend(handle, *ask)
     turns = finish(engine)
     assert len({turn.ids for turn in turns.values()}) == 3  # each samples with its own key
     assert count(engine, "prefill") - fed == 3 * 3  # the last id of the first turn, and two of the new ones
-    for handle in (parent, *forks):
-        ids = asks[0][0] + first.ids + asks[1][0] + turns[handle].ids
-        assert check_against_a_fresh_forward(weights()[1], asks, ids, [first, turns[handle]]) < CLOSE
+    for handle, own in asks.items():
+        ids = own[0][0] + first.ids + own[1][0] + turns[handle].ids
+        assert check_against_a_fresh_forward(weights()[1], own, ids, [first, turns[handle]]) < CLOSE
 
 
 def test_a_cancelled_turn_returns_what_it_sampled_and_the_session_goes_on(engine):
@@ -450,7 +451,7 @@ def swap_mid_turn(engine, sessions, open_sessions):
     while engine.busy:
         turns |= {handles[handle]: turn for handle, turn in engine.step().items()}
         calls += 1
-        if calls in (3, 11, 19):
+        if calls in (1, 6, 12, 20):  # the first within the prompt
             params[calls] = scaled(1 + calls / 100)
             engine.set_params(params[calls], calls, open_sessions=open_sessions)
     return turns, params

@@ -357,7 +357,7 @@ class PagedEngine:
             own.fed, own.reached = end, max(own.reached, end)
 
     def _publish(self, own: Session, end: int) -> None:
-        """Lets others share the pages of its prompt that a session has filled, or that end with it, once fed up to `end`."""
+        """Lets others share the pages of its prompt that a session has filled once it is fed up to `end`."""
         page = self._layout.page
         for at in range(own.fed // page, -(-min(end, own.prompt) // page)):
             self._books[own.replica].publish(own.pages[at], own.keys[at])

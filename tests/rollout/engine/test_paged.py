@@ -490,6 +490,21 @@ def test_kept_sessions_go_on_from_keys_and_values_of_older_weights_that_nobody_e
     assert check_against_a_fresh_forward(params[newest], [(prompt, 4)], prompt + turn.ids, [turn], stop=None) < CLOSE
 
 
+def test_nobody_shares_a_prompt_that_older_weights_have_begun(talkative):
+    close_all(talkative)
+    talkative.set_params(weights()[1], 0)
+    prompt = tuple(range(1, 15))
+    kept = talkative.open(0, 0)
+    talkative.extend(kept, prompt, 4)
+    talkative.step()  # feeds the first of two chunks
+    talkative.set_params(scaled(1.5), 1, open_sessions="keep")
+    finish(talkative)
+    other = talkative.open(1, 0)
+    talkative.extend(other, prompt, 4)
+    turn = finish(talkative)[other]
+    assert check_against_a_fresh_forward(scaled(1.5), [(prompt, 4)], prompt + turn.ids, [turn], None) < CLOSE
+
+
 def test_weights_are_held_in_the_dtype_that_the_model_uses():
     """So an engine holds bf16 matrices; its results equal those of f32 matrices cast when used."""
     half = dataclasses.replace(TINY, compute_dtype="bfloat16")

@@ -26,7 +26,7 @@ from echo_jax.objective import batch as batch_lib
 from echo_jax.rollout.engine.layout import Layout, PoolTooSmall
 from echo_jax.rollout.engine.placement import Placement
 from echo_jax.rollout.engine.programs import lower, make_programs
-from echo_jax.run.build import engine_layout
+from echo_jax.run.engine_layout import engine_layout
 from echo_jax.run.resident import CHIPS, GIB, Chip, HostEngine, Memory, advice, decode_ceiling, resident
 from echo_jax.run.validate import validate
 from echo_jax.system import hlo

@@ -12,7 +12,6 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from echo_jax import config as config_lib
 from echo_jax import tokenizer as tokenizers
@@ -25,12 +24,12 @@ from echo_jax.render import Renderer, make_renderer
 from echo_jax.roles import Role
 from echo_jax.rollout.collector import Collector
 from echo_jax.rollout.engine import Engine, EngineSetup, find_engine
-from echo_jax.rollout.engine.layout import Layout, PoolTooSmall, plan_layout
 from echo_jax.rollout.engine.placement import engine_mesh
 from echo_jax.rollout.episode import Rules, start
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.rollout.trajectory import load as load_trajectories
 from echo_jax.rollout.world import Machine
+from echo_jax.run.engine_layout import engine_layout
 from echo_jax.run.validate import check_tools, validate
 from echo_jax.system import peers as peers_lib
 from echo_jax.system import provenance, user_code
@@ -93,23 +92,6 @@ class Parts:
         rollout = self.config.rollout
         threads = rollout.tool_threads or self.learner.rollouts_at_once
         return Collector(self.renderer, self.rules, sandboxes(self.config), threads, rollout.max_sandboxes)
-
-
-def engine_layout(learner: Learner, mesh: Mesh, free_bytes: int | None = None) -> Layout:
-    """Returns the layout of a process's engine, whose devices have so much memory left; None: enough.
-
-    Raises:
-      PoolTooSmall: for one session.
-      ConfigError: the engine's options cannot work.
-    """
-    rollout = learner.config.rollout
-    sizes = {"sessions": learner.rollouts_at_once, "max_tokens": rollout.max_tokens, "free_bytes": free_bytes}
-    try:
-        return plan_layout(learner.model_config, mesh, **sizes, **rollout.engine_options)
-    except ValueError as error:
-        if isinstance(error, PoolTooSmall) and free_bytes is not None:
-            raise
-        raise ConfigError(f"config.rollout.engine_options: {error}") from error
 
 
 def episode_rules(config: ml_collections.ConfigDict, tools: Mapping[str, Tool]) -> Rules:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 from echo_jax.models.flops import decode_bytes
 from echo_jax.models.transformer import ModelConfig
-from echo_jax.rollout.engine.layout import POOL_SHARE, page_bytes
+from echo_jax.rollout.engine.layout import GIB, POOL_SHARE, page_bytes
 
-GIB = 2**30
 PHASES = ("update", "transfer", "sampling")
 
 

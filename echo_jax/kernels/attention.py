@@ -1,4 +1,4 @@
-"""Causal attention: over packed rows in training, over a KV cache in decoding. Softmax in f32."""
+"""Causal attention over the packed rows of training. Softmax in f32. Sampling has `paged_attention`."""
 
 import jax
 import jax.numpy as jnp

@@ -114,8 +114,9 @@ def plan_layout(
         raise ValueError(f"chunk = {chunk} is not a multiple of page = {page}")
     replicas, tensor = mesh.shape["data"], mesh.shape["tensor"]
     share = lambda count: -(-count // replicas)  # noqa: E731
+    asked = share(sessions)
     a_session, size = -(-max_tokens // page), page_bytes(config, page, tensor, attention)
-    wanted = share(sessions) * a_session
+    wanted = asked * a_session
     if pool_tokens:
         pages, source = -(-share(pool_tokens) // page), f"pool_tokens = {pool_tokens}"
     elif pool_gib:
@@ -130,7 +131,6 @@ def plan_layout(
             f"{source} holds {pages * page} tokens in pages of {page} ({size} bytes a device each), but one session "
             f"may need max_tokens = {max_tokens}"
         )
-    asked = share(sessions)
     return Layout(
         replicas=replicas,
         sessions=asked if admission == "optimistic" else min(asked, pages // a_session),

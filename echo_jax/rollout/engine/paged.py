@@ -48,6 +48,10 @@ class Session:
     entropies: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
 
+    def advance(self, end: int) -> None:
+        """Notes that its pages hold the keys and values of its ids up to `end`."""
+        self.fed, self.reached = end, max(self.reached, end)
+
     def said(self, stopped: bool) -> Sampled:
         """The turn so far."""
         ids, columns = self.ids[self.turn :], (self.logprobs, self.entropies, self.versions)
@@ -183,18 +187,16 @@ class PagedEngine:
         parent = self._open[session]
         if parent.budget:
             raise ValueError(f"session {session} is sampling; fork it between two turns")
-        same = parent.replica if self._room(parent.replica) else None
-        handle = self._add(rollout, self._emptiest() if same is None else same)
+        shares = self._room(parent.replica) > 0
+        handle = self._add(rollout, parent.replica if shares else self._emptiest())
         own = self._open[handle]
         own.ids, own.keys, own.prompt = list(parent.ids), parent.keys, parent.prompt
-        if same is not None:
-            book = self._books[same]
+        if shares:
+            book = self._books[parent.replica]
             whole, part = divmod(parent.fed, self._layout.page)
             own.pages = [book.hold(page) for page in parent.pages[:whole]]
-            own.fed = whole * self._layout.page
-            if part and self._copy(own, parent.pages[whole]):
-                own.fed = parent.fed
-            own.reached = own.fed
+            copied = part > 0 and self._copy(own, parent.pages[whole])
+            own.advance(parent.fed if copied else whole * self._layout.page)
             self._run_copies()
         return handle
 
@@ -284,7 +286,7 @@ class PagedEngine:
     def _view(self, handle: int, own: Session) -> View:
         at = own.fed // self._layout.page
         key = own.keys[at] if own.fed < own.prompt else None
-        return View(handle, own.rollout, len(own.ids), own.fed, own.budget, tuple(own.pages), key)
+        return View(handle, own.rollout, len(own.ids), own.fed, own.budget, own.pages, key)
 
     # Known ids.
 
@@ -310,8 +312,7 @@ class PagedEngine:
             else:
                 own.pages.append(found)
             self._counts["shared"] += end - own.fed
-            own.fed = end
-            own.reached = max(own.reached, end)
+            own.advance(end)
 
     def _copy(self, own: Session, source: int) -> bool:
         """Plans a copy of a page as the next of a session's pages; returns False if no page is free for it."""
@@ -354,7 +355,7 @@ class PagedEngine:
             self._counts["prefill"] += end - own.fed
             self._counts["again"] += max(0, min(end, own.reached) - own.fed)
             self._publish(own, end)
-            own.fed, own.reached = end, max(own.reached, end)
+            own.advance(end)
 
     def _publish(self, own: Session, end: int) -> None:
         """Lets others share the pages of its prompt that a session has filled once it is fed up to `end`."""
@@ -387,8 +388,7 @@ class PagedEngine:
             own.logprobs += logprobs[row, :count].tolist()
             own.entropies += entropies[row, :count].tolist()
             own.versions += [self._version] * count
-            own.fed += count
-            own.reached = own.fed
+            own.advance(own.fed + count)
             own.budget = 0 if stopped[row] else own.budget - count
             if not own.budget:
                 finished[handle] = own.said(stopped=bool(stopped[row]))
@@ -402,8 +402,8 @@ class PagedEngine:
     def _count_rows(self, chosen: list[list[int]], counts: np.ndarray) -> None:
         """Adds to the statistics what the rows of a decode call did, and why some did nothing."""
         for replica, handles in enumerate(chosen):
-            own = counts[replica * self._layout.rows :][: self._layout.rows]
-            steps, sampled = int(own.max()), int(own.sum())
+            rows = counts[replica * self._layout.rows :][: self._layout.rows]
+            steps, sampled = int(rows.max()), int(rows.sum())
             sessions = [own for own in self._open.values() if own.replica == replica]
             empty = self._layout.rows - len(handles)
             feeding = min(empty, sum(own.budget > 0 for own in sessions) - len(handles))

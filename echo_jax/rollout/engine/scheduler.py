@@ -20,7 +20,7 @@ class View:
     known: int  # ids that it holds; the last one is fed by the decoder, which samples after it
     fed: int  # ids whose keys and values are in its pages
     budget: int  # tokens left to sample in its turn; 0: it waits for a tool
-    pages: tuple[int, ...] = ()
+    pages: Sequence[int] = ()
     next_key: bytes | None = None  # prefix that it would compute next; others with the same can wait for that
 
     @property
@@ -76,7 +76,7 @@ def plan_call(replica: Replica, feeds: bool, layout: Layout) -> Plan:
     views, available = sorted(replica.views, key=_age), replica.available
     wanted = [view for view in views if (view.hungry if feeds else view.ready)]
     victims = sorted((view for view in views if view.pages), key=lambda view: (view.budget == 0, *_age(view)))
-    holding = collections.Counter(dict(enumerate(replica.holders)))
+    given = collections.Counter()  # page -> holds of it that victims gave up
     chosen, evicted, computing = [], set(), set()
     for view in wanted:
         if len(chosen) == (layout.chunks if feeds else layout.rows):
@@ -87,8 +87,8 @@ def plan_call(replica: Replica, feeds: bool, layout: Layout) -> Plan:
         while lacking > available and victims and (victims[-1].budget == 0 or _age(victims[-1]) > _age(view)):
             victim = victims.pop()
             evicted.add(victim.session)
-            holding.subtract(victim.pages)
-            available += sum(holding[page] == 0 for page in victim.pages)
+            given.update(victim.pages)
+            available += sum(given[page] == replica.holders[page] for page in victim.pages)
         if lacking > available:
             break
         available -= max(0, lacking)

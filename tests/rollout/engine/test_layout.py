@@ -1,11 +1,13 @@
 """The size of an engine's pool, from its options and from what the devices have left."""
 
 import dataclasses
+import inspect
 
 import pytest
 from synthetic import TINY
 
 from echo_jax.rollout.engine.layout import GIB, page_bytes, plan_layout
+from echo_jax.rollout.engine.paged import PagedEngine
 from echo_jax.system.sharding import make_mesh
 
 ONE, SPREAD = make_mesh(1, 1, 1), make_mesh(2, 1, 2)
@@ -42,6 +44,14 @@ def test_the_pool_takes_what_the_devices_have_left():
         layout().chunk,
     )  # shapes that matter
     assert layout(pool_gib=30 * size / GIB).pages == 30
+
+
+def test_the_engine_and_a_plan_without_it_have_the_same_options_and_defaults():
+    engine, plan = (inspect.signature(function).parameters for function in (PagedEngine, plan_layout))
+    given = ("config", "mesh", "sessions", "max_tokens", "free_bytes")
+    assert {name: p.default for name, p in plan.items() if name not in given} == {
+        name: p.default for name, p in engine.items() if name != "setup"
+    }
 
 
 @pytest.mark.parametrize(

@@ -59,16 +59,22 @@ def shared():
 @pytest.fixture
 def engine(shared):
     """One engine for many tests, which also tests that sessions leave nothing behind."""
-    close_all(shared)
-    shared.set_params(weights()[1], 0)
-    shared.stats()
-    return shared
+    return emptied(shared)
 
 
 @pytest.fixture(scope="module")
 def gamblers():
     """Many rows over a vocabulary of eight."""
     return new_engine(SMALL_VOCABULARY, sessions=128, rows=64, chunks_per_call=64, temperature=0.5)
+
+
+def emptied(engine):
+    """Returns an engine without sessions and counts, with the first weights."""
+    close_all(engine)
+    engine.set_params(weights()[1], 0)
+    engine.stats()
+    engine.total = collections.Counter()  # of `count`
+    return engine
 
 
 def close_all(engine):
@@ -437,13 +443,18 @@ def test_weights_do_not_change_under_an_open_session_unless_asked(engine):
 
 
 @pytest.fixture(scope="module")
-def talkative():
-    """Its turns end with their budget."""
+def unstoppable():
     return new_engine(stops=(TINY.vocab_size,))
 
 
+@pytest.fixture
+def talkative(unstoppable):
+    """Its turns end with their budget."""
+    return emptied(unstoppable)
+
+
 def swap_mid_turn(engine, sessions, open_sessions):
-    """Samples one turn of each session; the weights change three times. Returns {rollout: turn}, the weights."""
+    """Samples one turn of each session; the weights change up to four times. Returns {rollout: turn}, the weights."""
     handles = {engine.open(rollout, 0): rollout for rollout in sessions}
     for handle, rollout in handles.items():
         engine.extend(handle, *sessions[rollout])
@@ -458,7 +469,6 @@ def swap_mid_turn(engine, sessions, open_sessions):
 
 
 def test_recomputed_sessions_sample_from_the_new_weights_alone(talkative):
-    talkative.set_params(weights()[1], 0)
     rng = np.random.default_rng(2)
     sessions = {rollout: (draw_ids(rng, 4, 20), 24) for rollout in range(4)}
     turns, params = swap_mid_turn(talkative, sessions, "recompute")
@@ -470,10 +480,6 @@ def test_recomputed_sessions_sample_from_the_new_weights_alone(talkative):
 
 
 def test_kept_sessions_go_on_from_keys_and_values_of_older_weights_that_nobody_else_gets(talkative):
-    close_all(talkative)
-    talkative.set_params(weights()[1], 0)
-    talkative.stats()
-    talkative.total = collections.Counter()
     prompt = tuple(range(1, 15))
     sessions = {0: (prompt, 30)}
     turns, params = swap_mid_turn(talkative, sessions, "keep")
@@ -482,7 +488,6 @@ def test_kept_sessions_go_on_from_keys_and_values_of_older_weights_that_nobody_e
     assert count(talkative, "again") == 0
     worst = check_against_a_fresh_forward(params, [sessions[0]], prompt + turns[0].ids, [turns[0]], None)
     assert worst > CLOSE  # the choice says so
-    talkative.step()
     newest = max(params)
     other = talkative.open(1, 0)
     talkative.extend(other, prompt, 4)
@@ -491,8 +496,6 @@ def test_kept_sessions_go_on_from_keys_and_values_of_older_weights_that_nobody_e
 
 
 def test_nobody_shares_a_prompt_that_older_weights_have_begun(talkative):
-    close_all(talkative)
-    talkative.set_params(weights()[1], 0)
     prompt = tuple(range(1, 15))
     kept = talkative.open(0, 0)
     talkative.extend(kept, prompt, 4)
@@ -589,9 +592,7 @@ EVENTS = ("open", "extend", "step", "fork", "cancel", "close", "swap")
 @given(events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 99))))
 @pytest.mark.parametrize("options", [{}, {"admission": "optimistic", "pool_tokens": SLOTS}], ids=["", "optimistic"])
 def test_whatever_happens_holders_add_up_and_every_page_comes_back(shared, crowded, options, events):
-    engine = crowded if options else shared
-    close_all(engine)
-    engine.set_params(weights()[1], 0)
+    engine = emptied(crowded if options else shared)
     version = 0
     for event, number in events:
         handles = sorted(engine._open)

@@ -1,34 +1,40 @@
-"""One bwrap process, the supervisor inside it, and the exchange of messages with it.
+"""A supervisor in a sandbox made by bwrap, and the exchange of messages with it.
 
-`sandbox.py` is built on `Jail`, which handles mounts, namespaces, file descriptors and deadlines but knows nothing of
-commands. `supervisor.py` describes the protocol.
+`sandbox.py` is built on `Jail`, which handles processes, file descriptors and deadlines but knows nothing of commands.
+`supervisor.py` describes the protocol, `isolation.py` what bwrap mounts. Starting Python takes most of the time of a
+start, so one bwrap a trainer holds a fork server, and each sandbox is a fork of it in namespaces of its own
+(`fork_server.py`). Where the kernel allows no namespaces within a sandbox, each sandbox is a bwrap of its own.
 """
 
+import atexit
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
-import marshal
 import math
 import os
 import re
 import resource
 import select
 import shutil
+import signal
+import socket
+import struct
 import subprocess
-import sys
-import sysconfig
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from echo_jax.system.errors import UserError
-from echo_jax.tools import cgroup, seccomp, supervisor
+from echo_jax.tools import cgroup, isolation, supervisor
 
-START_SECONDS = 30.0  # a start takes about 20 ms, but may take seconds on a host that starts hundreds at once
+START_SECONDS = 30.0  # a start takes milliseconds, but may take seconds on a host that starts hundreds at once
 CLOSE_SECONDS = 5.0
 _FRAME_BYTES = 1 << 16  # what an answer may hold besides its payload: the directory, counters, an error message
+_CREDENTIALS = struct.Struct("3i")  # Linux: struct ucred (pid, uid, gid)
 
 
 class SandboxError(UserError, RuntimeError):
@@ -76,10 +82,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A way to make sandboxes: which bwrap, and which control groups (None: rlimits only)."""
+    """A way to make sandboxes."""
 
     bwrap: Path
-    groups: tuple[int, tuple[Path, ...]] | None
+    groups: tuple[int, tuple[Path, ...]] | None  # control groups: version and parents; None: rlimits only
+    forks: bool  # one bwrap for all, and forks of its fork server; else a bwrap a sandbox
 
     @property
     def limits_by(self) -> str:
@@ -116,6 +123,7 @@ class Jail:
         self.refused_forks = 0  # by the process limit, in the last exchange
         self._seen = (0, 0)  # `_counts()` at the end of the last exchange
         self._pid: int | None = None  # of the supervisor, as the host sees it
+        self._ended = self._closed = False
         try:
             if plan.groups is not None:
                 version, parents = plan.groups
@@ -130,10 +138,11 @@ class Jail:
             self._remove_group()
             raise SandboxBroken(f"{plan.bwrap} did not start: {error}") from error
         try:
-            self._read_pid()
+            self._pid = self._receive_pid()
+            self._process.found(self._pid)
             if self._group is not None:
                 self._group.add(self._pid)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError) as error:
             self._fail(error)
         try:
             self.exchange([b"write", *files], seconds=START_SECONDS, payload_bytes=0)
@@ -142,50 +151,33 @@ class Jail:
             raise
 
     def _spawn(self, plan: Plan, limits: Limits) -> None:
-        given = [_memory_file(content) for content in (_filter(), _PASSWD, _GROUP, _bytecode(), _python_wrapper())]
-        told, info = os.pipe()
+        self._socket, theirs = socket.socketpair()
+        self._errors, errors = os.pipe()
         try:
-            command = [str(plan.bwrap), *_isolation(limits, *given, info), *_supervise(plan, limits)]
-            # Spawned from a thread that lives as long as this process: --die-with-parent watches the parent *thread*.
-            self._process = (
-                _spawner(os.getpid())
-                .submit(
-                    subprocess.Popen,
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    bufsize=0,
-                    pass_fds=[*given, info],
-                    env={},
-                    cwd="/",
-                    start_new_session=True,  # ^C at the terminal must reach only the trainer
-                )
-                .result()
-            )
+            # Before the first message comes, which tells us who sent it.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._socket.setblocking(False)
+            os.set_blocking(self._errors, False)
+            start = _ForkedProcess if plan.forks else _BwrapProcess
+            self._process: _Process = start(plan, limits, theirs, errors)
         except BaseException:
-            os.close(told)
+            self._socket.close()
+            os.close(self._errors)
             raise
         finally:
-            for fd in (*given, info):
-                os.close(fd)
-        self._told = told
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            os.set_blocking(pipe.fileno(), False)
+            theirs.close()
+            os.close(errors)
 
-    def _read_pid(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        text = b""
-        try:
-            while not text.rstrip().endswith(b"}"):
-                _wait(self._told, select.POLLIN, deadline)
-                chunk = os.read(self._told, 4096)
-                if not chunk:
-                    raise EOFError("bwrap exited before the sandbox was ready")
-                text += chunk
-        finally:
-            os.close(self._told)
-        self._pid = json.loads(text)["child-pid"]
+    def _receive_pid(self) -> int:
+        """Waits until the supervisor is ready. Returns its pid as the host sees it, which the kernel vouches for."""
+        _wait(self._socket.fileno(), select.POLLIN, time.monotonic() + START_SECONDS)
+        ready, ancillary, _, _ = self._socket.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+        if not ready:
+            raise EOFError("it exited before the sandbox was ready")
+        ((_, _, credentials),) = ancillary
+        pid, _, _ = _CREDENTIALS.unpack(credentials)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        return pid
 
     def exchange(self, request: list[bytes], *, seconds: float, payload_bytes: int) -> list[bytes]:
         """Sends a request, returns the answer.
@@ -216,15 +208,15 @@ class Jail:
         view = memoryview(message)
         while view:
             try:
-                view = view[os.write(self._process.stdin.fileno(), view) :]
+                view = view[self._socket.send(view) :]
             except BlockingIOError:
-                _wait(self._process.stdin.fileno(), select.POLLOUT, deadline)
+                _wait(self._socket.fileno(), select.POLLOUT, deadline)
 
     def _receive(self, size: int, deadline: float) -> bytes:
         data = bytearray()
         while len(data) < size:
-            _wait(self._process.stdout.fileno(), select.POLLIN, deadline)
-            chunk = os.read(self._process.stdout.fileno(), size - len(data))
+            _wait(self._socket.fileno(), select.POLLIN, deadline)
+            chunk = self._socket.recv(size - len(data))
             if not chunk:
                 raise EOFError("the supervisor ended")
             data += chunk
@@ -234,7 +226,7 @@ class Jail:
         """Ends everything, then raises SandboxBroken with the cause and whatever bwrap or the supervisor printed."""
         self._end(patience=0.5 if isinstance(error, EOFError) else 0.0)
         try:
-            said = os.read(self._process.stderr.fileno(), 1 << 16).decode("utf-8", "replace").strip()
+            said = os.read(self._errors, 1 << 16).decode("utf-8", "replace").strip()
         except BlockingIOError:
             said = ""
         # The agent can make the kernel's OOM killer pick the supervisor, even between two calls.
@@ -245,19 +237,11 @@ class Jail:
         raise self._broken from error
 
     def _end(self, patience: float) -> None:
-        """Ends every process. bwrap outlives the supervisor, whose exit waits for every process of its namespace."""
-        self._process.stdin.close()  # the supervisor exits at the end of file
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            if self._pid is not None:
-                try:
-                    os.kill(self._pid, 9)  # the pid is not reused: bwrap, its parent, was running a moment ago
-                    self._process.wait(CLOSE_SECONDS)
-                except (ProcessLookupError, subprocess.TimeoutExpired):
-                    pass
+        """Ends every process: the exit of the supervisor waits for every process of its namespace."""
+        self._socket.close()  # the supervisor exits at the end of file
+        self._ended = True
+        if not self._process.wait(patience):
             self._process.kill()
-            self._process.wait()
 
     def _counts(self) -> tuple[int, int]:
         """Returns (processes killed for lack of memory, forks refused); zeros without a control group."""
@@ -274,12 +258,146 @@ class Jail:
             self._group = None
 
     def close(self) -> None:
-        if self._process.returncode is None:
+        if self._closed:
+            return
+        self._closed = True
+        if not self._ended:
             self._end(patience=CLOSE_SECONDS)
-        self._process.stdout.close()
-        self._process.stderr.close()
+        self._process.close()
+        os.close(self._errors)
         self._broken = self._broken or SandboxBroken("the sandbox is closed")
         self._remove_group()
+
+
+class _Process(Protocol):
+    """The supervisor's process, however it was started: with a socket to the host as its standard input and output."""
+
+    def found(self, pid: int) -> None:
+        """Its pid, once it has said that it is ready."""
+
+    def wait(self, seconds: float) -> bool:
+        """Returns whether it has ended, with every process of its namespace."""
+
+    def kill(self) -> None:
+        """Kills it, and waits until it has ended."""
+
+    def close(self) -> None:
+        """Frees what watches it, once it has ended."""
+
+
+class _BwrapProcess:
+    """PID 1 of a bwrap of its own."""
+
+    def __init__(self, plan: Plan, limits: Limits, connection: socket.socket, errors: int):
+        with isolation.command(plan.bwrap, limits.disk_bytes, _arguments(plan, limits)) as (command, descriptors):
+            self._bwrap = _start(command, descriptors, stdin=connection, stdout=connection, stderr=errors)
+        self._pid: int | None = None
+
+    def found(self, pid: int) -> None:
+        self._pid = pid
+
+    def wait(self, seconds: float) -> bool:
+        return _ends(self._bwrap, seconds)
+
+    def kill(self) -> None:
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)  # the pid is not reused: bwrap, its parent, was running a moment ago
+                self.wait(CLOSE_SECONDS)
+        self._bwrap.kill()
+        self._bwrap.wait()
+
+    def close(self) -> None:
+        pass
+
+
+class _ForkedProcess:
+    """A fork of this trainer's fork server."""
+
+    def __init__(self, plan: Plan, limits: Limits, connection: socket.socket, errors: int):
+        self._server = _fork_server(plan.bwrap)
+        self._server.fork([limits.disk_bytes, *_arguments(plan, limits)], connection, errors)
+        self._pidfd: int | None = None
+
+    def found(self, pid: int) -> None:
+        self._pidfd = os.pidfd_open(pid)  # the pid is not reused: it has just sent a message, and waits for ours
+
+    def wait(self, seconds: float) -> bool:
+        if (
+            self._pidfd is None
+        ):  # it was never ready: perhaps because the server is ending, and the next start needs another
+            self._server.wait(seconds)
+            return True
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.wait(CLOSE_SECONDS)
+
+    def close(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+
+
+class _ForkServer:
+    """A bwrap with a fork server inside, shared by the sandboxes of this process."""
+
+    def __init__(self, bwrap: Path):
+        """Starts it and waits until it is ready. Raises OSError with bwrap's message."""
+        with contextlib.ExitStack() as failed:
+            self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            failed.callback(self._requests.close)
+            with theirs, isolation.command(bwrap, None, []) as (command, descriptors):
+                standard = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+                self._bwrap = _start(command, descriptors, **standard)
+            failed.callback(self.close)
+            _wait(self._requests.fileno(), select.POLLIN, time.monotonic() + START_SECONDS)
+            if not self._requests.recv(16):
+                raise OSError(self._bwrap.stderr.read(1 << 16).decode("utf-8", "replace").strip())
+            failed.pop_all()
+
+    def fork(self, arguments: list[int], connection: socket.socket, errors: int) -> None:
+        """Asks for a sandbox. Raises OSError if the server has ended."""
+        request = b" ".join(b"%d" % argument for argument in arguments)
+        socket.send_fds(self._requests, [request], [connection.fileno(), errors])
+
+    def wait(self, seconds: float) -> bool:
+        """Returns whether it has ended."""
+        return _ends(self._bwrap, seconds)
+
+    def close(self) -> None:
+        """Ends it, and with it every sandbox."""
+        self._requests.close()
+        self._bwrap.kill()
+        self._bwrap.wait()
+        self._bwrap.stderr.close()
+
+
+_fork_servers: dict[tuple[int, Path], _ForkServer] = {}  # by owner: a forked child makes its own
+_starting = threading.Lock()
+
+
+def _fork_server(bwrap: Path) -> _ForkServer:
+    """Returns this process's, or a new one if that has ended. Raises OSError if it does not start."""
+    key = os.getpid(), bwrap
+    with _starting:
+        server = _fork_servers.get(key)
+        if server is not None and server.wait(0):
+            _fork_servers.pop(key).close()
+            server = None
+        if server is None:
+            server = _fork_servers[key] = _ForkServer(bwrap)
+        return server
+
+
+@atexit.register
+def _end_fork_servers() -> None:
+    for (owner, _), server in _fork_servers.items():
+        if owner == os.getpid():
+            server.close()
 
 
 def _wait(fd: int, events: int, deadline: float) -> None:
@@ -289,129 +407,40 @@ def _wait(fd: int, events: int, deadline: float) -> None:
         raise TimeoutError("no answer in time")
 
 
+def _ends(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _start(command: list[str], descriptors: list[int], **standard) -> subprocess.Popen:
+    # From a thread that lives as long as this process: --die-with-parent watches the parent *thread*.
+    return (
+        _spawner(os.getpid())
+        .submit(
+            subprocess.Popen,
+            command,
+            bufsize=0,
+            pass_fds=descriptors,
+            env={},
+            cwd="/",
+            start_new_session=True,  # ^C at the terminal must reach only the trainer
+            **standard,
+        )
+        .result()
+    )
+
+
 @functools.cache
 def _spawner(owner: int) -> concurrent.futures.ThreadPoolExecutor:
     del owner  # part of the cache key: a forked child inherits the cache but not the thread
     return concurrent.futures.ThreadPoolExecutor(1, "sandbox-spawner")
 
 
-# -- the view from inside ------------------------------------------------------------------------------------------
-
-_UID = "1000"
-_STANDARD_LIBRARY = Path(os.__file__).resolve().parent
-_LIBRARY = f"/opt/python/{_STANDARD_LIBRARY.parent.name}"  # lib, or lib64
-_PYTHON = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-_PASSWD = b"root:x:0:0:root:/:/usr/sbin/nologin\nagent:x:1000:1000::/work:/bin/bash\n"
-_GROUP = b"root:x:0:\nagent:x:1000:\n"
-_DEVICES = ("null", "zero", "full", "random", "urandom")
-
-
-@functools.cache
-def _bytecode() -> bytes:
-    """Returns the supervisor as a .pyc: the same interpreter runs inside, and compiling would outlast its start-up."""
-    source = Path(supervisor.__file__)
-    code = compile(source.read_bytes(), source.name, "exec", dont_inherit=True, optimize=2)
-    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
-
-
-@functools.cache
-def _filter() -> bytes:
-    return seccomp.program()
-
-
-def _memory_file(content: bytes) -> int:
-    fd = os.memfd_create("sandbox")
-    os.write(fd, content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
-@functools.cache
-def _system_mounts() -> list[str]:
-    """Mounts /usr, the links to it (or the folders, on systems without merged /usr), and the interpreter under a
-    neutral path."""
-    arguments = ["--ro-bind", "/usr", "/usr"]
-    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
-        if os.path.islink(name):
-            arguments += ["--symlink", os.readlink(name), name]
-        elif os.path.isdir(name):
-            arguments += ["--ro-bind", name, name]
-    arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]  # awk, vi, … are links into it
-    arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    packages = _STANDARD_LIBRARY / "site-packages"
-    hidden = f"{_LIBRARY}/{_STANDARD_LIBRARY.name}/site-packages"
-    arguments += ["--ro-bind", os.path.realpath(sys.executable), _PYTHON]
-    arguments += ["--symlink", "python3", "/opt/python/bin/python"]
-    arguments += ["--ro-bind", str(_STANDARD_LIBRARY.parent), _LIBRARY]
-    if packages.is_dir():
-        arguments += ["--size", "4096", "--tmpfs", hidden, "--remount-ro", hidden]
-    arguments += ["--setenv", "LD_LIBRARY_PATH", _LIBRARY]  # libpython*.so, where there is one
-    return arguments
-
-
-@functools.cache
-def _python_wrapper() -> bytes:
-    """Returns the script that the agent runs as `python3`. An interpreter with a shared libpython looks for it under
-    its host path, and would load the system's libpython, of another version, if it found one."""
-    setting = f"LD_LIBRARY_PATH={_LIBRARY} " if sysconfig.get_config_var("Py_ENABLE_SHARED") else ""
-    return f'#!/bin/sh\n{setting}exec {_PYTHON} "$@"\n'.encode()
-
-
-@functools.cache
-def _proc_masks() -> list[str]:
-    """Mounts read-only covers over what the host's root may write in /proc, such as core_pattern, a way to escape.
-
-    If we are root, the kernel treats the agent as root too (it only sees itself as uid 1000), and such a write needs no
-    capability. In a user namespace bwrap skips its built-in covers. /proc/1 is hidden for the same reason: root owns
-    its files.
-    """
-    arguments = []
-    for entry in sorted(os.scandir("/proc"), key=lambda entry: entry.name):
-        if entry.name.isdigit() or entry.is_symlink():
-            continue
-        if entry.is_dir() or entry.stat().st_mode & 0o222:
-            arguments += ["--ro-bind", entry.path, entry.path]
-    return [*arguments, "--tmpfs", "/proc/1", "--remount-ro", "/proc/1"]
-
-
-def _isolation(
-    limits: Limits, filter_fd: int, passwd: int, group: int, code: int, wrapper: int, info: int
-) -> list[str]:
-    arguments = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
-    arguments += ["--uid", _UID, "--gid", _UID, "--hostname", "sandbox", "--new-session", "--die-with-parent"]
-    arguments += ["--as-pid-1", "--clearenv", "--info-fd", str(info), "--seccomp", str(filter_fd)]
-    for path in ("/dev", "/etc", "/opt", "/opt/python", "/opt/python/bin", "/run", "/var"):
-        arguments += ["--perms", "0755", "--dir", path]
-    arguments += _system_mounts()
-    for mode, fd, path in (
-        ("0444", passwd, "/etc/passwd"),
-        ("0444", group, "/etc/group"),
-        ("0444", code, "/run/supervisor.pyc"),
-        ("0555", wrapper, "/opt/python/bin/python3"),
-    ):
-        arguments += ["--perms", mode, "--file", str(fd), path]
-    arguments += ["--proc", "/proc", *_proc_masks()]
-    for name in _DEVICES:
-        arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    for target, path in (
-        ("/proc/self/fd", "/dev/fd"),
-        ("/proc/self/fd/0", "/dev/stdin"),
-        ("/proc/self/fd/1", "/dev/stdout"),
-        ("/proc/self/fd/2", "/dev/stderr"),
-        ("/tmp", "/dev/shm"),
-        ("/tmp", "/var/tmp"),
-    ):
-        arguments += ["--symlink", target, path]
-    for permissions, size, path in (
-        ("1777", limits.disk_bytes, "/tmp"),
-        ("0755", limits.disk_bytes, "/work"),
-        ("0755", 1 << 20, "/run/shell"),
-    ):
-        arguments += ["--perms", permissions, "--size", str(size), "--tmpfs", path]
-    return [*arguments, "--remount-ro", "/", "--chdir", "/work"]
-
-
-def _supervise(plan: Plan, limits: Limits) -> list[str]:
+def _arguments(plan: Plan, limits: Limits) -> list[int]:
+    """Returns the arguments of `supervisor.main`."""
     rlimits = {
         resource.RLIMIT_CPU: limits.cpu_seconds,
         resource.RLIMIT_NOFILE: limits.open_files,
@@ -425,10 +454,5 @@ def _supervise(plan: Plan, limits: Limits) -> list[str]:
             rlimits[resource.RLIMIT_NPROC] = limits.processes + 1
         else:
             polled = limits.processes
-    numbers = [
-        limits.output_bytes,
-        limits.flood_bytes,
-        polled,
-        *(number for pair in rlimits.items() for number in pair),
-    ]
-    return ["--", _PYTHON, "-I", "-S", "/run/supervisor.pyc", *map(str, numbers)]
+    pairs = [number for pair in rlimits.items() for number in pair]
+    return [limits.output_bytes, limits.flood_bytes, polled, *pairs]

@@ -3,10 +3,12 @@
     with Sandbox(limits=Limits(), files={"data/a.txt": b"1\n"}) as sandbox:
         result = sandbox.run("wc -l < data/a.txt")
 
-Each sandbox is one bwrap process: separate user, pid, network, mount, ipc and uts namespaces, no capabilities, a
-seccomp filter, read-only system folders, /work and /tmp in memory. A supervisor inside (`supervisor.py`) runs one
-`bash -c` per call; the host also enforces a deadline. No command ever runs without all of this: where bwrap does not
-work, `SandboxUnavailable` names cause and remedy.
+Each sandbox has user, pid, network, mount and ipc namespaces of its own, no capabilities, a seccomp filter, read-only
+system folders, /work and /tmp in memory. bwrap makes it: one bwrap for each sandbox, or one for all sandboxes of a
+trainer, which then differ in a second layer of namespaces (`fork_server.py`). That starts them about five times as
+fast, and an error there could open another rollout's sandbox, not the host. A supervisor inside (`supervisor.py`) runs
+one `bash -c` per call; the host also enforces a deadline. No command ever runs without all of this: where bwrap does
+not work, `SandboxUnavailable` names cause and remedy.
 
 What it does NOT protect against: kernel bugs (the host shares its kernel); side channels and contention (no limit on
 CPU shares, cache or memory bandwidth); reading /usr and the interpreter's library, which the agent sees read-only and
@@ -19,6 +21,7 @@ a changed PATH) affects the next command: grade after `kill_processes()`, with `
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import os
 import signal
@@ -230,8 +233,8 @@ def _try_all(candidates: Iterable[Path]) -> Plan:
     causes = []
     groups = [*cgroup.choices(), None]
     for bwrap in candidates:
-        for choice in groups:
-            plan = Plan(bwrap, choice)
+        for choice, forks in itertools.product(groups, (True, False)):
+            plan = Plan(bwrap, choice, forks)
             cause = _try(plan)
             if cause is None:
                 if choice is not None:

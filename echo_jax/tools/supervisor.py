@@ -1,13 +1,13 @@
 """PID 1 of a sandbox: starts each command, captures its output up to a cap, kills it at its time-out.
 
-It runs inside the sandbox, from a byte-compiled copy, under `python -I -S`. It imports only modules written in C, which
-keeps the start-up near 10 ms. The agent's code runs under the same uid but cannot reach it: a signal from inside a pid
-namespace does not kill its PID 1, PR_SET_DUMPABLE=0 closes ptrace and /proc/1/{fd,mem}, and the seccomp filter refuses
-calls that take a bare pid, such as prlimit(2). So the host can trust its answers.
+It runs inside the sandbox, from a byte-compiled copy: a fork of the fork server, or under `python -I -S`. It imports
+only modules written in C, which keeps that start near 10 ms. The agent's code runs under the same uid but cannot reach
+it: a signal from inside a pid namespace does not kill its PID 1, PR_SET_DUMPABLE=0 closes ptrace and /proc/1/{fd,mem},
+and the seccomp filter refuses calls that take a bare pid, such as prlimit(2). So the host can trust its answers.
 
-In: requests on file descriptor 0. Out: one answer each on file descriptor 1. A message is a list of byte strings; see
-`pack` and `unpack`, which the host uses too. End of file on 0 means that the host is gone: the supervisor exits, and
-the kernel kills everything else in the namespace.
+In: requests on file descriptor 0. Out, on file descriptor 1: a zero byte once it is ready, then one answer each. A
+message is a list of byte strings; see `pack` and `unpack`, which the host uses too. End of file on 0 means that the
+host is gone: the supervisor exits, and the kernel kills everything else in the namespace.
 """
 
 import _signal
@@ -228,7 +228,8 @@ class Interpreter:
 class Supervisor:
     """State between requests: the directory, the pipes that background processes still hold, the limits."""
 
-    def __init__(self, output_bytes, flood_bytes, polled_processes, rlimits):
+    def __init__(self, proc, output_bytes, flood_bytes, polled_processes, rlimits):
+        self.proc = proc  # a descriptor of /proc as it can be written
         self.output_bytes = output_bytes
         self.flood_bytes = flood_bytes
         self.polled_processes = polled_processes  # 0: the kernel enforces the limit, no polling needed
@@ -480,7 +481,7 @@ class Supervisor:
                 posix.dup2(source, target)
             # This copy holds no protocol descriptor any more. Root owns /proc/self of a process that is not dumpable.
             set_dumpable(1)
-            score = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
+            score = posix.open("self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC, dir_fd=self.proc)
             posix.write(score, b"1000")  # out of memory, the kernel kills this, not the trainer or the supervisor
             for which, value in self.rlimits:
                 hard = value
@@ -582,15 +583,19 @@ def set_dumpable(value):
         sys.exit("prctl(PR_SET_DUMPABLE) failed")
 
 
-def main():
+def main(proc, arguments):
+    """Serves requests for the sandbox's life; `proc` is a descriptor of /proc as it can be written."""
     set_dumpable(0)
     # Python ignores or handles these. Children would inherit the ignored ones; the agent could send a handled SIGINT.
     for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
-    output_bytes, flood_bytes, polled_processes, *rlimits = map(int, sys.argv[1:])
+    output_bytes, flood_bytes, polled_processes, *rlimits = arguments
+    limits = list(zip(rlimits[::2], rlimits[1::2], strict=True))
     write_regular(SHELL + b"/rc", RC)
-    Supervisor(output_bytes, flood_bytes, polled_processes, list(zip(rlimits[::2], rlimits[1::2], strict=True))).serve()
+    supervisor = Supervisor(proc, output_bytes, flood_bytes, polled_processes, limits)
+    posix.write(1, b"\0")  # ready
+    supervisor.serve()
 
 
 if __name__ == "__main__":
-    main()
+    main(posix.open("/proc", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC), list(map(int, sys.argv[1:])))

@@ -21,8 +21,19 @@ SMALL = Limits(
 )
 
 
+@pytest.fixture(scope="module", params=["fork", pytest.param("bwrap each", marks=pytest.mark.variant)], autouse=True)
+def way(request):
+    """Every law holds for forks of the fork server, and where the host allows none."""
+    accepted = sandbox._accepted
+    assert accepted("auto").forks, "this host takes no fork server"
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "fork":
+            patch.setattr(sandbox, "_accepted", lambda backend: dataclasses.replace(accepted(backend), forks=False))
+        yield
+
+
 @pytest.fixture(scope="module")
-def shared():
+def shared(way):
     """One sandbox for all tests that leave it usable; sharing it tests that the next call always works."""
     with Sandbox(limits=SMALL) as box:
         yield box
@@ -566,6 +577,71 @@ def test_two_sandboxes_may_use_one_port(box):
         assert output(other, f'python3 -c "{code}"') == "bound\n"
 
 
+def test_the_loopback_of_a_sandbox_works(box):
+    code = """
+        import socket
+        server = socket.create_server(("127.0.0.1", 8081))
+        client = socket.create_connection(("127.0.0.1", 8081), timeout=5)
+        server.accept()[0].sendall(b"heard")
+        print(client.recv(5).decode())
+    """
+    box.write_files({"talk.py": textwrap.dedent(code).encode()})
+    assert output(box, "python3 talk.py") == "heard\n"
+
+
+def test_two_sandboxes_share_no_file_process_semaphore_queue_or_socket(box):
+    """Whatever the kernel keeps by name: the one leaves it, the other finds none."""
+    leave = """
+        import ctypes, os, socket, subprocess
+        libc = ctypes.CDLL(None)
+        open("/tmp/left", "w").close()
+        assert libc.semget(7777, 1, 0o1666) >= 0
+        left = socket.socket(socket.AF_UNIX)
+        left.bind("\\0left")
+        left.listen()
+        print("left", os.getpid(), flush=True)
+        os.close(1), os.close(2)
+        subprocess.run(["sleep", "60"])
+    """
+    find = """
+        import ctypes, os, socket
+        libc = ctypes.CDLL(None)
+        assert libc.semget(7777, 1, 0) == -1
+        assert os.listdir("/tmp") == []
+        try:
+            socket.socket(socket.AF_UNIX).connect("\\0left")
+        except ConnectionRefusedError:
+            print("found nothing")
+    """
+    with Sandbox(limits=SMALL) as other:
+        box.write_files({"leave.py": textwrap.dedent(leave.replace("\\\\", "\\")).encode()})
+        other.write_files({"find.py": textwrap.dedent(find.replace("\\\\", "\\")).encode()})
+        assert output(box, "python3 leave.py & sleep 1").startswith("left ")
+        assert output(other, "python3 find.py") == "found nothing\n"
+        assert len(processes_inside(other)) == 1
+        assert len(processes_inside(box)) == 3  # the shell, python3, and sleep
+
+
+def test_a_killed_fork_server_breaks_its_sandboxes_and_the_next_start_works(monkeypatch):
+    if not sandbox._accepted("auto").forks:
+        pytest.skip("each sandbox is a bwrap of its own")
+    own = {}
+    monkeypatch.setattr(bubblewrap, "_fork_servers", own)
+    with Sandbox(limits=SMALL) as lost:
+        server = int(Path(f"/proc/{lost._jail._pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        os.kill(server, signal.SIGKILL)
+        assert lost.run("echo here").status is Status.INFRA
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bubblewrap._ForkServer, "wait", lambda self, seconds: False)  # before its end is seen
+            with pytest.raises(SandboxBroken):
+                Sandbox(limits=SMALL)
+        time.sleep(0.5)
+        with Sandbox(limits=SMALL) as next_one:
+            assert output(next_one, "echo here") == "here\n"
+    for remaining in own.values():
+        remaining.close()
+
+
 def test_agent_sees_only_listed_variables(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     with Sandbox(limits=SMALL) as box:
@@ -967,7 +1043,7 @@ def test_a_program_that_isolates_nothing_is_not_accepted(tmp_path):
 
 def test_threads_count_as_processes_when_polled(monkeypatch):
     found = sandbox._accepted("auto")
-    monkeypatch.setattr(sandbox, "_accepted", lambda backend: bubblewrap.Plan(found.bwrap, None))
+    monkeypatch.setattr(sandbox, "_accepted", lambda backend: dataclasses.replace(found, groups=None))
     many = """
         import threading, time
         threading.stack_size(1 << 16)
@@ -984,7 +1060,7 @@ def test_threads_count_as_processes_when_polled(monkeypatch):
 @pytest.mark.parametrize("plan", ["groups", "rlimits"])
 def test_every_way_to_limit_ends_a_fork_bomb_and_a_hog(monkeypatch, plan):
     found = sandbox._accepted("auto")
-    chosen = found if plan == "groups" else bubblewrap.Plan(found.bwrap, None)
+    chosen = found if plan == "groups" else dataclasses.replace(found, groups=None)
     monkeypatch.setattr(sandbox, "_accepted", lambda backend: chosen)
     with Sandbox(limits=SMALL) as box:
         assert box.limits_by == chosen.limits_by

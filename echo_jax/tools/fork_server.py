@@ -1,0 +1,123 @@
+"""PID 1 of the outer sandbox of one trainer: forks the sandbox of each episode, instead of starting Python in each.
+
+The outer sandbox is made by bwrap: folders, devices, no network, no capabilities, the seccomp filter. A request is one
+datagram on file descriptor 0, the arguments of `supervisor.serve` after the size of a disk, with two descriptors: the
+child's socket to the host, and its standard error. The child takes the rest: a user, mount, pid, network and ipc
+namespace of its own, /work, /tmp and /proc, and no capability at the end. It serves only if all that took effect: any
+error ends it, and the host reads the message. Nothing here runs while an agent's process can see it: those live in pid
+namespaces below. End of file on 0 means that the host is gone: PID 1 exits, and the kernel kills every sandbox.
+"""
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import struct
+import sys
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import supervisor
+
+MAX_REQUEST_BYTES = 4096
+_SPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000  # CLONE_NEW{USER,NS,PID,NET,IPC}
+_READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC = 1, 2, 4, 8  # MS_RDONLY, …
+_REMOUNT, _BIND, _PRIVATE_BELOW = 32, 4096, 1 << 18 | 1 << 14  # MS_REMOUNT, MS_BIND, MS_PRIVATE | MS_REC
+_DROP_BOUND, _AMBIENT, _AMBIENT_CLEAR = 24, 47, 4  # PR_CAPBSET_DROP, …
+_CAPABILITIES_VERSION_3 = 0x20080522
+_SET_FLAGS, _UP_AND_RUNNING = 0x8914, 0x41  # SIOCSIFFLAGS; IFF_UP | IFF_RUNNING
+_NO_CAPABILITY = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)
+_SAFE = {**_NO_CAPABILITY, "NoNewPrivs": "1", "Seccomp": "2"}  # of /proc/self/status
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name, *arguments):
+    if getattr(_libc, name)(*arguments) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}{arguments}: {os.strerror(error)}")
+
+
+def _mount(source, target, kind, flags, options=None):
+    _call("mount", source, target, kind, ctypes.c_ulong(flags), options)
+
+
+def _put(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def leave(disk_bytes):
+    """Enters new namespaces, with disks of its own; the next child is PID 1 of the new pid namespace."""
+    uid, gid = os.getuid(), os.getgid()
+    _call("unshare", _SPACES)
+    _put("/proc/self/setgroups", "deny")
+    _put("/proc/self/uid_map", f"{uid} {uid} 1")
+    _put("/proc/self/gid_map", f"{gid} {gid} 1")
+    _mount(None, b"/", None, _PRIVATE_BELOW)
+    disks = ((b"/tmp", 0o1777, disk_bytes), (b"/work", 0o755, disk_bytes), (b"/run/shell", 0o755, 1 << 20))
+    for path, mode, size in disks:
+        _mount(b"tmpfs", path, b"tmpfs", _NO_SUID | _NO_DEVICES, b"mode=%o,size=%d" % (mode, size))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sH22x", b"lo", _UP_AND_RUNNING))
+
+
+def settle():
+    """Makes /proc that of the new pid namespace, read-only; gives up every capability, and checks that it did.
+
+    Returns a descriptor of a /proc that can be written, for the supervisor. /proc/1 is hidden: the host's root owns its
+    files, and to the kernel the agent may be the host's root.
+    """
+    sealed = _NO_SUID | _NO_DEVICES | _NO_EXEC
+    _mount(b"proc", b"/proc", b"proc", sealed)
+    _put("/proc/sys/user/max_user_namespaces", "0")  # none below this one; raising it takes a capability
+    writable = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    _mount(b"/proc", b"/proc", None, _BIND)
+    _mount(None, b"/proc", None, _BIND | _REMOUNT | _READ_ONLY | sealed)
+    _mount(b"tmpfs", b"/proc/1", b"tmpfs", _READ_ONLY | sealed, b"size=4096")
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        for capability in range(int(file.read()) + 1):
+            _call("prctl", _DROP_BOUND, capability, 0, 0, 0)
+    _call("prctl", _AMBIENT, _AMBIENT_CLEAR, 0, 0, 0)
+    _call("capset", struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0), bytes(24))
+    with open(os.open("self/status", os.O_RDONLY, dir_fd=writable)) as file:
+        status = dict(line.rstrip("\n").split(":\t", 1) for line in file)
+    for name, value in _SAFE.items():
+        if status[name] != value:
+            raise OSError(f"{name} is {status[name]}, not {value}")
+    return writable
+
+
+def begin(request, connection, errors):
+    """Becomes the sandbox; never returns."""
+    try:
+        for source, target in ((connection, 0), (connection, 1), (errors, 2)):
+            os.dup2(source, target)
+        os.close(connection)
+        os.close(errors)
+        disk_bytes, *arguments = map(int, request.split())
+        leave(disk_bytes)
+        if os.fork() == 0:
+            supervisor.main(settle(), arguments)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(1)
+
+
+def main():
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; a supervisor sets its own handler
+    requests = socket.socket(fileno=0)
+    requests.send(b"ready")
+    while True:
+        request, fds, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 2)
+        if not request:
+            os._exit(0)
+        if os.fork() == 0:
+            begin(request, *fds)
+        for fd in fds:
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ from echo_jax.objective.loss import HeadOptions, LossOptions
 from echo_jax.objective.policy_losses import POLICY_LOSSES, PolicyLoss, find_policy_loss
 from echo_jax.objective.selection import Selection, find_filter
 from echo_jax.objective.weights import Objective, mode_at, scheduled_weight
-from echo_jax.system.sharding import make_mesh, processes_of
+from echo_jax.system.sharding import bytes_a_device, make_mesh, processes_of
 
 GROUPED_GRADIENT = (0, 12)  # jax version since which the TPU compiler groups the gradient of experts by expert
 
@@ -45,6 +45,11 @@ class Learner:
     def abstract_trained(self) -> dict:
         """Shapes of the trained parameters: all, or the adapters."""
         return lora.split(self.abstract_params)[0]
+
+    @property
+    def reference_bytes(self) -> int:
+        """Memory on a device of the policy that the KL refers to; 0 without a KL."""
+        return bytes_a_device(self.abstract_trained) if self.config.loss.kl_weight else 0
 
     @property
     def policy_loss(self) -> PolicyLoss:

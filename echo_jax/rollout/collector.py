@@ -131,8 +131,8 @@ class Collector:
         try:
             return collection.run(on_finish)
         finally:
-            self.seconds, self.counts = collection.seconds, stats()
             collection.close()
+            self.seconds, self.counts = collection.seconds, stats()
             self.retried, self.fault, self.raised = collection.retried, collection.fault, collection.raised
 
     def scripted(

@@ -106,16 +106,22 @@ def _metrics(rollouts: Sequence[Summary]) -> dict[str, float]:
     return metrics
 
 
+PUBLISHED = ("decode", "prefill", "again", "shared", "evictions")
+
+
 def engine_metrics(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns metrics of what the engines of all processes counted, see `PagedEngine.stats`; none without counts."""
+    """Returns metrics of what the engines of all processes counted, as `PagedEngine.stats` describes; sums of what
+    another engine counts; none without counts."""
     if not all(processes):
         return {}
     total = {name: sum(counts[name] for counts in processes) for name in processes[0]}
+    if not {*PUBLISHED, "peak_pages"} <= total.keys():
+        return {f"engine/{name}": count for name, count in total.items()}
     idle = {name: count for name, count in total.items() if name.startswith("idle_")}
     rows = total["decode"] + sum(idle.values())
     return {
         "engine/rows_idle": sum(idle.values()) / max(rows, 1),
         **{f"engine/rows_{name}": count / max(rows, 1) for name, count in idle.items()},
-        **{f"engine/{name}": total[name] for name in ("decode", "prefill", "again", "shared", "evictions")},
+        **{f"engine/{name}": total[name] for name in PUBLISHED},
         "engine/pages": max(counts["peak_pages"] for counts in processes),
     }

@@ -136,7 +136,7 @@ def compile_train_step(learner: Learner) -> dict:
         "temporary_bytes": memory.temporary,
         "peak_bytes": peak,
         "collectives": by_kind(compiled.as_text()),
-        "resident": {"update": peak + _reference_bytes(learner)},
+        "resident": {"update": peak + learner.reference_bytes},
         "programs": {"train_step": cost},
     }
 
@@ -208,12 +208,7 @@ def lower_engine(learner: Learner, placement: Placement, layout: Layout) -> dict
 def kept_bytes(learner: Learner) -> int:
     """Returns the memory on a device of what a learner keeps between updates."""
     frozen = lora.split(learner.abstract_params)[1]
-    return bytes_a_device((learner.abstract_state(), frozen)) + _reference_bytes(learner)
-
-
-def _reference_bytes(learner: Learner) -> int:
-    """Returns the memory on a device of the policy that the KL refers to."""
-    return bytes_a_device(learner.abstract_trained) if learner.config.loss.kl_weight else 0
+    return bytes_a_device((learner.abstract_state(), frozen)) + learner.reference_bytes
 
 
 def _compile_all(lowered: dict[str, jax.stages.Lowered]) -> tuple[list[Memory], dict[str, dict]]:

@@ -74,6 +74,7 @@ class Parts:
             temperature=rollout.temperature,
             stop_ids=self.renderer.stop_ids,
             seed=self.config.seed,
+            reserved_bytes=learner.reference_bytes,
         )
         make = find_engine(rollout.engine, rollout.engine_options)
         try:

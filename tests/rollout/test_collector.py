@@ -1,5 +1,6 @@
 """Laws of collecting rollouts, with real sandboxes and a tiny model that knows how to call tools."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -143,14 +144,22 @@ def collector():
 
 
 def own_sandboxes():
-    """Counts the bwrap processes that this process started."""
-    count = 0
+    """Counts the sandboxes of this process: each has a PID 1 below bwrap, or below the fork server in bwrap."""
+    children = collections.defaultdict(list)
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            serves = b"fork_server" in (status.parent / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        count += fields["Name"] == "bwrap" and int(fields["PPid"]) == os.getpid()
+        spaces = fields["NSpid"].split()
+        children[int(fields["PPid"])].append(
+            (int(spaces[0]), fields["Name"], spaces[-1] == "1", serves and len(spaces))
+        )
+    count = 0
+    for bwrap in (pid for pid, name, *_ in children[os.getpid()] if name == "bwrap"):
+        for pid, _, first, server in children[bwrap]:
+            count += sum(other[2] for other in children[pid]) if server else first
     return count
 
 

@@ -8,6 +8,7 @@ defines an engine. To add one, write a class and a line in `ENGINES`, or name it
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from echo_jax.config import ConfigError
 from echo_jax.rollout.engine.interface import Engine, EngineSetup
 from echo_jax.rollout.engine.paged import PagedEngine
 from echo_jax.system import named
@@ -23,6 +24,8 @@ def find_engine(name: str, options: Mapping[str, Any]) -> Callable[..., Engine]:
     Raises:
       ConfigError: the engine does not exist, or does not take these options.
     """
+    if name == "dense":
+        raise ConfigError("config.rollout.engine = 'dense': the paged engine took its place, set 'paged'")
     make = named.find(name, ENGINES, "rollout.engine")
     named.check_callable(make, name, "rollout.engine")
     named.check_options(make, options, "rollout.engine_options", given=1)

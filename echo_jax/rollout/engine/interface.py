@@ -24,6 +24,7 @@ class EngineSetup:
     temperature: float
     stop_ids: tuple[int, ...]  # any of them ends a turn
     seed: int  # root of the sampling keys
+    reserved_bytes: int = 0  # of each device, which others will take while the engine has its memory
 
 
 class Engine(Protocol):

@@ -98,7 +98,7 @@ class PagedEngine:
             local,
             sessions=setup.sessions,
             max_tokens=setup.max_tokens,
-            free_bytes=_free_bytes(local.devices.flat, self._placement.bytes_a_device),
+            free_bytes=_free_bytes(local.devices.flat, self._placement.bytes_a_device + setup.reserved_bytes),
             attention=attention,
             admission=admission,
             rows=rows,
@@ -149,6 +149,7 @@ class PagedEngine:
             raise ValueError(f"open_sessions = {open_sessions!r}: choose one of refuse, recompute, keep")
         if self._open and version < self._version:
             raise ValueError(f"version {version} is older than {self._version}, from which open sessions have sampled")
+        placed = self._placement(params)  # an error leaves the engine as it was
         for own in self._open.values():
             if open_sessions == "recompute":
                 self._release(own)
@@ -156,7 +157,7 @@ class PagedEngine:
                 own.prompt, own.keys = 0, []
         for book in self._books:
             book.forget_prefixes()
-        self._params, self._version = self._placement(params), version
+        self._params, self._version = placed, version
         if self._pool is None:
             self._pool = self._programs.new_pool()
 
@@ -178,7 +179,8 @@ class PagedEngine:
         return self._add(rollout, self._emptiest())
 
     def fork(self, session: int, rollout: int) -> int:
-        """Starts a session that holds what another holds, and shares its pages; returns its handle.
+        """Starts a session that holds what another holds, and shares its pages; returns its handle. If the other's
+        replica has no room, it is opened elsewhere, and what it holds is computed again.
 
         Raises:
           ValueError: the other is sampling.
@@ -232,7 +234,13 @@ class PagedEngine:
         return any(own.budget for own in self._open.values())
 
     def step(self) -> dict[int, Sampled]:
-        """Makes one call: feeds some sessions a chunk of known ids, or decodes a few tokens."""
+        """Makes one call: feeds some sessions a chunk of known ids, or decodes a few tokens.
+
+        Raises:
+          RuntimeError: the engine has no weights.
+        """
+        if self._params is None:
+            raise RuntimeError("the engine has no weights: call set_params first, also after sleep")
         self._share_prompts()
         views = [[] for _ in self._books]
         for handle, own in self._open.items():
@@ -244,10 +252,13 @@ class PagedEngine:
                 self._release(self._open[handle])
                 self._counts["evictions"] += 1
         chosen = [plan.sessions for plan in plans]
+        finished = {}
         if feeds:
             self._feed(chosen)
-            return {}
-        return self._sample(chosen)
+        else:
+            finished = self._sample(chosen)
+        self._peak = max(self._peak, *(book.held / self._layout.pages for book in self._books))
+        return finished
 
     def stats(self) -> Mapping[str, float]:
         """Returns what was counted since the last call of this; all add up, but for the peak.
@@ -397,13 +408,14 @@ class PagedEngine:
     def _least(self, replica: int, chosen: int) -> int:
         """How many rows must go on for a call not to end early."""
         busy = sum(own.budget > 0 for own in self._open.values() if own.replica == replica)
-        return math.ceil(FEWEST_ROWS * chosen) if busy > chosen else 1
+        return max(1, math.ceil(FEWEST_ROWS * chosen)) if busy > chosen else 1
 
     def _count_rows(self, chosen: list[list[int]], counts: np.ndarray) -> None:
         """Adds to the statistics what the rows of a decode call did, and why some did nothing."""
+        steps = int(counts.max())  # of the busiest replica, for which the others wait
         for replica, handles in enumerate(chosen):
             rows = counts[replica * self._layout.rows :][: self._layout.rows]
-            steps, sampled = int(rows.max()), int(rows.sum())
+            sampled = int(rows.sum())
             sessions = [own for own in self._open.values() if own.replica == replica]
             empty = self._layout.rows - len(handles)
             feeding = min(empty, sum(own.budget > 0 for own in sessions) - len(handles))
@@ -415,7 +427,6 @@ class PagedEngine:
                 idle_tools=steps * waiting,
                 idle_unopened=steps * (empty - feeding - waiting),
             )
-            self._peak = max(self._peak, self._books[replica].held / self._layout.pages)
 
     # Arrays for the programs.
 
@@ -438,9 +449,9 @@ class PagedEngine:
         return table
 
 
-def _free_bytes(devices: Iterable[jax.Device], weights: int) -> int | None:
-    """Returns what the fullest device has left once it holds the weights; None if a device does not tell."""
+def _free_bytes(devices: Iterable[jax.Device], taken: int) -> int | None:
+    """Returns what the fullest device has left once it holds `taken` more bytes; None if a device does not tell."""
     found = [device.memory_stats() for device in devices]
     if not all(stats and "bytes_limit" in stats for stats in found):
         return None
-    return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in found) - weights
+    return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in found) - taken

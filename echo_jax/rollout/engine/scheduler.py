@@ -57,7 +57,7 @@ def next_call(replicas: Sequence[Replica], layout: Layout) -> tuple[bool, list[P
     It is if it would be full, or if there are rows that no ready session fills; unless only the other kind can serve
     anybody.
     """
-    hungry = sum(min(layout.chunks, sum(view.hungry for view in replica.views)) for replica in replicas)
+    hungry = sum(min(layout.chunks, len({_feeds_with(view) for view in r.views if view.hungry})) for r in replicas)
     ready = sum(min(layout.rows, sum(view.ready for view in replica.views)) for replica in replicas)
     feeds = hungry == layout.replicas * layout.chunks or ready < layout.replicas * layout.rows
     plans = [plan_call(replica, feeds, layout) for replica in replicas]
@@ -83,15 +83,18 @@ def plan_call(replica: Replica, feeds: bool, layout: Layout) -> Plan:
             break
         if view.session in evicted or (feeds and view.next_key in computing):
             continue
-        lacking = _pages_after(view, feeds, layout) - len(view.pages)
-        while lacking > available and victims and (victims[-1].budget == 0 or _age(victims[-1]) > _age(view)):
-            victim = victims.pop()
-            evicted.add(victim.session)
-            given.update(victim.pages)
-            available += sum(given[page] == replica.holders[page] for page in victim.pages)
-        if lacking > available:
-            break
-        available -= max(0, lacking)
+        lacking = max(0, _pages_after(view, feeds, layout) - len(view.pages))
+        free, counts, taken = available, given.copy(), 0
+        for victim in reversed(victims):
+            if lacking <= free or not (victim.budget == 0 or _age(victim) > _age(view)):
+                break
+            taken += 1
+            counts.update(victim.pages)
+            free += sum(counts[page] == replica.holders[page] for page in victim.pages)
+        if lacking > free:
+            break  # nobody loses pages in vain
+        evicted.update(victims.pop().session for _ in range(taken))
+        available, given = free - lacking, counts
         chosen.append(view.session)
         if view.next_key is not None:
             computing.add(view.next_key)
@@ -102,6 +105,11 @@ def feed_until(view: View, layout: Layout) -> int:
     """Returns up to which of its ids a prefill call feeds a session: chunks are cut at multiples of their size, so that
     it does not matter where one starts."""
     return min(view.fed // layout.chunk * layout.chunk + layout.chunk, view.known - 1)
+
+
+def _feeds_with(view: View) -> bytes | int:
+    """Equal for sessions of which a call feeds only one."""
+    return view.session if view.next_key is None else view.next_key
 
 
 def _pages_after(view: View, feeds: bool, layout: Layout) -> int:

@@ -68,6 +68,9 @@ def gamblers():
     return new_engine(SMALL_VOCABULARY, sessions=128, rows=64, chunks_per_call=64, temperature=0.5)
 
 
+ENOUGH = 2000  # steps for any test
+
+
 def emptied(engine):
     """Returns an engine without sessions and counts, with the first weights."""
     close_all(engine)
@@ -90,9 +93,11 @@ def one_turn(engine, asks):
 
 def finish(engine):
     finished = {}
-    while engine.busy:
+    for _ in range(ENOUGH):
+        if not engine.busy:
+            return finished
         finished |= engine.step()
-    return finished
+    raise AssertionError("the engine does not finish")
 
 
 def talk(engine, sessions, delay=lambda rollout, turn: 0):
@@ -102,8 +107,9 @@ def talk(engine, sessions, delay=lambda rollout, turn: 0):
     """
     waiting, todo, due, handles = list(sessions), {}, {}, {}
     ids, said = dict.fromkeys(sessions, ()), collections.defaultdict(list)
-    step = 0
-    while waiting or handles:
+    for step in range(ENOUGH):
+        if not waiting and not handles:
+            break
         while waiting and len(handles) < engine.sessions:
             rollout = waiting.pop(0)
             handles[rollout], todo[rollout] = engine.open(rollout, 0), list(sessions[rollout])
@@ -122,7 +128,7 @@ def talk(engine, sessions, delay=lambda rollout, turn: 0):
             ids[rollout] += turn.ids
             said[rollout].append(turn)
             due[rollout] = step + 1 + delay(rollout, len(said[rollout]))
-        step += 1
+    assert (waiting, handles) == ([], {}), "the engine does not finish"
     return {rollout: (ids[rollout], said[rollout]) for rollout in sessions}
 
 
@@ -143,31 +149,39 @@ def groups(seed=0, count=3, size=3):
 
 @functools.cache
 def scorer(config, temperature):
-    """Returns a function of (params, ids [SLOTS]) -> log-prob of each id after the first, by the trainer's forward."""
+    """Returns a function of (params, ids [SLOTS]) -> log-prob of each id after the first, and entropy there, by the
+    trainer's forward."""
     graphdef, _ = weights(config)
 
     def score(params, ids):
         model = bind(graphdef, params)
         hidden = model(ids[None], jnp.arange(SLOTS)[None], jnp.ones((1, SLOTS), jnp.int32))[0]
-        return fused_logprobs(hidden[:-1], model.head(), ids[1:], temperature=temperature).logprob
+        found = fused_logprobs(hidden[:-1], model.head(), ids[1:], temperature=temperature, entropy=True)
+        return found.logprob, found.entropy
 
     return jax.jit(score)
 
 
-def fresh_logprobs(params, ids, *, config=TINY, temperature=0.8):
+def fresh_logprobs(params, ids, **options):
+    return fresh_scores(params, ids, **options)[0].tolist()
+
+
+def fresh_scores(params, ids, *, config=TINY, temperature=0.8):
+    """Returns the log-prob of each id and the entropy where it was drawn, [2, ids]; zeros for the first."""
     padded = np.zeros(SLOTS, np.int32)
     padded[: len(ids)] = ids
-    return [0.0, *np.asarray(scorer(config, temperature)(params, padded))[: len(ids) - 1].tolist()]
+    return np.pad(np.asarray(scorer(config, temperature)(params, padded))[:, : len(ids) - 1], ((0, 0), (1, 0)))
 
 
 def check_against_a_fresh_forward(params, asks, ids, turns, stop=STOP, **options):
-    """Checks the turns' form; returns the largest difference between the reported log-probs and the trainer's.
+    """Checks the turns' form; returns the largest difference between the reported log-probs and entropies and the
+    trainer's.
 
     `params`: {version: parameters}, or parameters of the only version.
     """
     by_version = params if 0 in params else collections.defaultdict(lambda: params)
     versions = {v for turn in turns for v in turn.versions}
-    expected = {v: fresh_logprobs(by_version[v], ids, **options) for v in versions}
+    expected = {v: fresh_scores(by_version[v], ids, **options) for v in versions}
     at, worst = 0, 0.0
     for (new, max_new), turn in zip(asks, turns, strict=True):
         at += len(new)
@@ -177,8 +191,8 @@ def check_against_a_fresh_forward(params, asks, ids, turns, stop=STOP, **options
         assert stop not in turn.ids[:-1]
         assert list(turn.versions) == sorted(turn.versions)
         assert ids[at : at + len(turn.ids)] == turn.ids
-        for logprob, version in zip(turn.logprobs, turn.versions, strict=True):
-            worst = max(worst, abs(logprob - expected[version][at]))
+        for *found, version in zip(turn.logprobs, turn.entropies, turn.versions, strict=True):
+            worst = max(worst, float(abs(found - expected[version][:, at]).max()))
             at += 1
     assert at == len(ids)
     return worst
@@ -530,6 +544,11 @@ def test_a_sleeping_engine_holds_no_memory_and_goes_on_as_before():
         engine.sleep()
     engine.close(session)
     engine.sleep()
+    asleep = engine.open(0, 0)
+    engine.extend(asleep, (1, 2, 3), 9)
+    with pytest.raises(RuntimeError, match="no weights: call set_params first, also after sleep"):
+        engine.step()
+    engine.close(asleep)
     left = [x for x in jax.live_arrays() if id(x) not in before]
     assert sum(x.nbytes for x in left) < 100  # the key
     engine.set_params(weights(half)[1], 0)
@@ -583,6 +602,27 @@ def test_the_counts_of_rows_add_up_and_name_why_a_row_is_idle(engine):
     assert counts["peak_pages"] == 2 / engine._layout.pages
     assert set(engine.stats().values()) == {0}
     engine.close(waiting)
+
+
+def test_a_call_lasts_as_long_as_its_busiest_replica():
+    engine = new_engine(shape=(2, 1, 1), sessions=2, rows=2, stops=())
+    for rollout, tokens in ((0, 1), (1, 4)):
+        session = engine.open(rollout, 0)
+        engine.extend(session, (1, 2), tokens)
+    finish(engine)
+    counts = engine.stats()
+    assert (counts["decode"], counts["idle_ended"]) == (5, 3)
+    assert sum(value for name, value in counts.items() if name.startswith("idle_")) == 3
+
+
+def test_weights_that_cannot_be_placed_leave_the_engine_as_it_was(engine):
+    asks = {3: ((1, 2, 3), 5)}
+    expected = one_turn(engine, asks)
+    session = engine.open(3, 0)
+    engine.extend(session, (1, 2, 3), 5)
+    with pytest.raises(ValueError, match="."):
+        engine.set_params({"embedding": np.zeros(3)}, 7, open_sessions="recompute")
+    assert finish(engine)[session] == expected[3]
 
 
 EVENTS = ("open", "extend", "step", "fork", "cancel", "close", "swap")

@@ -48,6 +48,8 @@ def test_a_call_feeds_if_it_is_full_or_if_rows_are_free():
     assert feeds_next([[hungry(0), ready(1), ready(2)]], LAYOUT)
     assert not feeds_next([[hungry(0), *(ready(i) for i in (1, 2, 3))]], LAYOUT)
     assert feeds_next([[hungry(0), hungry(4), *(ready(i) for i in (1, 2, 3))]], LAYOUT)
+    alike = [hungry(i, next_key=b"a") for i in (0, 4)]  # one of them waits for the other
+    assert not feeds_next([[*alike, *(ready(i) for i in (1, 2, 3))]], LAYOUT)
     two = dataclasses.replace(LAYOUT, replicas=2)
     assert not feeds_next([[*(ready(i) for i in range(9))]], two)
     assert feeds_next([[*(ready(i) for i in range(9))], [hungry(9)]], two)  # the other replica's rows are free
@@ -92,6 +94,13 @@ def test_pages_that_lack_come_from_sessions_that_wait_then_from_the_youngest():
     shared = [dataclasses.replace(view, pages=pages(0)) for view in all_ready[:2]]
     full = [*shared, waiting(7, pages=tuple(range(4, 16)))]
     assert plan(full, feeds=False) == Plan([0, 1], [7])
+
+
+def test_nobody_gives_up_pages_that_do_not_suffice():
+    shared = tuple(range(4))
+    views = [ready(0, 5, pages=tuple(range(4, 16))), ready(1, 17, pages=shared), waiting(2, pages=shared)]
+    assert plan(views, feeds=False) == Plan([0], [])
+    assert plan([*views, waiting(3, pages=(4,))], feeds=False) == Plan([0], [])
 
 
 def test_the_oldest_rollout_always_goes_on_and_nobody_takes_from_an_older_one():

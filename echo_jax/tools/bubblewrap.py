@@ -446,6 +446,10 @@ def _arguments(plan: Plan, limits: Limits) -> list[int]:
         resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_FSIZE: limits.disk_bytes,
         resource.RLIMIT_CORE: 0,
+        # These count for all processes of a user on the host, so a sandbox may use a small part.
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: 256,
+        resource.RLIMIT_MEMLOCK: 64 << 10,
     }
     polled = 0
     if plan.groups is None:

@@ -33,6 +33,8 @@ class Cgroup:
             else:
                 self._write("memory.limit_in_bytes", memory_bytes)
                 self._write("memory.memsw.limit_in_bytes", memory_bytes, optional=True)
+                # Version 1 counts the buffers of network sockets apart.
+                self._write("memory.kmem.tcp.limit_in_bytes", memory_bytes // 8, optional=True)
             self._write("pids.max", processes)
             self._events = self._find("memory.events" if version == 2 else "memory.oom_control")
             self._refusals = next((f / "pids.events" for f in self.folders if (f / "pids.events").exists()), None)

@@ -29,6 +29,9 @@ _CAPABILITIES_VERSION_3 = 0x20080522
 _SET_FLAGS, _UP_AND_RUNNING = 0x8914, 0x41  # SIOCSIFFLAGS; IFF_UP | IFF_RUNNING
 _NO_CAPABILITY = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)
 _SAFE = {**_NO_CAPABILITY, "NoNewPrivs": "1", "Seccomp": "2"}  # of /proc/self/status
+_DEVICES = (b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/random", b"/dev/urandom")
+# The host's user has one quota of each; no sandbox may use it up.
+_QUOTAS = {"max_user_namespaces": 0, "max_inotify_instances": 8, "max_inotify_watches": 1024, "max_fanotify_groups": 0}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -58,6 +61,9 @@ def leave(disk_bytes):
     disks = ((b"/tmp", 0o1777, disk_bytes), (b"/work", 0o755, disk_bytes), (b"/run/shell", 0o755, 1 << 20))
     for path, mode, size in disks:
         _mount(b"tmpfs", path, b"tmpfs", _NO_SUID | _NO_DEVICES, b"mode=%o,size=%d" % (mode, size))
+    for name in _DEVICES:  # read-only: one can read and write the device, but not change its mode on the host
+        kept = os.statvfs(name).f_flag & (_NO_SUID | _NO_EXEC)
+        _mount(None, name, None, _BIND | _REMOUNT | _READ_ONLY | kept)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sH22x", b"lo", _UP_AND_RUNNING))
 
@@ -65,13 +71,15 @@ def leave(disk_bytes):
 def settle():
     """Makes /proc that of the new pid namespace, read-only; gives up every capability, and checks that it did.
 
-    Returns a descriptor of a /proc that can be written, for the supervisor. /proc/1 is hidden: the host's root owns its
-    files, and to the kernel the agent may be the host's root.
+    Returns a descriptor of its oom_score_adj, for the supervisor. /proc/1 is hidden: the host's root owns its files,
+    and to the kernel the agent may be the host's root.
     """
     sealed = _NO_SUID | _NO_DEVICES | _NO_EXEC
     _mount(b"proc", b"/proc", b"proc", sealed)
-    _put("/proc/sys/user/max_user_namespaces", "0")  # none below this one; raising it takes a capability
-    writable = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name, value in _QUOTAS.items():  # of this user namespace; raising them takes a capability
+        _put(f"/proc/sys/user/{name}", str(value))
+    score = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+    status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
     _mount(b"/proc", b"/proc", None, _BIND)
     _mount(None, b"/proc", None, _BIND | _REMOUNT | _READ_ONLY | sealed)
     _mount(b"tmpfs", b"/proc/1", b"tmpfs", _READ_ONLY | sealed, b"size=4096")
@@ -80,12 +88,12 @@ def settle():
             _call("prctl", _DROP_BOUND, capability, 0, 0, 0)
     _call("prctl", _AMBIENT, _AMBIENT_CLEAR, 0, 0, 0)
     _call("capset", struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0), bytes(24))
-    with open(os.open("self/status", os.O_RDONLY, dir_fd=writable)) as file:
-        status = dict(line.rstrip("\n").split(":\t", 1) for line in file)
+    with open(status) as file:
+        found = dict(line.rstrip("\n").split(":\t", 1) for line in file)
     for name, value in _SAFE.items():
-        if status[name] != value:
-            raise OSError(f"{name} is {status[name]}, not {value}")
-    return writable
+        if found[name] != value:
+            raise OSError(f"{name} is {found[name]}, not {value}")
+    return score
 
 
 def begin(request, connection, errors):

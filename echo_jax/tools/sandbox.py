@@ -13,9 +13,12 @@ not work, `SandboxUnavailable` names cause and remedy.
 What it does NOT protect against: kernel bugs (the host shares its kernel); side channels and contention (no limit on
 CPU shares, cache or memory bandwidth); reading /usr and the interpreter's library, which the agent sees read-only and
 whose host path its /proc/self/mountinfo shows. Without control groups (`limits_by` starts with "rlimits") memory is
-limited per process only, and the number of files in a tmpfs not at all. Under root, without user mapping, the processes
-inside are the host's uid 0 without its capabilities: prefer an ordinary user. What the agent leaves (files, variables,
-a changed PATH) affects the next command: grade after `kill_processes()`, with `run(…, fresh=True)`.
+limited per process only; what the kernel holds for processes (pipes, sockets, memory files), and the number of files in
+a tmpfs, not at all. Under root, without user mapping, the processes inside are the host's uid 0 without its
+capabilities: prefer an ordinary user. Pipes above 64 MiB for one user of the host get smaller, the trainer's too. Where
+each sandbox is a bwrap of its own, one sandbox can use up the inotify instances of the user, and under root change the
+mode of /dev/null and its like. What the agent leaves (files, variables, a changed PATH) affects the next command: grade
+after `kill_processes()`, with `run(…, fresh=True)`.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
 Namespaces provide the isolation. This filter closes what they leave open: key rings, which sandboxes of one uid would
 share; socket families outside the network namespace (vsock reaches a virtual machine's host); calls that change the
-supervisor's limits or scheduling by its pid; and a few large kernel interfaces that no command needs.
+supervisor's limits or scheduling by its pid, or take a descriptor out of another process; leases, which stop whoever
+opens the file on the host; and a few large kernel interfaces that no command needs.
 """
 
 import errno
@@ -17,6 +18,8 @@ _REFUSED = {
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
+    "pidfd_getfd": (438, 438),
+    "mq_open": (240, 180),
     "shmget": (29, 194),  # System V: its memory would outlive all processes, until the sandbox ends
     "msgget": (68, 186),
     "io_uring_setup": (425, 425),
@@ -35,6 +38,8 @@ _REFUSED_FOR_PID_1 = {
 }
 # name -> the only value allowed for the first argument: one process, not all processes of a user
 _ONE_PROCESS = {"setpriority": 0, "ioprio_set": 1}
+_FCNTL = (72, 25)
+_COMMANDS = (1024, 1026)  # F_SETLEASE, F_NOTIFY: refused
 _SOCKET = (41, 198)
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
@@ -82,6 +87,9 @@ def program(machine: str | None = None) -> bytes:
             _refuse(errno.EPERM),
             (_RETURN, 0, 0, _ALLOW),
         ]
+    lines += [(_EQUAL, 0, len(_COMMANDS) + 3, _FCNTL[column]), (_LOAD, 0, 0, _ARGUMENTS + 8)]
+    lines += [(_EQUAL, len(_COMMANDS) - i, 0, command) for i, command in enumerate(_COMMANDS)]
+    lines += [(_RETURN, 0, 0, _ALLOW), _refuse(errno.EPERM)]
     lines += [(_EQUAL, 0, len(_FAMILIES) + 2, _SOCKET[column]), (_LOAD, 0, 0, _ARGUMENTS)]
     lines += [(_EQUAL, len(_FAMILIES) - i, 0, family) for i, family in enumerate(_FAMILIES)]
     lines += [_refuse(errno.EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]

@@ -78,6 +78,8 @@ ENVIRONMENT = {
 }
 CHUNK = 1 << 16
 MAX_BACKGROUND_PIPES = 64
+HIGHEST_SCORE = b"1000"  # of oom_score_adj: out of memory, the kernel kills this, not the trainer or the supervisor
+MOST_DESCRIPTORS = 1 << 20  # larger than any of the supervisor's
 REAP_SECONDS = 5.0
 
 
@@ -228,8 +230,8 @@ class Interpreter:
 class Supervisor:
     """State between requests: the directory, the pipes that background processes still hold, the limits."""
 
-    def __init__(self, proc, output_bytes, flood_bytes, polled_processes, rlimits):
-        self.proc = proc  # a descriptor of /proc as it can be written
+    def __init__(self, score, output_bytes, flood_bytes, polled_processes, rlimits):
+        self.score = score  # a descriptor of its own oom_score_adj; None: a child must write its own
         self.output_bytes = output_bytes
         self.flood_bytes = flood_bytes
         self.polled_processes = polled_processes  # 0: the kernel enforces the limit, no polling needed
@@ -342,11 +344,17 @@ class Supervisor:
 
     def fork(self):
         """Forks; kills the agent's processes first if they leave no room. Returns (pid, whether it killed)."""
+        if self.score is not None:
+            posix.pwrite(self.score, HIGHEST_SCORE, 0)  # the child inherits it
         try:
-            return posix.fork(), False
-        except BlockingIOError:
-            self.kill_all()
-            return posix.fork(), True
+            try:
+                return posix.fork(), False
+            except BlockingIOError:
+                self.kill_all()
+                return posix.fork(), True
+        finally:
+            if self.score is not None and posix.getpid() == 1:
+                posix.pwrite(self.score, b"0", 0)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -418,7 +426,8 @@ class Supervisor:
             for fd in inherited:
                 posix.set_inheritable(fd, True)
             fds = [b"%d" % fd for fd in inherited]
-            self.become([b"/opt/python/bin/python3", b"-u", b"-P", b"-c", INTERPRETER, *fds], write_end, fresh=False)
+            command = [b"/opt/python/bin/python3", b"-u", b"-P", b"-c", INTERPRETER, *fds]
+            self.become(command, write_end, fresh=False, kept=inherited)
         for fd in (write_end, interpreter.start_read, interpreter.ended_write):
             posix.close(fd)
         self.background.append(output)
@@ -470,8 +479,8 @@ class Supervisor:
         head, tail, dropped = capture.finish()
         return [status, stopped, full_disk(), b"%d" % dropped, self.cwd, head, tail]
 
-    def become(self, command, output, fresh, timeout=0.0):
-        """Executes `command` in the child; never returns."""
+    def become(self, command, output, fresh, timeout=0.0, kept=()):
+        """Executes `command` in the child, with the descriptors `kept`; never returns."""
         try:
             posix.setsid()
             if self.polled_processes:
@@ -479,10 +488,6 @@ class Supervisor:
             null = posix.open("/dev/null", posix.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 posix.dup2(source, target)
-            # This copy holds no protocol descriptor any more. Root owns /proc/self of a process that is not dumpable.
-            set_dumpable(1)
-            score = posix.open("self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC, dir_fd=self.proc)
-            posix.write(score, b"1000")  # out of memory, the kernel kills this, not the trainer or the supervisor
             for which, value in self.rlimits:
                 hard = value
                 if which == resource.RLIMIT_CPU:
@@ -492,6 +497,16 @@ class Supervisor:
                 if ceiling != resource.RLIM_INFINITY:
                     value, hard = min(value, ceiling), min(hard, ceiling)
                 resource.setrlimit(which, (value, hard))
+            # From set_dumpable to execve the agent's processes can take this one over. It holds nothing of the
+            # supervisor's any more: no pipe whose flags they could change, no descriptor that they do not have.
+            first = 3
+            for fd in (*sorted(kept), MOST_DESCRIPTORS):
+                posix.closerange(first, fd)
+                first = fd + 1
+            set_dumpable(1)
+            if self.score is None:
+                score = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
+                posix.write(score, HIGHEST_SCORE)
             posix.chdir(WORK)
             environment = dict(ENVIRONMENT)
             if not fresh:
@@ -583,8 +598,8 @@ def set_dumpable(value):
         sys.exit("prctl(PR_SET_DUMPABLE) failed")
 
 
-def main(proc, arguments):
-    """Serves requests for the sandbox's life; `proc` is a descriptor of /proc as it can be written."""
+def main(score, arguments):
+    """Serves requests for the sandbox's life; `score`: see `Supervisor`."""
     set_dumpable(0)
     # Python ignores or handles these. Children would inherit the ignored ones; the agent could send a handled SIGINT.
     for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
@@ -592,10 +607,10 @@ def main(proc, arguments):
     output_bytes, flood_bytes, polled_processes, *rlimits = arguments
     limits = list(zip(rlimits[::2], rlimits[1::2], strict=True))
     write_regular(SHELL + b"/rc", RC)
-    supervisor = Supervisor(proc, output_bytes, flood_bytes, polled_processes, limits)
+    supervisor = Supervisor(score, output_bytes, flood_bytes, polled_processes, limits)
     posix.write(1, b"\0")  # ready
     supervisor.serve()
 
 
 if __name__ == "__main__":
-    main(posix.open("/proc", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC), list(map(int, sys.argv[1:])))
+    main(None, list(map(int, sys.argv[1:])))

@@ -317,6 +317,53 @@ def test_out_of_memory_is_reported_for_the_call_that_caused_it(fresh):
         assert fresh.run("false").status is Status.NONZERO
 
 
+HOLD = """
+import os, socket, sys, time
+
+def tcp():
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    return client, server.accept()[0]
+
+def pipe():
+    read, write = os.pipe()
+    return os.fdopen(write, "wb", buffering=0), read
+
+def memory_file():
+    return open(os.memfd_create("m"), "wb", buffering=0), None
+
+make = {"unix": socket.socketpair, "tcp": tcp, "pipe": pipe, "memory file": memory_file}[sys.argv[1]]
+for _ in range(20):
+    if os.fork() == 0:
+        held, ends = 0, []
+        try:
+            while True:
+                ends.append(make())
+                fd = ends[-1][0].fileno()
+                os.set_blocking(fd, False)
+                try:
+                    for _ in range(100):
+                        held += os.write(fd, bytes(65536))
+                except BlockingIOError:
+                    pass
+        except OSError:  # no more descriptors
+            print(held, flush=True)
+            time.sleep(2)
+            os._exit(0)
+time.sleep(3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp", "pipe", "memory file"])
+def test_what_the_kernel_holds_for_processes_is_under_the_limit(kind):
+    with Sandbox(limits=SMALL, files={"hold.py": HOLD.encode()}) as box:
+        if not box.limits_by.startswith("cgroup"):
+            return  # see `limits_by`
+        result = box.run(f"python3 hold.py '{kind}'")
+    held = sum(int(line) for line in result.head.decode().splitlines() if line.isdecimal())
+    assert result.status is Status.OOM or 0 < held < SMALL.memory_bytes, result
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
 def test_time_out_must_be_positive_and_finite(box, timeout):
     with pytest.raises(ValueError, match="positive"):
@@ -732,14 +779,81 @@ def test_filter_refuses_what_namespaces_leave_open(box):
                 raise AssertionError(family)
         socket.socket(socket.AF_INET); socket.socket(socket.AF_INET6); socket.socket(socket.AF_UNIX)
         import platform
-        numbers = {"x86_64": (250, 425, 29, 68), "aarch64": (219, 425, 194, 186)}[platform.machine()]
-        for number in numbers:  # keyctl, io_uring_setup, shmget, msgget
+        numbers = {
+            "x86_64": (250, 425, 29, 68, 438, 240),
+            "aarch64": (219, 425, 194, 186, 438, 180),
+        }[platform.machine()]
+        for number in numbers:  # keyctl, io_uring_setup, shmget, msgget, pidfd_getfd, mq_open
             assert libc.syscall(number, 0, 0, 0, 0, 0) == -1
             assert ctypes.get_errno() == errno.EPERM
         print("refused")
     """
     box.write_files({"try.py": textwrap.dedent(inside).encode()})
     assert output(box, "python3 try.py") == "refused\n"
+
+
+def test_a_file_of_the_host_takes_no_lease_and_a_device_keeps_its_mode(box):
+    """An open of a leased file waits up to 45 seconds, on the host too."""
+    inside = """
+        import fcntl, os, sys
+        def refused(action):
+            try:
+                action()
+            except OSError:
+                return True
+        own = os.open("/work/own", os.O_RDWR | os.O_CREAT)
+        for path in ("/usr/bin/bash", "/usr/bin", sys.executable, os.__file__, "/dev/null"):
+            fd = os.open(path, os.O_RDONLY)
+            for command in (fcntl.F_SETLEASE, fcntl.F_NOTIFY):
+                for argument in (fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.DN_ACCESS):
+                    assert refused(lambda: fcntl.fcntl(fd, command, argument)), path
+        assert fcntl.fcntl(own, fcntl.F_GETFL) & os.O_RDWR
+        fcntl.lockf(own, fcntl.LOCK_EX)
+        for name in ("null", "zero", "full", "random", "urandom"):
+            assert refused(lambda: os.chmod("/dev/" + name, 0o666)), name
+            assert refused(lambda: os.utime("/dev/" + name)), name
+        open("/dev/null", "wb").write(open("/dev/urandom", "rb").read(8) + open("/dev/zero", "rb").read(8))
+        print("refused")
+    """
+    if not sandbox._accepted("auto").forks:
+        inside = inside.replace("for name in (", "for name in () and (")  # see `sandbox.py`
+    box.write_files({"try.py": textwrap.dedent(inside).encode()})
+    assert output(box, "python3 try.py") == "refused\n"
+
+
+def test_no_sandbox_uses_up_what_the_kernel_grants_a_user(box):
+    quotas = output(box, "ulimit -q; ulimit -i; ulimit -l").split()
+    assert quotas == ["0", "256", "64"]
+    if sandbox._accepted("auto").forks:
+        names = ("max_inotify_instances", "max_fanotify_groups", "max_user_namespaces")
+        assert output(box, f"cd /proc/sys/user; cat {' '.join(names)}").split() == ["8", "0", "0"]
+        code = "import ctypes; print(sum(ctypes.CDLL(None).inotify_init() >= 0 for _ in range(20)))"
+        assert output(box, f'python3 -c "{code}"') == "8\n"
+
+
+def test_a_command_about_to_start_holds_nothing_of_the_supervisors(box):
+    """In that moment the agent's processes may take it over, and change the pipes that it shares."""
+    watch = """
+        import os, time
+        most = 0
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            for pid in filter(str.isdecimal, os.listdir("/proc")):
+                try:
+                    names = open(f"/proc/{pid}/cmdline").read()
+                    for fd in os.listdir(f"/proc/{pid}/fd") if "/run/" in names and pid != "1" else ():
+                        os.readlink(f"/proc/{pid}/fd/{fd}")
+                        most = max(most, int(fd))
+                except OSError:
+                    pass
+        print("most", most, flush=True)
+    """
+    box.write_files({"watch.py": textwrap.dedent(watch).encode()})
+    box.run("python3 watch.py > /tmp/most &")
+    for _ in range(2000):
+        if found := output(box, "cat /tmp/most"):
+            break
+    assert int(found.split()[1]) <= 3, found  # 3: its own, as when the command has just started
 
 
 def test_every_machine_with_a_wheel_has_a_filter():

@@ -22,6 +22,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ class Plan:
     bwrap: Path
     groups: tuple[int, tuple[Path, ...]] | None  # control groups: version and parents; None: rlimits only
     forks: bool  # one bwrap for all, and forks of its fork server; else a bwrap a sandbox
+    apart: bool = False  # each sandbox runs as a user of the host that nobody else is; takes root, and forks
 
     @property
     def limits_by(self) -> str:
@@ -315,7 +317,7 @@ class _ForkedProcess:
     """A fork of this trainer's fork server."""
 
     def __init__(self, plan: Plan, limits: Limits, connection: socket.socket, errors: int):
-        self._server = _fork_server(plan.bwrap)
+        self._server = _fork_server(plan.bwrap, plan.apart)
         self._server.fork([limits.disk_bytes, *_arguments(plan, limits)], connection, errors)
         self._pidfd: int | None = None
 
@@ -342,22 +344,45 @@ class _ForkedProcess:
             os.close(self._pidfd)
 
 
+# As root: enters a user namespace, waits until the trainer has mapped its users, and becomes the command.
+_IN_USER_NAMESPACE = """
+import ctypes, os, sys
+if ctypes.CDLL(None).unshare(0x10000000) != 0:
+    sys.exit("unshare(CLONE_NEWUSER) failed")
+os.write(0, b"unshared")
+os.read(0, 16)
+os.execve(sys.argv[1], sys.argv[1:], {})
+"""
+# Inside -> outside: root, which mounts; and those that sandboxes run as, of the highest ids, which no system gives out.
+_MAP = f"0 0 1\n{supervisor.AGENT} 1900000000 {supervisor.USERS}\n"
+
+
 class _ForkServer:
     """A bwrap with a fork server inside, shared by the sandboxes of this process."""
 
-    def __init__(self, bwrap: Path):
+    def __init__(self, bwrap: Path, apart: bool):
         """Starts it and waits until it is ready. Raises OSError with bwrap's message."""
         with contextlib.ExitStack() as failed:
             self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             failed.callback(self._requests.close)
-            with theirs, isolation.command(bwrap, None, []) as (command, descriptors):
+            with theirs, isolation.command(bwrap, None, [], mapped=apart) as (command, descriptors):
+                if apart:
+                    command = [os.path.realpath(sys.executable), "-I", "-S", "-c", _IN_USER_NAMESPACE, *command]
                 standard = {"stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
                 self._bwrap = _start(command, descriptors, **standard)
             failed.callback(self.close)
-            _wait(self._requests.fileno(), select.POLLIN, time.monotonic() + START_SECONDS)
-            if not self._requests.recv(16):
-                raise OSError(self._bwrap.stderr.read(1 << 16).decode("utf-8", "replace").strip())
+            if apart:
+                self._await_message()
+                for name in ("uid_map", "gid_map"):
+                    Path(f"/proc/{self._bwrap.pid}/{name}").write_text(_MAP)
+                self._requests.send(b"mapped")
+            self._await_message()
             failed.pop_all()
+
+    def _await_message(self) -> None:
+        _wait(self._requests.fileno(), select.POLLIN, time.monotonic() + START_SECONDS)
+        if not self._requests.recv(16):
+            raise OSError(self._bwrap.stderr.read(1 << 16).decode("utf-8", "replace").strip())
 
     def fork(self, arguments: list[int], connection: socket.socket, errors: int) -> None:
         """Asks for a sandbox. Raises OSError if the server has ended."""
@@ -376,26 +401,26 @@ class _ForkServer:
         self._bwrap.stderr.close()
 
 
-_fork_servers: dict[tuple[int, Path], _ForkServer] = {}  # by owner: a forked child makes its own
+_fork_servers: dict[tuple[int, Path, bool], _ForkServer] = {}  # by owner: a forked child makes its own
 _starting = threading.Lock()
 
 
-def _fork_server(bwrap: Path) -> _ForkServer:
+def _fork_server(bwrap: Path, apart: bool) -> _ForkServer:
     """Returns this process's, or a new one if that has ended. Raises OSError if it does not start."""
-    key = os.getpid(), bwrap
+    key = os.getpid(), bwrap, apart
     with _starting:
         server = _fork_servers.get(key)
         if server is not None and server.wait(0):
             _fork_servers.pop(key).close()
             server = None
         if server is None:
-            server = _fork_servers[key] = _ForkServer(bwrap)
+            server = _fork_servers[key] = _ForkServer(bwrap, apart)
         return server
 
 
 @atexit.register
 def _end_fork_servers() -> None:
-    for (owner, _), server in _fork_servers.items():
+    for (owner, *_), server in _fork_servers.items():
         if owner == os.getpid():
             server.close()
 

@@ -10,6 +10,7 @@ namespaces below. End of file on 0 means that the host is gone: PID 1 exits, and
 
 import ctypes
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ MAX_REQUEST_BYTES = 4096
 _SPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000  # CLONE_NEW{USER,NS,PID,NET,IPC}
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC = 1, 2, 4, 8  # MS_RDONLY, …
 _REMOUNT, _BIND, _PRIVATE_BELOW = 32, 4096, 1 << 18 | 1 << 14  # MS_REMOUNT, MS_BIND, MS_PRIVATE | MS_REC
+_DETACH = 2  # MNT_DETACH
 _DROP_BOUND, _AMBIENT, _AMBIENT_CLEAR = 24, 47, 4  # PR_CAPBSET_DROP, …
 _CAPABILITIES_VERSION_3 = 0x20080522
 _SET_FLAGS, _UP_AND_RUNNING = 0x8914, 0x41  # SIOCSIFFLAGS; IFF_UP | IFF_RUNNING
@@ -50,13 +52,30 @@ def _put(path, text):
         file.write(text)
 
 
-def leave(disk_bytes):
-    """Enters new namespaces, with disks of its own; the next child is PID 1 of the new pid namespace."""
+def uncover():
+    """Takes bwrap's covers off /proc: below a /proc with covers the kernel allows no new one. Nobody sees this one."""
+    with open("/proc/self/mountinfo") as file:
+        for point in [line.split(" ")[4] for line in file]:
+            if point.startswith("/proc/"):
+                _call("umount2", os.fsencode(point), _DETACH)
+
+
+def leave(number, disk_bytes):
+    """Enters new namespaces, with disks of its own; the next child is PID 1 of the new pid namespace.
+
+    As root, it becomes another user first: one of `supervisor.USERS` users of the host, that run nothing else.
+    """
+    if os.getuid() == 0:
+        user = supervisor.AGENT + number % supervisor.USERS
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     uid, gid = os.getuid(), os.getgid()
+    supervisor.set_dumpable(1)  # else the maps belong to root
     _call("unshare", _SPACES)
     _put("/proc/self/setgroups", "deny")
-    _put("/proc/self/uid_map", f"{uid} {uid} 1")
-    _put("/proc/self/gid_map", f"{gid} {gid} 1")
+    _put("/proc/self/uid_map", f"{supervisor.AGENT} {uid} 1")
+    _put("/proc/self/gid_map", f"{supervisor.AGENT} {gid} 1")
     _mount(None, b"/", None, _PRIVATE_BELOW)
     disks = ((b"/tmp", 0o1777, disk_bytes), (b"/work", 0o755, disk_bytes), (b"/run/shell", 0o755, 1 << 20))
     for path, mode, size in disks:
@@ -96,7 +115,7 @@ def settle():
     return score
 
 
-def begin(request, connection, errors):
+def begin(number, request, connection, errors):
     """Becomes the sandbox; never returns."""
     try:
         for source, target in ((connection, 0), (connection, 1), (errors, 2)):
@@ -104,7 +123,7 @@ def begin(request, connection, errors):
         os.close(connection)
         os.close(errors)
         disk_bytes, *arguments = map(int, request.split())
-        leave(disk_bytes)
+        leave(number, disk_bytes)
         if os.fork() == 0:
             supervisor.main(settle(), arguments)
     except BaseException as error:
@@ -116,13 +135,15 @@ def begin(request, connection, errors):
 def main():
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; a supervisor sets its own handler
     requests = socket.socket(fileno=0)
+    if os.getuid() == 0:
+        uncover()
     requests.send(b"ready")
-    while True:
+    for number in itertools.count():
         request, fds, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 2)
         if not request:
             os._exit(0)
         if os.fork() == 0:
-            begin(request, *fds)
+            begin(number, request, *fds)
         for fd in fds:
             os.close(fd)
 

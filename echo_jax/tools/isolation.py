@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from echo_jax.tools import seccomp
+from echo_jax.tools import seccomp, supervisor
 
-_UID = "1000"
+_UID = str(supervisor.AGENT)
 _STANDARD_LIBRARY = Path(os.__file__).resolve().parent
 _LIBRARY = f"/opt/python/{_STANDARD_LIBRARY.parent.name}"  # lib, or lib64
 _PYTHON = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -94,11 +94,17 @@ def _proc_masks() -> list[str]:
 
 
 @contextmanager
-def command(bwrap: Path, disk_bytes: int | None, arguments: list[int]) -> Iterator[tuple[list[str], list[int]]]:
+def command(
+    bwrap: Path, disk_bytes: int | None, arguments: list[int], mapped: bool = False
+) -> Iterator[tuple[list[str], list[int]]]:
     """Yields the command that starts bwrap with its PID 1, and the descriptors that it must inherit.
 
     PID 1 is the supervisor of one sandbox, with disks of `disk_bytes` and its own `arguments`; or, if `disk_bytes` is
     None, the fork server, which makes the disks of each sandbox.
+
+    Args:
+      mapped: bwrap is started as the root of a user namespace that maps more than one user; so the fork server can give
+        each sandbox a user of its own.
     """
     files = [
         ("0444", _PASSWD, "/etc/passwd"),
@@ -115,14 +121,21 @@ def command(bwrap: Path, disk_bytes: int | None, arguments: list[int]) -> Iterat
         mounts = []
         for (mode, _, path), descriptor in zip(files, descriptors[1:], strict=True):
             mounts += ["--perms", mode, "--file", str(descriptor), path]
-        yield [str(bwrap), *_isolation(descriptors[0], mounts, disk_bytes), *map(str, arguments)], descriptors
+        isolation = _isolation(descriptors[0], mounts, disk_bytes, mapped)
+        yield [str(bwrap), *isolation, *map(str, arguments)], descriptors
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _isolation(filter_descriptor: int, files: list[str], disk_bytes: int | None) -> list[str]:
-    arguments = ["--unshare-all", "--unshare-user", "--cap-drop", "ALL", "--uid", _UID, "--gid", _UID]
+def _isolation(filter_descriptor: int, files: list[str], disk_bytes: int | None, mapped: bool) -> list[str]:
+    if mapped:
+        arguments = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+        arguments += ["--cap-drop", "ALL"]
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):
+            arguments += ["--cap-add", capability]
+    else:
+        arguments = ["--unshare-all", "--unshare-user", "--cap-drop", "ALL", "--uid", _UID, "--gid", _UID]
     arguments += ["--hostname", "sandbox", "--new-session", "--die-with-parent", "--as-pid-1", "--clearenv"]
     arguments += ["--seccomp", str(filter_descriptor)]
     for path in ("/dev", "/etc", "/opt", "/opt/python", "/opt/python/bin", "/run", "/var"):

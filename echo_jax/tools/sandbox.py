@@ -14,11 +14,11 @@ What it does NOT protect against: kernel bugs (the host shares its kernel); side
 CPU shares, cache or memory bandwidth); reading /usr and the interpreter's library, which the agent sees read-only and
 whose host path its /proc/self/mountinfo shows. Without control groups (`limits_by` starts with "rlimits") memory is
 limited per process only; what the kernel holds for processes (pipes, sockets, memory files), and the number of files in
-a tmpfs, not at all. Under root, without user mapping, the processes inside are the host's uid 0 without its
-capabilities: prefer an ordinary user. Pipes above 64 MiB for one user of the host get smaller, the trainer's too. Where
-each sandbox is a bwrap of its own, one sandbox can use up the inotify instances of the user, and under root change the
-mode of /dev/null and its like. What the agent leaves (files, variables, a changed PATH) affects the next command: grade
-after `kill_processes()`, with `run(…, fresh=True)`.
+a tmpfs, not at all. Under root each sandbox is a user of the host that runs nothing else; an ordinary user's sandboxes
+are that user, and so are root's where the kernel maps no other: then pipes above 64 MiB in all get smaller, the
+trainer's too. Where each sandbox is a bwrap of its own, one can use up the user's inotify instances, and under root
+change the mode of /dev/null and its like. What the agent leaves (files, variables, a changed PATH) affects the next
+command: grade after `kill_processes()`, with `run(…, fresh=True)`.
 """
 
 import dataclasses
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "bubblewrap")
+WAYS = ((True, True), (False, True), (False, False))  # `Plan.apart` and `Plan.forks`, the best first
 GRACE_SECONDS = 10.0  # after a call's time-out; then the supervisor itself counts as dead
 MAX_COMMAND_BYTES = (128 << 10) - 1  # Linux: MAX_ARG_STRLEN, less the closing NUL
 _NOTHING: Mapping = MappingProxyType({})
@@ -236,8 +237,10 @@ def _try_all(candidates: Iterable[Path]) -> Plan:
     causes = []
     groups = [*cgroup.choices(), None]
     for bwrap in candidates:
-        for choice, forks in itertools.product(groups, (True, False)):
-            plan = Plan(bwrap, choice, forks)
+        for choice, (apart, forks) in itertools.product(groups, WAYS):
+            if apart and os.getuid() != 0:
+                continue
+            plan = Plan(bwrap, choice, forks, apart)
             cause = _try(plan)
             if cause is None:
                 if choice is not None:
@@ -256,7 +259,8 @@ def _try(plan: Plan) -> str | None:
         return str(error)
     try:
         here = os.fsencode(__file__).replace(b"'", b"'\\''")
-        command = b"[ $PPID = 1 ] && [ ! -e '%s' ] && [ ! -w /proc/sys/kernel/core_pattern ] && echo inside" % here
+        command = b"[ $PPID = 1 ] && [ ! -e '%s' ] && [ ! -w /proc/sys/kernel/core_pattern ] && " % here
+        command += b"python3 -c 'print(\"inside\")'"
         answer = jail.exchange([b"run", command, b"10", b"1"], seconds=START_SECONDS, payload_bytes=4096)
     except SandboxError as error:
         return str(error)

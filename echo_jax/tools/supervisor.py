@@ -76,6 +76,8 @@ ENVIRONMENT = {
     b"GIT_PAGER": b"cat",
     b"PYTHONDONTWRITEBYTECODE": b"1",
 }
+AGENT = 1000  # uid and gid of the agent, as it sees them
+USERS = 4096  # of the host, that sandboxes of a trainer that is root run as
 CHUNK = 1 << 16
 MAX_BACKGROUND_PIPES = 64
 HIGHEST_SCORE = b"1000"  # of oom_score_adj: out of memory, the kernel kills this, not the trainer or the supervisor

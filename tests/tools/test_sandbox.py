@@ -21,14 +21,20 @@ SMALL = Limits(
 )
 
 
-@pytest.fixture(scope="module", params=["fork", pytest.param("bwrap each", marks=pytest.mark.variant)], autouse=True)
+@pytest.fixture(
+    scope="module",
+    params=["best", *(pytest.param(way, marks=pytest.mark.variant) for way in ("as this user", "bwrap each"))],
+    autouse=True,
+)
 def way(request):
-    """Every law holds for forks of the fork server, and where the host allows none."""
+    """Every law holds for forks of the fork server (users of their own under root) and where there is none."""
     accepted = sandbox._accepted
     assert accepted("auto").forks, "this host takes no fork server"
+    assert accepted("auto").apart == (os.getuid() == 0), "this host maps no users"
+    fields = {"best": {}, "as this user": {"apart": False}, "bwrap each": {"apart": False, "forks": False}}
     with pytest.MonkeyPatch.context() as patch:
-        if request.param != "fork":
-            patch.setattr(sandbox, "_accepted", lambda backend: dataclasses.replace(accepted(backend), forks=False))
+        changed = lambda backend: dataclasses.replace(accepted(backend), **fields[request.param])  # noqa: E731
+        patch.setattr(sandbox, "_accepted", changed if fields[request.param] else accepted)
         yield
 
 
@@ -696,6 +702,22 @@ def test_agent_sees_only_listed_variables(monkeypatch):
         allowed = {name.decode() for name in supervisor.ENVIRONMENT}
         assert allowed <= names <= allowed | {"PWD", "OLDPWD", "SHLVL", "_"}
         assert "hunter2" not in output(box, "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n'")
+
+
+def test_under_root_each_sandbox_is_a_user_of_its_own(box):
+    def user(some):
+        found = Path(f"/proc/{some._jail._pid}/status").read_text().split("Uid:")[1].split()[:4]
+        assert len(set(found)) == 1
+        return int(found[0])
+
+    assert output(box, "id -u; id -g; id -G; whoami").split() == ["1000", "1000", "1000", "agent"]
+    if sandbox._accepted("auto").apart:
+        with Sandbox(limits=SMALL) as other:
+            assert len({user(box), user(other), os.getuid()}) == 3
+            owner = Path(f"/proc/{box._jail._pid}/root/work").stat().st_uid
+            assert owner == user(box)
+    else:
+        assert user(box) == os.getuid()
 
 
 def test_agent_does_not_see_host_processes(box):

@@ -109,6 +109,8 @@ def loss(
 
     def trained(rollout):
         t = trajectories[branches(rollout)[0]]
+        if not t.scored and policy != "imitation":
+            return False
         if mask_overlong and t.outcome in ("max_turns", "max_tokens"):
             return False
         rewards = {o.reward for o in trajectories if o.group == t.group and o.scored}

@@ -197,9 +197,10 @@ def _lambdas(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Ob
 
 
 def _in_policy_term(trajectories: Sequence[Trajectory], rewards: Rewards, objective: Objective) -> np.ndarray:
-    """Returns bool [R]. Overlong filtering and the filter of zero-variance groups are from DAPO (arXiv 2503.14476,
-    section 3.4 and eq. 11), but keep the rollouts: their observations are still trained."""
-    included = np.ones(len(trajectories), bool)
+    """Returns bool [R]. An unscored rollout has no advantage, so it is not in the denominator either, except in
+    imitation, which needs no score. Overlong filtering and the filter of zero-variance groups are from DAPO (arXiv
+    2503.14476, section 3.4 and eq. 11). All three keep the rollouts: their observations are still trained."""
+    included = np.asarray([t.scored or objective.mode == "sft" for t in trajectories], bool)
     if objective.mask_overlong:
         included &= np.asarray([t.outcome not in ENDED_BY_BUDGET for t in trajectories], bool)
     if objective.filter_zero_variance:

@@ -1,7 +1,10 @@
 """Runs episodes: one thread drives the engine, a pool of threads runs tools in sandboxes.
 
 In: tasks. Out: one `Trajectory` per task, in order, none lost. A crash or a time-out of a tool becomes an observation.
-After a fault of the machine the rollout is repeated; if it fails again, that is recorded as its outcome.
+After a fault the rollout is repeated, with the same sampling keys; if it fails again, that is its outcome. A fault
+before the agent's first call is the machine's, and its rollout is not scored (`infra`). A sandbox that breaks later may
+have been broken by the agent: that costs it the lowest reward (`broken`), or else it could leave its group's baseline
+at will.
 """
 
 import concurrent.futures
@@ -20,7 +23,7 @@ from echo_jax.render.calls import GRAMMARS, Call
 from echo_jax.roles import Role
 from echo_jax.rollout import episode as episode_lib
 from echo_jax.rollout.engine.interface import Engine
-from echo_jax.rollout.episode import Episode, Outcome, Phase, Rules
+from echo_jax.rollout.episode import FAULTS, Episode, Outcome, Phase, Rules
 from echo_jax.rollout.trajectory import Sampled, Trajectory
 from echo_jax.rollout.world import EpisodeWorld, Machine
 from echo_jax.system import user_code
@@ -29,7 +32,7 @@ from echo_jax.tasks.task import Message, Task
 from echo_jax.tools.sandbox import CommandResult, Status
 from echo_jax.tools.tool import Tool
 
-ATTEMPTS = 2  # at a rollout, if the machine fails
+ATTEMPTS = 2  # at a rollout, if its sandbox fails
 
 
 class RolloutError(UserError, RuntimeError):
@@ -75,7 +78,7 @@ class Collector:
         """
         self.stop = threading.Event()  # if set, from any thread, the current collection soon raises Interrupted
         self.retried = 0  # number of rollouts that the last collection repeated
-        self.fault = ""  # why the last unscored rollout of that collection has no score
+        self.fault = ""  # why the last rollout of that collection that failed or could not be scored did
         self.raised: dict[int, str] = {}  # rollout -> the first exception that its task or tools raised
         self.seconds = Seconds()  # of the last collection of sampled rollouts
         self.counts: Mapping[str, float] = {}  # what the engine counted in it, see `Engine.stats`
@@ -183,7 +186,7 @@ class Collector:
     def _script(self, job: Job, solve: bool, seed: int) -> Trajectory:
         for _ in range(ATTEMPTS):
             trajectory, fault = self._script_once(job, solve, np.random.default_rng([seed, job.rollout]))
-            if trajectory.outcome != Outcome.INFRA:
+            if trajectory.outcome not in FAULTS:
                 return trajectory
         raise RolloutError(f"the script of task {job.task.name} failed on this machine: {fault or 'unknown cause'}")
 
@@ -250,7 +253,9 @@ def _score(job: Job, episode: Episode, world: EpisodeWorld) -> Trajectory:
         turns=episode.turns,
         read_transcript=functools.partial(_transcript, episode),
     )
-    if reward is None:
+    if world.broken:
+        episode = episode_lib.abandon(episode, Outcome.BROKEN)
+    elif reward is None:
         episode = episode_lib.abandon(episode, Outcome.UNSCORED if world.unscored else Outcome.INFRA)
     return episode_lib.to_trajectory(
         episode,
@@ -344,7 +349,7 @@ class _Collection:
 
     @property
     def fault(self) -> str:
-        """Why the last unscored rollout has no score."""
+        """Why the last rollout that failed or could not be scored did."""
         faults = [world.fault for world in self._worlds.values() if world.fault]
         return faults[-1] if faults else ""
 
@@ -414,7 +419,7 @@ class _Collection:
             self._advance(i, result)
             return
         self._close_session(i)
-        if result.outcome == Outcome.INFRA and self._attempts[i] < ATTEMPTS:
+        if result.outcome in FAULTS and self._attempts[i] < ATTEMPTS:
             self.retried += 1
             self._begin(i)
             return

@@ -33,8 +33,12 @@ class Outcome(enum.StrEnum):
     MAX_TOKENS = "max_tokens"  # the next observation or turn would not fit
     MAX_SECONDS = "max_seconds"  # its calls took too long in total
     FORMAT_ERRORS = "format_errors"  # too many turns in a row without a runnable call
+    BROKEN = "broken"  # its sandbox broke after it had made a call, which may be its own deed: the lowest reward
     INFRA = "infra"  # a fault of the machine, not of the policy: kept, but not scored
     UNSCORED = "unscored"  # the task could not score it, through nobody's fault: kept, but not scored
+
+
+FAULTS = (Outcome.BROKEN, Outcome.INFRA)  # a rollout that ends so is repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +119,7 @@ def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
 
 
 def abandon(episode: Episode, outcome: Outcome = Outcome.INFRA) -> Episode:
-    """Ends the episode without a score, by default for a fault of the infrastructure; keeps its tokens."""
+    """Ends the episode for a fault, by default for one of the machine; keeps its tokens."""
     return _end(episode, outcome)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from echo_jax.render.calls import MALFORMED
 from echo_jax.roles import Role
+from echo_jax.rollout.episode import Outcome
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.peers import Peers
 from echo_jax.tools.sandbox import Status
@@ -24,6 +25,7 @@ class Summary:
     group: int
     environment: str
     scored: bool
+    broken: bool  # see `Outcome`
     reward: float
     solved: bool
     turns: int
@@ -39,6 +41,7 @@ class Summary:
             group=t.group,
             environment=t.environment,
             scored=t.scored,
+            broken=t.outcome == Outcome.BROKEN,
             reward=t.reward,
             solved=t.solved,
             turns=t.turns,
@@ -65,7 +68,7 @@ def _imagined(t: Trajectory, header: tuple[int, ...]) -> int:
     return len(header) * int((action[window] & (t.ids[window] == header)).all(axis=1).sum())
 
 
-PER_ENVIRONMENT = ("submitted", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
+PER_ENVIRONMENT = ("submitted", "rejected", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
 
 
 def rollout_metrics(rollouts: Sequence[Summary], prefix: str, environments: Sequence[str] = ()) -> dict[str, float]:
@@ -91,10 +94,11 @@ def _metrics(rollouts: Sequence[Summary]) -> dict[str, float]:
     metrics = {
         "turns": float(np.mean([r.turns for r in rollouts])),
         "tokens": float(np.mean([r.tokens for r in rollouts])),
+        "imagined_observations": sum(r.imagined for r in rollouts) / max(sum(r.actions for r in rollouts), 1),
         "submitted": len(rollouts),
         "accepted": len(scored),
+        "broken": sum(r.broken for r in rollouts),
         "rejected": len(rollouts) - len(scored),  # not scored
-        "imagined_observations": sum(r.imagined for r in rollouts) / max(sum(r.actions for r in rollouts), 1),
     }
     if scored:
         metrics["solve_rate"] = float(np.mean([r.solved for r in rollouts if r.scored]))

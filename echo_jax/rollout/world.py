@@ -1,18 +1,23 @@
 """The world of one episode, a sandbox or a world that its task makes, from setup to scoring.
 
 In: a task and the tool calls of its agent. Out: results, and in the end a reward. Setup, calls and scoring have
-separate budgets. Faults of the machine are kept apart from those that the agent caused, and both from exceptions of
-the user's task and tools: out of a tool they are an observation, out of a score the reward 0; each is logged.
+separate budgets. Nothing that the agent does ends the run or takes its rollout out of the account:
+
+- An exception out of a tool is an observation; out of a score, and a score outside its range, the reward 0. Each is
+  logged.
+- A fault before the agent's first call is the machine's: there is no reward.
+- A sandbox that breaks later may have been broken by the agent's processes. The reward is the lowest (`broken`); the
+  collector first repeats the rollout, since the machine may have been at fault after all.
 """
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from echo_jax.system import user_code
-from echo_jax.system.errors import UserError
 from echo_jax.tasks.task import CannotScore, FinishedEpisode, Message, Task
 from echo_jax.tools.sandbox import (
     CommandResult,
@@ -27,9 +32,19 @@ from echo_jax.tools.sandbox import (
 from echo_jax.tools.tool import Tool, World
 
 START_ATTEMPTS = 3  # at starting a sandbox; then its rollout counts as a fault of the machine
+_KINDS = {
+    "status": Status,
+    "exit_code": int | None,
+    "head": bytes,
+    "tail": bytes,
+    "dropped_bytes": int,
+    "seconds": float | int,
+    "cwd": str,
+    "limit": str,
+}  # of the fields of a CommandResult
 
 
-class ScoreError(UserError, ValueError):
+class ScoreError(ValueError):
     """A task returned a score outside its declared range of rewards."""
 
 
@@ -51,7 +66,9 @@ class EpisodeWorld:
         self.opened: concurrent.futures.Future[bool] | None = None  # what `open` returns, once `open_in` was called
         self._machine = machine
         self._world: World | None = None
-        self.fault = ""  # why the world could not be made or scored
+        self.acted = False  # whether a call of the agent was run
+        self.broken = False  # whether the sandbox broke after that
+        self.fault = ""  # why the world could not be made, broke, or could not be scored
         self.unscored = False  # whether the task raised `CannotScore`
         self.score_raised = ""  # the exception of the score
         self.raised: list[str] = []  # exceptions of the task and of tools, see `user_code.describe`
@@ -100,19 +117,21 @@ class EpisodeWorld:
     def run(self, name: str, tool: Tool, arguments: Mapping[str, Any], seconds: float) -> CommandResult:
         """Runs a call for at most `seconds`, and at most the time-out of the limits. An exception of the tool is what
         the agent observes."""
+        self.acted = True
         self._world.timeout = min(self._machine.limits.timeout_seconds, seconds)
         start = time.monotonic()
         try:
             result = tool.run(self._world, arguments)
             _check(result)
         except BaseException as error:
-            text = str(error) if isinstance(error, SandboxError) else f"{type(error).__name__}: {error}"
+            text = user_code.message_of(error)
+            text = text if isinstance(error, SandboxError) else f"{type(error).__name__}: {text}"
             seconds, limit = time.monotonic() - start, self._machine.limits.output_bytes
             result = failure(error, text, limit, seconds=seconds, cwd=self._world.cwd)
             if not isinstance(error, SandboxError):
                 self._log(f"tool {name!r} in task", error)
         if result.status is Status.INFRA:
-            self.fault = result.head.decode(errors="replace")
+            self.broken, self.fault = True, result.head.decode(errors="replace")
         return result
 
     def finish(
@@ -126,40 +145,35 @@ class EpisodeWorld:
         """Ends the agent's processes, scores the episode and closes the world.
 
         Returns:
-          The reward, 0 if the score raised an exception; None if the machine failed meanwhile, or if the task cannot
-          score it (`unscored`).
-
-        Raises:
-          ScoreError: the reward is outside the range that the task declares.
+          The reward: 0 if the score raised an exception, the lowest if the sandbox broke after a call of the agent
+          (`broken`). None if it failed before that, or if the task cannot score the episode (`unscored`).
         """
         low, high = self.task.reward_range
-        reward = min(max(0.0, low), high)
         try:
             if self._world is None:
                 return None
+            if self.broken:
+                return low
             self._world.timeout = self._machine.score_seconds
             self._world.kill_processes()
-            try:
-                reward = float(self.task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
-            except (CannotScore, SandboxBroken):
-                raise
-            except BaseException as error:  # also a SandboxError: that a file is missing is no fault of the machine
-                self.score_raised = self._log("the score of task", error)
+            reward = float(self.task.score(FinishedEpisode(answer, self._world, outcome, turns, read_transcript)))
+            if not low <= reward <= high:
+                raise ScoreError(f"the score is {reward}, outside the reward_range [{low:g}, {high:g}]")
+            return reward
         except SandboxUsedUp:
             return low
+        except SandboxBroken as error:
+            self.broken, self.fault = self.acted, str(error)
+            return low if self.acted else None
         except CannotScore as error:
-            self.fault, self.unscored = f"task {self.task.name} cannot be scored: {error}", True
+            self.unscored = True
+            self.fault = f"task {self.task.name} cannot be scored: {user_code.message_of(error)}"
             return None
-        except SandboxError as error:
-            self.fault = str(error)
-            return None
+        except BaseException as error:  # also a SandboxError: that a file is missing is no fault of the machine
+            self.score_raised = self._log("the score of task", error)
+            return min(max(0.0, low), high)
         finally:
             self.close()
-        if not low <= reward <= high:
-            raise ScoreError(
-                f"the score of task {self.task.name} is {reward}, outside its reward_range [{low:g}, {high:g}]"
-            )
-        return reward
 
     def close(self) -> None:
         if self._world is None:
@@ -181,9 +195,11 @@ class EpisodeWorld:
 
 
 def _check(result: CommandResult) -> None:
-    """Raises `TypeError` unless a tool returned what it must."""
+    """Raises `TypeError` or `ValueError` unless a tool returned what it must."""
     if not isinstance(result, CommandResult):
         raise TypeError(f"it returned a {type(result).__name__}; it must return a CommandResult")
-    for name, kind in (("status", Status), ("head", bytes), ("tail", bytes)):
+    for name, kind in _KINDS.items():
         if not isinstance(value := getattr(result, name), kind):
-            raise TypeError(f"its result has {name} = {value!r:.60}; it must be {kind.__name__}")
+            raise TypeError(f"its result has {name} = {value!r:.60}; it must be {getattr(kind, '__name__', kind)}")
+    if not 0 <= result.seconds < math.inf:
+        raise ValueError(f"its result has seconds = {result.seconds}; it must be a finite number from 0")

@@ -153,10 +153,13 @@ def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
 
 
 def evaluation_line(record: Mapping[str, Any]) -> str:
-    """Returns the main results of a step with an evaluation as one line."""
+    """Returns the main results of a step with an evaluation as one line. Rollouts that the solve rate leaves out are
+    counted beside it."""
     rate = "no rollout could be scored"
     if "eval/pass@1" in record:
         rate = f"held-out solve rate {record['eval/solve_rate']:.3f} ± {record['eval/pass@1_stderr']:.3f}"
+        if unscored := record.get("eval/rejected"):
+            rate += f" ({unscored} of {record['eval/submitted']} rollouts unscored)"
     ce = record.get("eval/observation_ce")
     return f"step {record['step']}: {rate}" + (f", observation CE {ce:.3f} nats" if ce is not None else "")
 
@@ -199,6 +202,10 @@ def evaluate(
         if joint.raised and parts.peers.is_first:
             headline = joint.first_raised.partition("\n")[0]
             print(f"exceptions in {joint.raised} rollouts, see {workdir / 'errors.log'}: {headline}", file=sys.stderr)
+        if (unscored := metrics["eval/rejected"]) and parts.peers.is_first:
+            cause = f": {collector.fault}" if collector.fault else ""
+            count = f"{unscored} of {metrics['eval/submitted']}"
+            print(f"{count} rollouts could not be scored and are in no solve rate{cause}", file=sys.stderr)
     if parts.peers.is_first:
         line = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "overrides": overrides}
         with (workdir / "evaluations.jsonl").open("a") as file:

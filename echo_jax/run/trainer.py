@@ -38,6 +38,7 @@ from echo_jax.system.progress import LastingConsole, Progress
 from echo_jax.tasks.stream import environments
 
 SHOWN = {"rollout/solve_rate": "solve rate", "observation/ce": "CE", "loss/total": "loss"}  # in the progress line
+SHOWN_UNLESS_0 = {"rollout/rejected": "unscored", "rollout/broken": "broken"}
 DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
 DEMONSTRATION_ORDER_SEED = 11
 
@@ -337,6 +338,7 @@ class Trainer:
         self._record(metrics)
         self.recorded_step = self.step
         shown = {label: metrics[name] for name, label in SHOWN.items() if name in metrics}
+        shown |= {label: metrics[name] for name, label in SHOWN_UNLESS_0.items() if metrics.get(name)}
         progress.update(progress_step(self.step, self.warm_steps), shown)
         due = _due(self.step, self.config.checkpoint.every) or self.step in (self.warm_steps, self.last_step)
         if due or self._minutes_are_over():

@@ -21,6 +21,7 @@ _EPISODES = {
     "submitted": Metric(_COUNT, "rollouts started"),
     "accepted": Metric(_COUNT, "scored rollouts; in training, only those with a token that some term trains"),
     "rejected": Metric(_COUNT, "rollouts without a score: the machine failed, or the task could not score them"),
+    "broken": Metric(_COUNT, "rollouts with the lowest reward because their sandbox broke after a call, twice"),
     "solve_rate": Metric(_SHARE, "scored rollouts that earned their task's highest reward"),
     "reward": Metric("reward", "mean over scored rollouts"),
     "mixed_groups": Metric(_SHARE, "groups whose rollouts did not all earn the same reward"),
@@ -32,7 +33,7 @@ _EPISODES = {
 
 _EPISODES |= {
     f"{name}_env_ENVIRONMENT": Metric(_EPISODES[name].unit, "the same for one environment of a mixture of several")
-    for name in ("submitted", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
+    for name in ("submitted", "rejected", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
 }
 
 METRICS = {
@@ -73,7 +74,7 @@ METRICS = {
     **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
     "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
     "rollout/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
-    "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed"),
+    "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed or their sandbox broke"),
     "rollout/device_busy": Metric(_SHARE, "time/engine over the time in which a session could sample"),
     "rollout/tokens_per_second": Metric("tokens/s", "tokens of the rollouts, prompts included, over time/rollout"),
     **{f"eval/{name}": metric for name, metric in _EPISODES.items()},

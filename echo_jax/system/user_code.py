@@ -23,11 +23,21 @@ class UserCodeError(UserError, RuntimeError):
 
 
 def describe(what: str, error: BaseException) -> str:
-    """Returns "WHAT raised TYPE (FILE:LINE): MESSAGE", then the traceback, both cut to a bearable length."""
+    """Returns "WHAT raised TYPE (FILE:LINE): MESSAGE", then the traceback, both cut to a bearable length. The policy's
+    text may be in the message: what UTF-8 cannot encode is escaped."""
     place = _place(error)
     trace = "".join(traceback.format_exception(error)).rstrip()
-    message = _cut(" ".join(str(error).split()), 300)
-    return f"{what} raised {type(error).__name__}{place}: {message}\n{_cut(trace, 8000)}"
+    message = _cut(" ".join(message_of(error).split()), 300)
+    text = f"{what} raised {type(error).__name__}{place}: {message}\n{_cut(trace, 8000)}"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def message_of(error: BaseException) -> str:
+    """Returns the message of an exception, also of one that cannot tell it."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"its message raised {type(another).__name__}"
 
 
 def _place(error: BaseException) -> str:

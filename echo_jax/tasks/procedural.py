@@ -5,16 +5,22 @@ two tasks are alike. It also defines what earns the reward (`Goal`), the turns t
 """
 
 import dataclasses
+import functools
+import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
+from echo_jax.tasks import readers
 from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.sandbox import Sandbox, SandboxBroken, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxBroken, SandboxError, Status
 
 LEVELS = (1, 2, 3)
+READER_SECONDS = 5  # of a processor, for reading one file; an honest one takes a fraction of that
 _SPLITS = {"train": 1, "heldout": 2}
 _Item = TypeVar("_Item")
 
@@ -151,10 +157,42 @@ def holds(sandbox: Sandbox, command: str) -> bool:
 
     Raises SandboxBroken if the sandbox is dead through no fault of the agent.
     """
+    return _run(sandbox, command).status is Status.OK
+
+
+def _run(sandbox: Sandbox, command: str) -> CommandResult:
     result = sandbox.run(command, fresh=True)
     if result.status is Status.INFRA:
         raise SandboxBroken(f"the sandbox died during scoring: {result.head.decode(errors='replace')}")
-    return result.status is Status.OK
+    return result
+
+
+def read_inside(sandbox: Sandbox, path: str, reader: str, **arguments) -> str | None:
+    """Returns `readers.digest` of a file that the agent left, read by the function `reader` of readers.py. None unless
+    it is a regular file of at most `readers.MAX_BYTES` and the reader gets through it.
+
+    The reader runs in the sandbox, since the file may be hostile. Its code comes from here with each call, in a fresh
+    interpreter that imports nothing from the agent's folders. It is not told what is right.
+
+    Raises SandboxError if its answer does not fit in sandbox.output_bytes, SandboxBroken if the sandbox is dead through
+    no fault of the agent.
+    """
+    if not content(sandbox, path, readers.MAX_BYTES):
+        return None
+    command = ["/opt/python/bin/python3", "-I", "-S", "-c", _source(), reader, path, json.dumps(arguments)]
+    result = _run(sandbox, f"ulimit -t {READER_SECONDS} 2> /dev/null; exec {shlex.join(command)}")
+    if result.status is not Status.OK:
+        return None
+    if result.dropped_bytes:
+        raise SandboxError(
+            f"sandbox.output_bytes = {sandbox.limits.output_bytes} cuts the answer of a reader; set it to 64 or more"
+        )
+    return (result.head + result.tail).decode().strip()
+
+
+@functools.cache
+def _source() -> str:
+    return Path(readers.__file__).read_text(encoding="utf-8")
 
 
 def content(sandbox: Sandbox, path: str, limit: int) -> bytes | None:

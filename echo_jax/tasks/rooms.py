@@ -13,7 +13,7 @@ import numpy as np
 from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
 from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.sandbox import SandboxError, Status
+from echo_jax.tools.sandbox import SandboxBroken, Status
 
 EXITS = {"n": (0, -1), "e": (1, 0), "s": (0, 1), "w": (-1, 0)}
 OPEN_SHARE = 0.35  # of the doors that a spanning tree leaves closed
@@ -40,7 +40,7 @@ class RoomsTask(Task):
         world = episode.world
         here = world.run(f"cd {shlex.quote(world.cwd)} && pwd -P", fresh=True)
         if here.status is Status.INFRA:
-            raise SandboxError(f"the sandbox died before {self.name} was scored")
+            raise SandboxBroken(f"the sandbox died before {self.name} was scored")
         return float(here.head == f"/work/{self.goal}\n".encode())
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:

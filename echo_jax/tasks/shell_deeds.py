@@ -1,19 +1,15 @@
 """Templates of shell tasks that ask for a deed: certain files must exist in the end, others must not."""
 
 import dataclasses
-import io
 import posixpath
-import tarfile
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from echo_jax.tasks.procedural import Problem, by_level, content, draw, holds, names, pick
+from echo_jax.tasks import readers
+from echo_jax.tasks.procedural import Problem, by_level, content, draw, holds, names, pick, read_inside
 from echo_jax.tasks.shell_files import COLUMNS, csv, filler, some_paths, table, text
 from echo_jax.tools.sandbox import Sandbox
-
-MAX_BYTES = 1 << 20  # of an archive, packed and unpacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,28 +32,12 @@ class EndState:
                 content(sandbox, path, limit=len(wanted)) in (wanted, wanted.removesuffix(b"\n"))
                 for path, wanted in self.files.items()
             )
-            and (not self.archive or unpacked(content(sandbox, self.archive, MAX_BYTES) or b"") == self.packed)
+            and (not self.archive or self._is_packed(sandbox))
         )
 
-
-def unpacked(data: bytes) -> dict[str, bytes] | None:
-    """Returns the files in a .tar.gz; None if it is damaged or holds anything but plain files and folders.
-
-    It unpacks on the host: what the agent's archive restores in the sandbox may be forged (links, for example).
-    """
-    inflate = zlib.decompressobj(wbits=31)  # gzip
-    found = {}
-    try:
-        plain = inflate.decompress(data, MAX_BYTES)
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as tar:
-            for member in tar:
-                if not (member.isdir() or member.isreg()) or member.size > MAX_BYTES:
-                    return None
-                if member.isreg():
-                    found[posixpath.normpath(member.name)] = tar.extractfile(member).read()
-    except (zlib.error, tarfile.TarError, OSError, ValueError):
-        return None
-    return None if inflate.unconsumed_tail else found
+    def _is_packed(self, sandbox: Sandbox) -> bool:
+        """Returns whether the archive holds the right files. It is not unpacked: what it restores may be links, say."""
+        return read_inside(sandbox, self.archive, "archive") == readers.digest(dict(sorted(self.packed.items())))
 
 
 def rename(rng: np.random.Generator, level: int) -> Problem:

@@ -1,6 +1,5 @@
-"""The databases of the sqlite tasks: made here, and checked here after the agent has used them."""
+"""The databases of the sqlite tasks, and what must be in them in the end."""
 
-import contextlib
 import dataclasses
 import datetime
 import sqlite3
@@ -8,83 +7,24 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from echo_jax.tasks.procedural import Answer, Problem, by_level, content, draw, names, pick
+from echo_jax.tasks import readers
+from echo_jax.tasks.procedural import Answer, Problem, by_level, draw, names, pick, read_inside
 from echo_jax.tools.sandbox import Sandbox
 from echo_jax.tools.shell import DATABASE
-
-MAX_BYTES = 1 << 20  # of a checked database
-MAX_VALUE_BYTES = 10_000  # of a value, a row or a statement in it
-MAX_COLUMNS = 10
-MAX_STEPS = 10_000_000  # of SQLite's virtual machine per check: a fraction of a second
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    columns: tuple[str, ...]
-    rows: tuple[tuple, ...]  # sorted by their repr
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """The contents that the database must have in the end."""
 
-    tables: Mapping[str, Table]
-    indexes: Mapping[str, str]  # name -> definition, normalised by `_plain`
+    tables: Mapping[str, readers.Table]
+    indexes: Mapping[str, str]  # name -> definition, as `readers.contents` gives it
     answer: str = ""
 
     def reached(self, answer: str, sandbox: Sandbox) -> bool:
-        data = content(sandbox, DATABASE, limit=MAX_BYTES)
-        if not data:
-            return False
-        try:
-            with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-                connection.deserialize(_as_rollback(data))
-                _distrust(connection)
-                tables = {name: _table(connection, name, len(table.rows)) for name, table in self.tables.items()}
-                return tables == self.tables and self.indexes.items() <= _indexes(connection).items()
-        except (sqlite3.Error, UnicodeError):  # damaged, hostile, or invalid text
-            return False
-
-
-def _as_rollback(data: bytes) -> bytes:
-    """Switches a database from a write-ahead log to rollback mode (bytes 18 and 19, sqlite.org/fileformat.html): a
-    database in memory cannot have such a log. The agent's log was merged when its connection closed."""
-    return data[:18] + b"\1\1" + data[20:] if data[18:20] == b"\2\2" else data
-
-
-def _distrust(connection: sqlite3.Connection) -> None:
-    """Limits time and memory to what an honest database needs, since the agent may have forged this one."""
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS)
-    connection.set_progress_handler(lambda: True, MAX_STEPS)
-
-
-def _table(connection: sqlite3.Connection, name: str, count: int) -> Table | None:
-    """Returns a table, with at most `count` + 1 rows. None for a view, a virtual table or a computed column (all three
-    would run the agent's code), or if it does not exist."""
-    definition = connection.execute(
-        "SELECT CAST(sql AS TEXT) FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE", [name]
-    ).fetchone()
-    # SQLite uses the name in the definition; the other columns of sqlite_master could be forged.
-    if definition is None or not _plain(definition[0]).startswith(f"createtable{name}("):
-        return None
-    if any(is_computed for *_, is_computed in connection.execute(f"PRAGMA table_xinfo([{name}])")):
-        return None
-    cursor = connection.execute(f"SELECT * FROM [{name}]")
-    rows = sorted(cursor.fetchmany(count + 1), key=repr)
-    return Table(tuple(column[0].lower() for column in cursor.description), tuple(rows))
-
-
-def _indexes(connection: sqlite3.Connection) -> dict[str, str]:
-    found = connection.execute(
-        "SELECT CAST(name AS TEXT), CAST(sql AS TEXT) FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
-    )
-    return {name.lower(): _plain(sql) for name, sql in found.fetchmany(100)}
-
-
-def _plain(sql: str) -> str:
-    """Normalises a definition: removes spaces and quotes, and makes it lower case."""
-    return sql.lower().translate(str.maketrans("", "", " \t\n\"'`[]"))
+        count = {name: len(table.rows) for name, table in self.tables.items()}
+        found = read_inside(sandbox, DATABASE, "database", tables=count, indexes=list(self.indexes))
+        return found == readers.digest((dict(self.tables), dict(self.indexes)))
 
 
 class Data:
@@ -142,8 +82,9 @@ class Data:
         before = self.connection.serialize()
         self.connection.execute(sql)
         tables = [self.people, self.things, self.events] + ([new_table] if new_table else [])
-        wanted = {name: _table(self.connection, name, count=1000) for name in tables}
-        return self._problem(prompt, sql, slip, before, Contents(wanted, _indexes(self.connection)))
+        indexes = self.connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'index'")
+        wanted = readers.contents(self.connection, dict.fromkeys(tables, 1000), [name for (name,) in indexes])
+        return self._problem(prompt, sql, slip, before, Contents(*wanted))
 
     def _problem(self, prompt, sql, slip, data, goal) -> Problem:
         self.connection.close()

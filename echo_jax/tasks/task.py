@@ -68,13 +68,17 @@ class Task(abc.ABC):
         """Returns the reward, within `reward_range`, for what the agent submitted and left behind.
 
         In a sandbox, inspect it with `episode.world.read_file` or `.run(…, fresh=True)`: the agent controls the files,
-        but not the environment of a fresh call.
+        but not the environment of a fresh call. This method runs in the trainer: an archive, a database or other text
+        of the agent's that could hang or crash a parser is read by a command in the sandbox, as `read_inside` in
+        procedural.py does.
 
         Raises:
-          CannotScore: it cannot score the episode, through nobody's fault.
+          CannotScore: it cannot score the episode, through nobody's fault. Not for what the agent can bring about: it
+            could leave its group's baseline at will.
 
-        Any other exception is logged and is the reward 0, or the lowest if the range begins above 0; if every rollout
-        of a step has one, the run stops. A reward outside the range stops it at once.
+        Any other exception, and a reward outside the range, is logged and is the reward 0, or the lowest if the range
+        begins above 0; if every rollout of a step has one, the run stops. If the sandbox broke after the agent's first
+        call, and again when the rollout was repeated, the reward is the lowest.
         """
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script | None:

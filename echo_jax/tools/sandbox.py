@@ -75,7 +75,7 @@ class Status(enum.StrEnum):
     OOM = "oom"  # failed, and the kernel's OOM killer ended a process of the sandbox meanwhile
     OUTPUT_LIMIT = "output_limit"  # killed for printing more than `Limits.flood_bytes`
     LIMIT = "limit"  # failed, and hit a limit meanwhile: `CommandResult.limit` says which
-    INFRA = "infra"  # the sandbox is dead, through no fault of the agent
+    INFRA = "infra"  # the sandbox is dead; not because the agent used up its memory
 
 
 @dataclasses.dataclass(frozen=True)

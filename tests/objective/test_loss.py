@@ -108,7 +108,9 @@ def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(poli
     for policy_normalizer in POLICY_NORMALIZERS:
         for observation_normalizer in OBSERVATION_NORMALIZERS:
             normalizers = dict(policy_normalizer=policy_normalizer, observation_normalizer=observation_normalizer)
-            objective = dataclasses.replace(BASE, every_action=POLICY_LOSSES[policy].every_action, **normalizers)
+            mode = "sft" if policy == "imitation" else "echo"
+            every_action = POLICY_LOSSES[policy].every_action
+            objective = dataclasses.replace(BASE, mode=mode, every_action=every_action, **normalizers)
             check(objective, options, POLICY_LOSSES[policy].advantage, layout=layout, **normalizers)
 
 
@@ -248,7 +250,7 @@ def test_metrics_equal_their_definitions():
             kls.append(np.exp(difference) - 1 - difference)
             ratio = np.exp(difference)
             stopped.append((advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low))
-            if p >= t.shared:
+            if t.scored and p >= t.shared:
                 reference_kls.append(np.exp(-row[t.ids[p]]) - 1 + row[t.ids[p]])  # k3 to log-probs of 0
     expected = {
         "policy/entropy": np.mean(entropies),

@@ -6,13 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import ECHO, OPTIONS, make_trajectory, trajectories, varied
 
 from echo_jax.objective.advantages import advantages_of
 from echo_jax.objective.loss import denominators, echo_loss
 from echo_jax.objective.packing import pack
 from echo_jax.objective.selection import Selection
-from echo_jax.objective.weights import MODES, SCHEDULES, Objective, mode_at, scheduled_weight, weigh
+from echo_jax.objective.weights import (
+    MODES,
+    OBSERVATION_NORMALIZERS,
+    POLICY_NORMALIZERS,
+    SCHEDULES,
+    Objective,
+    mode_at,
+    scheduled_weight,
+    weigh,
+)
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import Trajectory
 
@@ -244,6 +255,61 @@ def test_unscored_rollouts_add_no_variance_and_no_reward():
     for w in weigh(chosen, [0.0, 0.0], objective):
         assert not w.policy_weight.any()
         np.testing.assert_allclose(w.observation_weight[2], 0.05)
+
+
+POLICY_FIELDS = ("policy_weight", "policy_denominator", "kl_weight", "advantage")
+
+
+@pytest.mark.parametrize("normalizer", POLICY_NORMALIZERS)
+@pytest.mark.parametrize("mode", ["grpo", "echo", "env_only"])
+def test_one_unscored_rollout_of_16_leaves_the_policy_term_of_the_other_15(normalizer, mode):
+    everyone = trajectories(3, count=16)
+    lost = dataclasses.replace(everyone[5], scored=False, outcome="infra", reward=0.7)
+    chosen = [*everyone[:5], lost, *everyone[6:]]
+    others = [*everyone[:5], *everyone[6:]]
+    objective = dataclasses.replace(ECHO, mode=mode, policy_normalizer=normalizer, policy_constant=9.0, kl_weight=0.1)
+    weights, expected = (weigh(rollouts, advantages_of(rollouts), objective) for rollouts in (chosen, others))
+    mine = weights.pop(5)
+    for name in POLICY_FIELDS:
+        assert not getattr(mine, name).any(), name
+        for ours, theirs in zip(weights, expected, strict=True):
+            assert getattr(ours, name).tobytes() == getattr(theirs, name).tobytes(), name
+    whole = weigh(everyone, advantages_of(everyone), objective)[5]
+    for name in ("observation_weight", "observation_denominator"):  # its observations train as if it were scored
+        assert getattr(mine, name).tobytes() == getattr(whole, name).tobytes(), name
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_unscored_rollouts_never_weigh_on_the_policy_term_of_the_others(data):
+    """With branches, groups of their own, overlong rollouts; also if no rollout was scored."""
+    scored = data.draw(st.lists(st.booleans(), min_size=9, max_size=9))
+    chosen = [dataclasses.replace(t, scored=scored[t.rollout]) for t in varied()]
+    objective = dataclasses.replace(
+        ECHO,
+        policy_normalizer=data.draw(st.sampled_from(sorted(POLICY_NORMALIZERS))),
+        observation_normalizer=data.draw(st.sampled_from(sorted(OBSERVATION_NORMALIZERS))),
+        filter_zero_variance=data.draw(st.booleans()),
+        mask_overlong=data.draw(st.booleans()),
+        every_action=data.draw(st.booleans()),
+        kl_weight=0.1,
+    )
+    weights = weigh(chosen, advantages_of(chosen), objective)
+    of_scored = [w for t, w in zip(chosen, weights, strict=True) if t.scored]
+    kept = [t for t in chosen if t.scored]
+    for ours, theirs in zip(of_scored, weigh(kept, advantages_of(kept), objective), strict=True):
+        for name in POLICY_FIELDS:
+            assert getattr(ours, name).tobytes() == getattr(theirs, name).tobytes(), name
+    for t, w in zip(chosen, weights, strict=True):
+        assert t.scored or not any(getattr(w, name).any() for name in POLICY_FIELDS)
+
+
+def test_imitation_needs_no_score():
+    chosen = [dataclasses.replace(t, scored=False) for t in trajectories(4)]
+    scored = weigh(trajectories(4), np.zeros(7), dataclasses.replace(ECHO, mode="sft"))
+    for ours, theirs in zip(weigh(chosen, np.zeros(7), dataclasses.replace(ECHO, mode="sft")), scored, strict=True):
+        assert ours.policy_weight.tobytes() == theirs.policy_weight.tobytes()
+        assert ours.policy_denominator.tobytes() == theirs.policy_denominator.tobytes()
 
 
 def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():

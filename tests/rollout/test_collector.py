@@ -37,7 +37,7 @@ from echo_jax.system.user_code import UserCodeError
 from echo_jax.tasks.task import Script, Task
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools import cgroup
-from echo_jax.tools.sandbox import Limits, Sandbox, SandboxBroken, SandboxError, SandboxUsedUp, Status
+from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxUsedUp, Status
 
 TOKENIZER = SentencePieces()
 RENDERER = BuiltinRenderer(TOKENIZER)
@@ -487,19 +487,26 @@ def test_setup_runs_in_the_agents_directory(collector):
     assert TOKENIZER.decode(trajectory.ids[trajectory.role == Role.OBSERVATION]) == "/work/d\n"
 
 
-def test_sandbox_that_dies_ends_only_its_episode(collector, engine, monkeypatch):
-    expected = collector.rollouts(jobs_of(12), engine)
+def test_sandbox_that_dies_ends_only_its_episode_and_costs_the_reward(collector, engine, monkeypatch):
+    """It died at a call, so the agent may have killed it."""
+    everyone = jobs_of(12, judge=lambda answer: 1.0)
+    expected = collector.rollouts(everyone, engine)
     monkeypatch.setattr(environment, "Sandbox", Dying)
-    trajectories = collector.rollouts(jobs_of(12), engine)
-    lost = [i for i, t in enumerate(trajectories) if not t.scored]
+    trajectories = collector.rollouts(everyone, engine)
+    lost = [i for i, t in enumerate(trajectories) if t.outcome == "broken"]
     assert 0 < len(lost) < 12
+    assert collector.retried == len(lost)
+    assert "closed" in collector.fault
     for i, trajectory in enumerate(trajectories):
-        assert (i in lost) == (trajectory.outcome == "infra")
+        assert trajectory.scored
         if i in lost:
             assert begins_like(trajectory, expected[i])
             assert (trajectory.calls["infra"], trajectory.reward) == (1, 0.0)
         else:
             assert same(trajectory, expected[i])
+    metrics = metrics_of(trajectories)
+    assert (metrics["rollout/broken"], metrics["rollout/rejected"]) == (len(lost), 0)
+    assert metrics["rollout/solve_rate"] == (12 - len(lost)) / 12
     with pytest.raises(RolloutError, match="task 0 failed on this machine: .*closed"):
         collector.scripted(scripted_jobs(says("bash ls", "bash ls", "submit oak")), [True], 0)
 
@@ -530,24 +537,102 @@ def test_rollout_repeated_after_a_machine_fault_is_equal_bit_for_bit(collector, 
     assert collector.scripted(script, [True], 0)[0].reward == 1.0
 
 
-def test_rollout_whose_sandbox_dies_before_scoring_is_not_scored(collector, engine, monkeypatch):
-    class DiesLate(Sandbox):
+class Breaks:
+    """The world of an agent that answers every call, and breaks at a given place: "call 1", "call 2", …, "tool" (which
+    says so), "kill" or "score"."""
+
+    timeout, cwd = 1.0, "/work"
+
+    def __init__(self, place):
+        self.place, self.calls = place, 0
+
+    def run(self, command, **options):
+        self.calls += 1
+        self.reach(f"call {self.calls}")
+        status, exit_code = (Status.INFRA, None) if self.place == "tool" else (Status.OK, 0)
+        return CommandResult(status, exit_code, b"oak\n", b"", 0, 0.0, "/work")
+
+    def kill_processes(self):
+        self.reach("kill")
+
+    def close(self):
+        self.reach("close")
+
+    def reach(self, place):
+        if place == self.place:
+            raise SandboxBroken("injected")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BreakingTask(ScriptedTask):
+    place: str
+    range_from: float = 0.0
+    made: list = dataclasses.field(default_factory=list)  # its worlds
+
+    @property
+    def reward_range(self):
+        return self.range_from, 1.0
+
+    def world(self):
+        self.made.append(Breaks(self.place))
+        return self.made[-1]
+
+    def score(self, episode):
+        episode.world.reach("score")
+        return 1.0
+
+
+@pytest.mark.parametrize("lowest", [0.0, -1.0])
+def test_a_rollout_leaves_the_account_only_if_its_agent_never_acted(collector, engine, lowest):
+    places = ["nowhere", "call 1", "call 2", "call 3", "tool", "kill", "score", "close"] * 2 + ["kill", "score"] * 6
+    tasks = [BreakingTask(name=f"task {i}", place=place, range_from=lowest) for i, place in enumerate(places)]
+    trajectories = collector.rollouts([Job(task, group=i, rollout=i) for i, task in enumerate(tasks)], engine)
+    seen = set()
+    for task, t in zip(tasks, trajectories, strict=True):
+        calls = task.made[-1].calls
+        broke = task.place in ("kill", "score") or (task.place == "tool" and calls) or f"call {calls}" == task.place
+        assert len(task.made) == (2 if broke else 1)  # repeated once
+        if broke and calls:
+            assert (t.scored, t.outcome, t.reward) == (True, "broken", lowest)
+        elif broke:
+            assert (t.scored, t.outcome) == (False, "infra")
+        else:
+            assert (t.scored, t.reward) == (True, 1.0)
+        seen.add((t.outcome, calls > 0))
+    assert {("broken", True), ("infra", False), ("submitted", True)} <= seen
+
+
+def test_rollout_that_fails_to_start_when_it_is_repeated_is_not_scored(collector, engine, monkeypatch):
+    """Its agent never acted the second time, so the machine is at fault, perhaps the first time too."""
+    starts = collections.Counter()
+
+    class Fragile(Dying):
         def __init__(self, *, files, **options):
+            name = next(name for name in files if name.startswith("task"))
+            starts[name] += 1
+            if starts[name] > 1:
+                raise SandboxBroken("injected")
             super().__init__(files=files, **options)
-            self.dies = "bad" in files
 
-        def kill_processes(self):
-            if self.dies:
-                raise SandboxError("injected")
+    jobs = jobs_of(6)
+    for i in range(6):
+        jobs = with_task(jobs, i, files={"oak": b"elm\n", f"task{i}": b""})
+    monkeypatch.setattr(environment, "Sandbox", Fragile)
+    trajectories = collector.rollouts(jobs, engine)
+    lost = [i for i, t in enumerate(trajectories) if not t.scored]
+    assert lost == [i for i in range(6) if starts[f"task{i}"] == 1 + START_ATTEMPTS]
+    assert len(lost) > 0
+    assert all(trajectories[i].outcome == "infra" for i in lost)
 
-    expected = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
-    monkeypatch.setattr(environment, "Sandbox", DiesLate)
-    trajectories = collector.rollouts(with_task(jobs_of(3), 0, files={"bad": b""}), engine)
-    assert (trajectories[0].outcome, trajectories[0].scored, trajectories[0].reward) == ("infra", False, 0.0)
-    assert trajectories[0].ids.tobytes() == expected[0].ids.tobytes()
-    assert all(map(same, trajectories[1:], expected[1:]))
-    with pytest.raises(RolloutError, match="task 0 failed on this machine: injected"):
-        collector.scripted(scripted_jobs(says("submit oak"), files={"bad": b""}), [True], 0)
+
+def test_script_whose_sandbox_dies_before_scoring_is_an_error(collector, monkeypatch):
+    def kill_processes(self):
+        raise SandboxBroken("injected")
+
+    monkeypatch.setattr(Sandbox, "kill_processes", kill_processes)
+    for script in (says("submit oak"), says("bash ls", "submit oak")):
+        with pytest.raises(RolloutError, match="task 0 failed on this machine: injected"):
+            collector.scripted(scripted_jobs(script), [True], 0)
 
 
 def test_agent_that_uses_up_its_sandbox_is_scored(collector, monkeypatch):
@@ -810,7 +895,7 @@ def test_metrics_by_hand():
         assert metrics.pop(f"x/calls_{status}") == calls.get(status, 0)
     assert metrics == {
         "x/turns": 1.75, "x/tokens": 12.5,
-        "x/submitted": 4, "x/accepted": 3, "x/rejected": 1,
+        "x/submitted": 4, "x/accepted": 3, "x/rejected": 1, "x/broken": 0,
         "x/solve_rate": 1 / 3, "x/reward": 0.5, "x/mixed_groups": 0.5,
         "x/imagined_observations": 0.0,
     }  # fmt: skip
@@ -826,9 +911,9 @@ def test_each_environment_of_a_mixture_has_its_metrics():
     whole, apart = rollout_metrics(everyone, "x"), rollout_metrics(everyone, "x", ["lookup", "maze", "rooms"])
     assert whole.items() <= apart.items()
     assert {name: value for name, value in apart.items() if name not in whole} == {
-        "x/submitted_env_maze": 2, "x/turns_env_maze": 3.0, "x/tokens_env_maze": 10.0,
+        "x/submitted_env_maze": 2, "x/rejected_env_maze": 0, "x/turns_env_maze": 3.0, "x/tokens_env_maze": 10.0,
         "x/solve_rate_env_maze": 0.5, "x/reward_env_maze": 0.5, "x/mixed_groups_env_maze": 1.0,
-        "x/submitted_env_rooms": 1, "x/turns_env_rooms": 1.0, "x/tokens_env_rooms": 10.0,
+        "x/submitted_env_rooms": 1, "x/rejected_env_rooms": 1, "x/turns_env_rooms": 1.0, "x/tokens_env_rooms": 10.0,
     }  # fmt: skip
     assert rollout_metrics(everyone, "x", ["maze"]) == whole
 

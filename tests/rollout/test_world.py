@@ -1,14 +1,23 @@
 """Laws of an episode's world: separate budgets, scores in range, worlds without a sandbox."""
 
 import dataclasses
+import json
 import math
+import shlex
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from echo_jax.render import BuiltinRenderer, Part
+from echo_jax.render.calls import GRAMMARS, Call
+from echo_jax.roles import Role
 from echo_jax.rollout import world as environment
-from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine, ScoreError
+from echo_jax.rollout.episode import observation_parts
+from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine
 from echo_jax.tasks.task import Task
+from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import CommandResult, Limits, SandboxBroken, SandboxError, Status
 
@@ -88,11 +97,15 @@ def test_agents_processes_are_killed_before_scoring():
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -0.1, 1.5])
-def test_score_out_of_range_is_an_error_naming_the_task(score):
+def test_score_out_of_range_counts_as_an_exception_of_the_score(score):
+    """The agent may have written the number that the score read."""
     own = EpisodeWorld(Judged(judge=lambda answer, world: score), MACHINE)
     assert own.open()
-    with pytest.raises(ScoreError, match=r"judged/train/0 is .*outside its reward_range \[0, 1\]"):
-        own.finish("")
+    assert own.finish("") == 0.0
+    [raised] = own.raised
+    assert raised == own.score_raised
+    assert raised.startswith("the score of task judged/train/0 raised ScoreError")
+    assert "outside the reward_range [0, 1]" in raised
 
 
 def test_task_with_its_world_needs_no_sandbox(monkeypatch):
@@ -141,14 +154,146 @@ def test_whatever_a_score_raises_is_its_lowest_reward_from_0_and_is_kept(error):
         assert own.fault == ""
 
 
-def test_a_sandbox_that_dies_while_it_is_scored_is_the_machines_fault():
-    def judge(answer, world):
+@pytest.mark.parametrize("acted", [False, True])
+@pytest.mark.parametrize("where", ["kill", "score", "supervisor"])
+def test_a_sandbox_that_dies_after_a_call_costs_the_agent_and_before_it_nobody(acted, where, monkeypatch):
+    class Ranged(Judged):
+        reward_range = (-1.0, 1.0)
+
+    def die(*arguments):
         raise SandboxBroken("injected")
 
-    own = EpisodeWorld(Judged(judge=judge), MACHINE)
+    own = EpisodeWorld(Ranged(judge=die if where == "score" else lambda answer, world: 1.0), MACHINE)
     assert own.open()
-    assert own.finish("") is None
-    assert (own.fault, own.raised) == ("injected", [])
+    if acted:
+        assert run(own, "bash", command=":").status is Status.OK
+    if where == "kill":
+        monkeypatch.setattr(own._world, "kill_processes", die)
+    elif where == "supervisor":
+        own._world.close()
+    assert own.finish("") == (-1.0 if acted else None)
+    assert (own.broken, own.raised) == (acted, [])
+    assert own.fault == ("the sandbox is closed" if where == "supervisor" else "injected")
+
+
+def test_a_call_in_which_the_sandbox_dies_costs_the_reward_even_if_the_score_needs_no_sandbox():
+    own = EpisodeWorld(Judged(judge=lambda answer, world: 1.0), MACHINE)
+    assert own.open()
+    own._world.close()
+    assert run(own, "bash", command=":").status is Status.INFRA
+    assert own.finish("") == 0.0
+    assert own.broken
+
+
+class Mute(Exception):
+    """An exception that cannot tell its message."""
+
+    def __str__(self):
+        raise RuntimeError("mute")
+
+
+EXCEPTIONS = st.one_of(
+    st.builds(
+        lambda kind, text: kind(text),
+        st.sampled_from(
+            [ValueError, OverflowError, RecursionError, MemoryError, KeyError, SystemExit, SandboxError, Mute]
+        ),
+        st.text(st.one_of(st.characters(), st.characters(categories=["Cs"])), max_size=20),
+    ),
+    st.builds(lambda data: UnicodeDecodeError("utf-8", data, 0, 1, "made up"), st.binary(min_size=1)),
+    st.builds(lambda text: ExceptionGroup("g", [ValueError(text), Mute()]), st.text()),
+    st.sampled_from([KeyboardInterrupt(), GeneratorExit(), StopIteration(1), AssertionError(), BaseException("x")]),
+)
+
+
+@given(EXCEPTIONS, st.booleans())
+@settings(deadline=None)
+def test_no_exception_of_a_tool_or_score_leaves_the_world(error, in_tool):
+    class Still:
+        timeout, cwd = 1.0, "/work"
+
+        def kill_processes(self):
+            pass
+
+        close = kill_processes
+
+    class Raises(Judged):
+        def world(self):
+            return Still()
+
+        def run(self, world, arguments):
+            raise error
+
+        def score(self, episode):
+            raise error
+
+    own = EpisodeWorld(Raises(), MACHINE)
+    assert own.open()
+    if in_tool:
+        result = own.run("broken", Raises(), {}, 1.0)
+        assert result.status is Status.NONZERO
+    assert own.finish("") == 0.0
+    assert len(own.raised) == 1 + (in_tool and not isinstance(error, SandboxError))
+    assert all(type(error).__name__ in text for text in own.raised)
+    "".join(own.raised).encode()  # so that it can be printed
+
+
+# -- text that UTF-8 cannot encode -------------------------------------------------------------------------------------
+
+TEXT = st.text(
+    st.one_of(st.characters(), st.characters(categories=["Cs"]), st.sampled_from("/.\0\n'\"\\")), max_size=12
+)
+TOKENIZER = SentencePieces()
+
+
+@pytest.fixture(scope="module")
+def lasting():
+    own = EpisodeWorld(Judged(), dataclasses.replace(MACHINE, backend="auto"))
+    assert own.open()
+    yield own
+    own.close()
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_in_a_call_leads_to_an_observation(lasting, data):
+    """Half an emoji is valid in JSON, and what no UTF-8 can encode reaches every argument."""
+    name = data.draw(st.sampled_from(["read", "write", "edit", "bash", "python", "sqlite"]))
+    fields = TOOLS[name].parameters["properties"]
+    path = st.one_of(TEXT, st.sampled_from(["/tmp/\ud83d", "\ud83d", "a/\udcff", "f"]))
+    arguments = {key: data.draw(path if key in ("path", "database") else TEXT) for key in fields}
+    if name == "bash":
+        arguments["command"] = f"echo {shlex.quote(arguments['command'])}"
+    if name == "python":
+        arguments["code"] = f"print({arguments['code']!r})"
+    grammar = data.draw(st.sampled_from(["json", "llama"]))
+    body = {"name": name, ("arguments" if grammar == "json" else "parameters"): arguments}
+    text = json.dumps(body)
+    text = f"<tool_call>{text}</tool_call>" if grammar == "json" else text
+    [attempt] = GRAMMARS[grammar].parse(text, TOOLS)
+    assert attempt == Call(name, arguments)
+    result = run(lasting, name, **attempt.arguments)
+    assert result.status in (Status.OK, Status.NONZERO)
+    assert lasting.raised == []
+    assert BuiltinRenderer(TOKENIZER).observation(observation_parts(result)).ids
+
+
+@given(TEXT, TEXT, st.sampled_from(sorted(GRAMMARS)))
+@settings(deadline=None)
+def test_any_text_that_is_no_call_leads_to_feedback(name, rest, grammar):
+    body = json.dumps({"name": name, "arguments": {rest: rest}, "parameters": {rest: rest}})
+    for text in (f"{name} {rest}", body, f"<tool_call>{body}</tool_call>", f"<tool_call>{rest}", f"<think>{name}"):
+        for attempt in GRAMMARS[grammar].parse(text, TOOLS):
+            if not isinstance(attempt, Call):
+                assert BuiltinRenderer(TOKENIZER).observation([Part(attempt.message, Role.FEEDBACK)]).ids
+
+
+def test_half_an_emoji_as_a_path_is_refused(lasting):
+    for path in ("/tmp/\ud83d", "\ud83d", "a/\ud83d"):
+        for name, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"old": "a", "new": "b"})):
+            assert run(lasting, name, path=path, **more).status is Status.NONZERO
+    assert run(lasting, "write", path="f", content="\ud83d").status is Status.OK
+    assert lasting.raised == []
 
 
 @pytest.mark.parametrize(
@@ -161,6 +306,10 @@ def test_a_sandbox_that_dies_while_it_is_scored_is_the_machines_fault():
             CommandResult(Status.OK, 0, "text", b"", 0, 0.0, ""),
             b"its result has head = 'text'; it must be bytes",
         ),
+        (CommandResult(Status.OK, "0", b"", b"", 0, 0.0, ""), b"its result has exit_code = '0'; it must be int | None"),
+        (CommandResult(Status.OK, 0, b"", b"", None, 0.0, ""), b"its result has dropped_bytes = None; it must be int"),
+        (CommandResult(Status.OK, 0, b"", b"", 0, None, ""), b"its result has seconds = None; it must be float | int"),
+        (CommandResult(Status.OK, 0, b"", b"", 0, math.nan, ""), b"its result has seconds = nan; it must be a finite"),
         (SandboxError("f: not a file"), b"f: not a file\n"),
         (ValueError("x" * 4096), b"x" * 100),
     ],

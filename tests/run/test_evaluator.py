@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic import trajectories
 
-from echo_jax.run.evaluator import pass_at_k
+from echo_jax.run.evaluator import evaluation_line, pass_at_k
 
 
 def rollouts(*rewards_of_tasks, scored=True):
@@ -38,3 +38,11 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k_rollouts():
 
 def test_one_task_has_zero_standard_error():
     assert pass_at_k(rollouts([1, 0]), samples=1) == {"eval/pass@1": 0.5, "eval/pass@1_stderr": 0.0}
+
+
+def test_unscored_rollouts_are_counted_beside_the_solve_rate():
+    record = {"step": 7, "eval/solve_rate": 0.5, "eval/pass@1": 0.5, "eval/pass@1_stderr": 0.25, "eval/submitted": 64}
+    assert evaluation_line(record) == evaluation_line(record | {"eval/rejected": 0})
+    assert evaluation_line(record) == "step 7: held-out solve rate 0.500 ± 0.250"
+    unscored = evaluation_line(record | {"eval/rejected": 3})
+    assert unscored == "step 7: held-out solve rate 0.500 ± 0.250 (3 of 64 rollouts unscored)"

@@ -38,12 +38,15 @@ class Made:
 
 
 GOOD, LOST = make_trajectory([1, 2]), make_trajectory([1, 2], scored=False, outcome="infra")
+BROKEN = make_trajectory([1, 2], outcome="broken")
 UNSCORED = make_trajectory([1, 2], scored=False, outcome="unscored")
 
 
 def test_run_stops_with_the_cause_if_the_machine_fails_every_rollout():
     with pytest.raises(RolloutError, match="all 2 rollouts failed on this machine.*injected"):
         JointCollector(Made(LOST, LOST, fault="injected"), Peers()).rollouts()
+    with pytest.raises(RolloutError, match="all 2 rollouts failed on this machine.*injected"):
+        JointCollector(Made(LOST, BROKEN, fault="injected"), Peers()).rollouts()
     assert JointCollector(Made(LOST, GOOD, fault="injected"), Peers()).rollouts() == [LOST, GOOD]
     assert JointCollector(Made(), Peers()).rollouts() == []
 

@@ -14,7 +14,7 @@ from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import load
 from echo_jax.run import lifecycle
 from echo_jax.run.build import build
-from echo_jax.run.evaluator import Evaluator
+from echo_jax.run.evaluator import Evaluator, evaluate
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.system.errors import ConfigError
 from echo_jax.system.metrics import read_metrics
@@ -80,6 +80,15 @@ def test_loss_and_tool_report_their_metrics(finished):
     assert "policy/clip_fraction" not in last
     assert last["observation/tokens_tool_count"] > 0
     assert last["observation/ce_tool_count"] == last["observation/ce"]
+
+
+def test_an_evaluation_counts_unscored_rollouts_in_sight_of_the_solve_rate(finished, capsys):
+    """One in three of these tasks cannot be scored."""
+    metrics = evaluate(build(config()), finished, episodes=3, samples=2)
+    assert [metrics[f"eval/{name}"] for name in ("submitted", "accepted", "rejected", "broken")] == [6, 4, 2, 0]
+    assert "2 of 6 rollouts could not be scored and are in no solve rate: task counting/heldout/2" in (
+        capsys.readouterr().err
+    )
 
 
 def test_options_reach_loss_advantage_and_filter(saved):

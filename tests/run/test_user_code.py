@@ -1,5 +1,6 @@
 """Exceptions out of code that users bring: what becomes of them, of the run and of its work."""
 
+import re
 import types
 
 import pytest
@@ -82,8 +83,9 @@ def test_out_of_a_score_an_exception_is_reward_0(tmp_path, error):
 
 
 @pytest.mark.variant
-def test_a_world_that_cannot_be_made_leaves_its_rollouts_unscored(tmp_path):
+def test_a_world_that_cannot_be_made_leaves_its_rollouts_unscored(tmp_path, capfd):
     assert lifecycle.train(broken(where="world", first=10, every=2), tmp_path) == 0
+    assert re.search(r"^ECHO  2/2 .* solve rate [0-9.]+ .* unscored 2$", capfd.readouterr().out, re.MULTILINE)
     step = read_metrics(tmp_path / "metrics.jsonl")[2]
     assert (step["rollout/raised"], step["rollout/rejected"], step["rollout/retried"]) == (2, 2, 2)
 

@@ -34,6 +34,26 @@ def test_a_long_message_is_cut_and_one_of_several_lines_becomes_one():
     assert len(text) < 10_000
 
 
+def test_text_that_utf_8_cannot_encode_is_escaped_so_that_it_can_be_printed():
+    def fail():
+        raise ValueError("half an emoji: \ud83d, a byte: \udcff")
+
+    text = describe("the score", caught(fail))
+    assert "half an emoji: \\ud83d, a byte: \\udcff" in text.encode().decode()
+
+
+def test_an_exception_that_cannot_tell_its_message_is_described():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def fail():
+        raise Mute
+
+    assert "the score raised Mute" in describe("the score", caught(fail))
+    assert "its message raised RuntimeError" in describe("the score", caught(fail))
+
+
 def test_errors_that_users_can_fix_pass_and_an_exit_does_not():
     with pytest.raises(ConfigError, match="^lambda$"), calling("the filter"):
         raise ConfigError("lambda")

@@ -9,7 +9,7 @@ from typing import Any
 
 from echo_jax.rollout.collector import Collector, Interrupted, Job, RolloutError, Seconds
 from echo_jax.rollout.engine import Engine
-from echo_jax.rollout.episode import FAULTS
+from echo_jax.rollout.episode import Outcome
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.peers import Peers
 from echo_jax.system.user_code import UserCodeError
@@ -84,7 +84,7 @@ class JointCollector:
     def _check(self, trajectories: Sequence[Trajectory]) -> None:
         """Raises an error, in all processes, if not one rollout is worth going on for."""
         own = self._collector
-        lost = sum(t.outcome in FAULTS for t in trajectories)
+        lost = sum(t.outcome == Outcome.INFRA for t in trajectories)  # not those that the agent may have broken
         first = list(own.raised.values())[:1]
         everyone = self._peers.gather([len(trajectories), lost, own.fault, len(own.raised), *first], "faults")
         made, lost, self.raised = (sum(counts[i] for counts in everyone) for i in (0, 1, 3))

@@ -45,10 +45,13 @@ UNSCORED = make_trajectory([1, 2], scored=False, outcome="unscored")
 def test_run_stops_with_the_cause_if_the_machine_fails_every_rollout():
     with pytest.raises(RolloutError, match="all 2 rollouts failed on this machine.*injected"):
         JointCollector(Made(LOST, LOST, fault="injected"), Peers()).rollouts()
-    with pytest.raises(RolloutError, match="all 2 rollouts failed on this machine.*injected"):
-        JointCollector(Made(LOST, BROKEN, fault="injected"), Peers()).rollouts()
     assert JointCollector(Made(LOST, GOOD, fault="injected"), Peers()).rollouts() == [LOST, GOOD]
     assert JointCollector(Made(), Peers()).rollouts() == []
+
+
+def test_no_agent_stops_a_run_by_breaking_every_sandbox():
+    assert JointCollector(Made(BROKEN, BROKEN, fault="theirs"), Peers()).rollouts() == [BROKEN] * 2
+    assert JointCollector(Made(LOST, BROKEN, fault="theirs"), Peers()).rollouts() == [LOST, BROKEN]
 
 
 def test_run_continues_if_its_tasks_cannot_say_how_it_went():

@@ -40,15 +40,17 @@ def default_config() -> ml_collections.ConfigDict:
     # Entry -> sampling weight. An entry is the name of a built-in family, or any name with a section
     # c.task.ENTRY = {"family": …, **parameters}, whose "family" is a built-in name or your "module:Class".
     c.task.mixture = ml_collections.ConfigDict({"lookup": 1.0})
-    c.task.lookup = ml_collections.ConfigDict()
+    # `revision`: which tasks a family makes. They change when a family is mended; 1 are those of runs from before this
+    # field. 0: the newest in a new run, which records it; a run that goes on keeps the revision that it has.
+    c.task.lookup = ml_collections.ConfigDict({"revision": 0})
     c.task.lookup.folders = 3  # folders in the random tree
     c.task.lookup.files = 6  # files in the random tree
     c.task.lookup.words = 96  # distinct words, for all names, keys and values
-    c.task.shell = ml_collections.ConfigDict({"level": 1})  # 1 to 3; higher: more files, more steps
-    c.task.python = ml_collections.ConfigDict({"level": 1})
-    c.task.sqlite = ml_collections.ConfigDict({"level": 1})
-    c.task.maze = ml_collections.ConfigDict({"width": 6, "height": 6})  # in cells; runs no subprocess
-    c.task.rooms = ml_collections.ConfigDict()
+    c.task.shell = ml_collections.ConfigDict({"level": 1, "revision": 0})  # 1 to 3; higher: more files, more steps
+    c.task.python = ml_collections.ConfigDict({"level": 1, "revision": 0})
+    c.task.sqlite = ml_collections.ConfigDict({"level": 1, "revision": 0})
+    c.task.maze = ml_collections.ConfigDict({"width": 6, "height": 6, "revision": 0})  # in cells; runs no subprocess
+    c.task.rooms = ml_collections.ConfigDict({"revision": 0})
     c.task.rooms.width = 3  # rooms from west to east
     c.task.rooms.height = 3  # rooms from north to south
     c.task.rooms.map_seed = 0  # each seed gives one fixed map; tasks are start/goal pairs on it

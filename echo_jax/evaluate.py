@@ -21,11 +21,12 @@ from absl import flags
 
 from echo_jax.run.build import build, start_peers
 from echo_jax.run.evaluator import evaluate
-from echo_jax.run.workdir import recorded_config
+from echo_jax.run.workdir import recorded_config, settle_revisions
 from echo_jax.system.cli import define_config_of_run, run_program
 
 
 def main(args: flags.FlagValues) -> None:
+    settle_revisions(args.config, Path(args.workdir))
     with start_peers(args.config) as peers:
         result = evaluate(
             build(args.config, peers),

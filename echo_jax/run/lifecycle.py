@@ -27,6 +27,7 @@ from echo_jax.run.workdir import (
     finished_steps,
     only_process_in,
     record_config,
+    settle_revisions,
     starting_point,
 )
 from echo_jax.system import provenance, user_code
@@ -79,6 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
     Raises:
       UserError, OSError: the message says what is wrong and what to do; no work is lost.
     """
+    settle_revisions(config, workdir)
     parts = build(config, peers)
     peers = parts.peers
     if config.system.compilation_cache:

@@ -26,6 +26,7 @@ from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout.engine import find_engine
 from echo_jax.system import named
 from echo_jax.system.errors import ConfigError
+from echo_jax.tasks import FAMILIES
 
 RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has its own phase, the warm start
 
@@ -55,6 +56,7 @@ MAY_BE_ZERO = (
     "pack.rows",
     "seed",
     "num_steps",
+    *(f"task.{family}.revision" for family in FAMILIES),
     "task.rooms.map_seed",
     "rollout.tool_threads",
     "rollout.max_sandboxes",

@@ -1,7 +1,8 @@
 """Who may train in a workdir: one config, one run at a time, one owner.
 
 In: a config and a folder. Out: the folder's `config.json`, `.lock` and `owner`, or an error that says who has it. And
-the other way: `recorded_config` reads a run's config back from its folder.
+the other way: `recorded_config` reads a run's config back from its folder, and `settle_revisions` the revisions of its
+tasks.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import ml_collections
 from echo_jax.config import OPEN_SECTIONS, ConfigError, default_config, flat
 from echo_jax.system import named
 from echo_jax.system.errors import UserError
+from echo_jax.tasks import FAMILIES
 
 # What may differ when a run goes on, and why: a field's name, or a section's with a dot. No other field may.
 PLACEMENT = "it decides where and how the run is computed; results stay equal up to rounding"
@@ -47,6 +49,7 @@ AFTER_WARM_START = (
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
 # adapters.
 READS_PARAMETERS = ("model.", "lora.", "tokenizer.", "seed")
+FIRST_REVISION = 1  # of the tasks of runs that recorded none
 
 
 def may_change(name: str) -> bool:
@@ -58,6 +61,19 @@ def follows_warm_start(name: str) -> bool:
     """Returns whether the warm start of a run is the same whatever this field is."""
     numerics = name in ("loss.token_block", "loss.vocab_block", "loss.score_all")  # of the LM head in either phase
     return may_change(name) or (name.startswith(AFTER_WARM_START) and not numerics)
+
+
+def settle_revisions(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Replaces each task revision that the config leaves open, because it is 0 or not named: by that of the run in the
+    workdir or, if it holds none, by the newest. So a run keeps its tasks when its family is mended."""
+    recorded = _recorded(workdir) if (workdir / "config.json").exists() else None
+    for entry, section in config.task.items():
+        family = section.get("family", entry)
+        if entry == "mixture" or family not in FAMILIES or section.get("revision"):
+            continue
+        newest = FAMILIES[family].newest_revision
+        with section.unlocked():
+            section.revision = newest if recorded is None else recorded.get(f"task.{entry}.revision", FIRST_REVISION)
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -243,6 +259,10 @@ def _recorded(workdir: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
     if recorded.get("rollout.engine") == "dense":  # the paged engine took its place
         recorded["rollout.engine"] = "paged"
+    entries = {*FAMILIES, *(name.split(".")[1] for name in recorded if name.startswith("task."))}
+    for entry in entries:
+        if recorded.get(f"task.{entry}.family", entry) in FAMILIES:
+            recorded.setdefault(f"task.{entry}.revision", FIRST_REVISION)
     return recorded
 
 

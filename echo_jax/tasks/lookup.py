@@ -1,11 +1,17 @@
-"""Lookup: find a fact in a random tree of small files. The contents are random; the agent learns how to search."""
+"""Lookup: find a fact in a random tree of small files. The contents are random; the agent learns how to search.
+
+Revision 2: the word that a question about a file names is a value in that file and a key in all others, so that a
+search for the word alone finds every file.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
-from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task, check_revision
 from echo_jax.tasks.words import WORDS
 
 KEYED_LINES = 3  # lines "key value" per file, the first and last line among them; the others are filler
@@ -16,11 +22,12 @@ MIN_VALUES = 50  # words left for values: a guess is right in at most one of 50 
 # template -> (prompt, the command that answers it)
 TEMPLATES = {
     "value": ("value of {key}", "grep -rh {key} ."),
-    "file": ("file with {key}", "grep -rl {key} ."),
+    "file": ("file with value {key}", "grep -rl {key}$ ."),
     "lines": ("lines in {path}", "wc -l < {path}"),
     "first": ("first value in {path}", "head -n 1 {path}"),
     "last": ("last value in {path}", "tail -n 1 {path}"),
 }
+FIRST_TEMPLATES = TEMPLATES | {"file": ("file with {key}", "grep -rl {key} .")}  # of revision 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class LookupTask(Task):
     command: str
     answer: str
     values: tuple[str, ...]  # the words that a value could have been
+    templates: Mapping[str, tuple[str, str]]  # of the task's revision
 
     def score(self, episode: FinishedEpisode) -> float:
         given = (episode.answer or "").strip().removeprefix("./")
@@ -50,7 +58,7 @@ class LookupTask(Task):
             command = "ls"
         elif flaw == "other command":
             operand = self.prompt.split()[-1]
-            other = TEMPLATES[rng.choice([t for t in TEMPLATES if t != self.template])][1]
+            other = self.templates[rng.choice([t for t in self.templates if t != self.template])][1]
             command = other.format(key=operand, path=operand)
         observation = yield f"bash {command}"
         seen = observation.split()
@@ -77,8 +85,11 @@ class LookupFamily:
     folders: int
     files: int
     words: int
+    revision: int = 1
+    newest_revision: ClassVar[int] = 2
 
     def __post_init__(self):
+        check_revision("lookup", self.revision, self.newest_revision)
         if min(self.folders, self.files) < 1:
             raise ValueError(
                 f"task.lookup: {self.folders} folders and {self.files} files; there must be at least one of each"
@@ -104,7 +115,7 @@ class LookupFamily:
         files, keys = names[: self.files], names[self.files : self.files * (1 + KEYED_LINES)]
         values = names[self.files * (1 + KEYED_LINES) :]
         paths = [f"{folders[i % self.folders]}/{file}" for i, file in enumerate(files)]
-        content, table = {}, {}
+        lines_of, table = {}, {}
         for i, path in enumerate(paths):
             file_keys = keys[i * KEYED_LINES : (i + 1) * KEYED_LINES]
             length = int(rng.integers(*LINES))
@@ -114,10 +125,13 @@ class LookupFamily:
                 value = str(rng.choice(values))
                 lines[row] = f"{key} {value}"
                 table[key] = (path, value)
-            content[path] = "".join(line + "\n" for line in lines).encode()
-        template = str(rng.choice(list(TEMPLATES)))
+            lines_of[path] = lines
+        templates = FIRST_TEMPLATES if self.revision == 1 else TEMPLATES
+        template = str(rng.choice(list(templates)))
         key, path = str(rng.choice(keys)), str(rng.choice(paths))
-        text = content[path].decode().splitlines()
+        if template == "file" and self.revision > 1:
+            _spread(key, table[key][0], lines_of, rng)
+        text = lines_of[path]
         answer = {
             "value": table[key][1],
             "file": "./" + table[key][0],
@@ -125,13 +139,23 @@ class LookupFamily:
             "first": text[0].split()[1],
             "last": text[-1].split()[1],
         }[template]
-        prompt, command = (part.format(key=key, path=path) for part in TEMPLATES[template])
+        prompt, command = (part.format(key=key, path=path) for part in templates[template])
         return LookupTask(
             name=f"lookup/{split}/{index}",
             prompt=prompt,
-            files=content,
+            files={path: "".join(line + "\n" for line in lines).encode() for path, lines in lines_of.items()},
             template=template,
             command=command,
             answer=answer,
             values=tuple(values),
+            templates=templates,
         )
+
+
+def _spread(word: str, home: str, lines_of: Mapping[str, list[str]], rng: np.random.Generator) -> None:
+    """Makes a word, so far a key in the file `home`, a value there and a key in every other file."""
+    for path, lines in lines_of.items():
+        keyed = [row for row, line in enumerate(lines) if line != "-" and (path != home or line.split()[0] == word)]
+        row = keyed[int(rng.integers(len(keyed)))]
+        value = lines[row].split()[1]
+        lines[row] = f"{value} {word}" if path == home else f"{word} {value}"

@@ -2,15 +2,19 @@
 (arXiv:2605.24517). It runs no process: the world is a few numbers.
 
 The agent knows its cell and the goal's, and sees only the doors of its cell.
+Revision 2: a hash of the maze decides which split it belongs to, so that the splits share none, however small it is.
+Walls block the two straight ways to the goal, first all columns or first all rows.
 """
 
 import dataclasses
 import functools
+import hashlib
 import time
+from typing import ClassVar
 
 import numpy as np
 
-from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task, check_revision
 from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tools.sandbox import CommandResult, Status
 
@@ -88,8 +92,7 @@ class MazeTask(Task):
             for direction in self.ways()[self.goal]:
                 yield f"go {direction}"
         else:  # wander roughly towards the goal, run into walls, and give up
-            x, y = self.goal[0] - self.start[0], self.goal[1] - self.start[1]
-            liked = ["east" if x > 0 else "west"] * abs(x) + ["south" if y > 0 else "north"] * abs(y)
+            liked = [direction for line in _towards(self.start, self.goal) for direction in line]
             for _ in range(int(rng.integers(1, MAX_WANDERING + 1))):
                 yield f"go {rng.choice([*liked, *STEPS])}"
         yield "submit "
@@ -99,14 +102,23 @@ class MazeFamily:
     """A new random maze of `width` × `height` cells for each task. The goal is at least half as far as the farthest
     cell."""
 
-    def __init__(self, width: int, height: int):
+    newest_revision: ClassVar[int] = 2
+
+    def __init__(self, width: int, height: int, revision: int = 1):
         if min(width, height) < 2 or max(width, height) > 20:
             raise ValueError(f"task.maze: {width} × {height} cells; choose 2 to 20 each way")
         self.width = width
         self.height = height
+        self.revision = check_revision("maze", revision, self.newest_revision)
 
     def make(self, split: Split, index: int) -> MazeTask:
         rng = np.random.default_rng([*b"maze", {"train": 1, "heldout": 2}[split], self.width, self.height, index])
+        task = self._draw(f"maze/{split}/{index}", rng)
+        while self.revision > 1 and (_split_of(task) != split or _is_straight(task)):
+            task = self._draw(task.name, rng)
+        return task
+
+    def _draw(self, name: str, rng: np.random.Generator) -> MazeTask:
         cells = [(x, y) for x in range(self.width) for y in range(self.height)]
         doors = _dig(cells, rng)
         start = cells[int(rng.integers(len(cells)))]
@@ -115,12 +127,36 @@ class MazeFamily:
         far = [cell for cell, way in ways.items() if 2 * len(way) >= longest]
         goal = far[int(rng.integers(len(far)))]
         return MazeTask(
-            name=f"maze/{split}/{index}",
+            name=name,
             prompt=f"Walk to the goal, then submit. {MazeWorld(doors, start, goal).seen()}",
             doors=doors,
             start=start,
             goal=goal,
         )
+
+
+def _split_of(task: MazeTask) -> Split:
+    """Returns one of the splits for all tasks with this maze, start and goal."""
+    content = repr((sorted(task.doors), task.start, task.goal)).encode()
+    return "heldout" if hashlib.sha256(content).digest()[0] % 2 else "train"
+
+
+def _towards(start: Cell, goal: Cell) -> tuple[list[str], list[str]]:
+    """Returns the steps along the columns and those along the rows that lead from start to goal where no wall is."""
+    x, y = goal[0] - start[0], goal[1] - start[1]
+    return ["east" if x > 0 else "west"] * abs(x), ["south" if y > 0 else "north"] * abs(y)
+
+
+def _is_straight(task: MazeTask) -> bool:
+    """Returns whether one of the two ways to the goal with at most one turn is open."""
+    first, second = _towards(task.start, task.goal)
+    for way in (first + second, second + first):
+        world = task.world()
+        for direction in way:
+            world.go(direction)
+        if world.cell == task.goal:
+            return True
+    return False
 
 
 def neighbour(cell: Cell, direction: str) -> Cell:

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, TypeVar
 import numpy as np
 
 from echo_jax.tasks import readers
-from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task, check_revision
 from echo_jax.tasks.words import WORDS
 from echo_jax.tools.sandbox import CommandResult, Sandbox, SandboxBroken, SandboxError, Status
 
@@ -104,16 +104,20 @@ class ProceduralFamily:
     name: ClassVar[str]
     tools: ClassVar[tuple[str, ...]]
     templates: ClassVar[Mapping[str, Template]]
+    first_templates: ClassVar[Mapping[str, Template]]  # those of revision 1 that differ
+    newest_revision: ClassVar[int] = 2
 
-    def __init__(self, level: int):
+    def __init__(self, level: int, revision: int = 1):
         if level not in LEVELS:
             raise ValueError(f"task.{self.name}.level = {level}: choose {LEVELS[0]} to {LEVELS[-1]}")
         self.level = level
+        check_revision(self.name, revision, self.newest_revision)
+        self._templates = self.templates | (self.first_templates if revision == 1 else {})
 
     def make(self, split: Split, index: int) -> ProceduralTask:
         rng = np.random.default_rng([*self.name.encode(), _SPLITS[split], self.level, index])
-        template = pick(rng, list(self.templates))
-        problem = self.templates[template](rng, self.level)
+        template = pick(rng, list(self._templates))
+        problem = self._templates[template](rng, self.level)
         return ProceduralTask(
             name=f"{self.name}/{split}/{index}",
             prompt=problem.prompt,

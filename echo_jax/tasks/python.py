@@ -1,7 +1,10 @@
 """Python: compute something from a file with the interpreter, or write a function into `solution.py`.
 
 Levels: more data, longer programs.
+Revision 2: the city in a question about records is any, not that of the first record.
 """
+
+from functools import partial
 
 from echo_jax.tasks import python_functions as functions
 from echo_jax.tasks import python_questions as questions
@@ -27,3 +30,4 @@ class PythonFamily(ProceduralFamily):
         "machine": functions.machine,
         "ranking": functions.ranking,
     }
+    first_templates = {"records": partial(questions.records, revision=1)}  # noqa: RUF012

@@ -35,7 +35,7 @@ def _printed(program: str, text: str) -> str:
     return " ".join(output)
 
 
-def records(rng: np.random.Generator, level: int) -> Problem:
+def records(rng: np.random.Generator, level: int, *, revision: int = 2) -> Problem:
     words = names(rng)
     path, cities = f"{next(words)}.json", [next(words) for _ in range(level + 1)]
     rows = [
@@ -47,7 +47,7 @@ def records(rng: np.random.Generator, level: int) -> Problem:
         }
         for _ in range(by_level(level, 8, 25, 80))
     ]
-    city, age = rows[0]["city"], 40
+    city, age = (rows[0] if revision == 1 else pick(rng, rows))["city"], 40
     of_whom = by_level(level, "", f" of those from {city}", f" of those from {city} who are older than {age}")
     condition = by_level(level, "", ' if row["city"] == city', ' if row["city"] == city and row["age"] > age')
     return _question(

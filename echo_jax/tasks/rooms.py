@@ -2,18 +2,24 @@
 
 Rooms are directories with opaque names, exits are symlinks `n e s w` (a wall leads back to the same room), and the file
 `sign` names the room. A seed fixes the map, and tasks are start/goal pairs on it. So the dynamics can be learned, from
-rewards alone or from the tools' output. The score checks the shell's directory at the end.
+rewards alone or from the tools' output.
+
+The score checks where the shell stands after each call, which the kernel tells: no file that the agent writes does.
+Revision 2: an exit at a time. A call that goes anywhere but through one exit of its room, as with `cd` to a directory
+that a search for the goal's sign has found, earns nothing; and the goal is never the room next door. In revision 1 only
+the last place counts.
 """
 
 import dataclasses
-import shlex
+import itertools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
-from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task
+from echo_jax.tasks.task import FinishedEpisode, Script, Split, Task, check_revision
 from echo_jax.tasks.ways import shortest_ways
 from echo_jax.tasks.words import WORDS
-from echo_jax.tools.sandbox import SandboxBroken, Status
 
 EXITS = {"n": (0, -1), "e": (1, 0), "s": (0, 1), "w": (-1, 0)}
 OPEN_SHARE = 0.35  # of the doors that a spanning tree leaves closed
@@ -27,21 +33,22 @@ def move(exit_name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoomsTask(Task):
-    """Solved when the agent submits while its shell is in the goal room."""
+    """Solved when the agent submits while its shell is in the goal room and, unless `neighbours` is None, has walked
+    there."""
 
     path: tuple[str, ...]  # the exits on a shortest path
     goal: str  # directory of the goal room
     goal_sign: str
+    neighbours: Mapping[str, tuple[str, ...]] | None = None  # directory of a room -> those behind its exits
 
     def score(self, episode: FinishedEpisode) -> float:
         if episode.answer is None:
             return 0.0
-        # After a plain `cd n` the shell's directory still names the exit; the room that it leads to counts.
-        world = episode.world
-        here = world.run(f"cd {shlex.quote(world.cwd)} && pwd -P", fresh=True)
-        if here.status is Status.INFRA:
-            raise SandboxBroken(f"the sandbox died before {self.name} was scored")
-        return float(here.head == f"/work/{self.goal}\n".encode())
+        rooms = [place.removeprefix("/work/") for place in episode.world.places]  # from the setup's on
+        walked = self.neighbours is None or all(
+            there == here or there in self.neighbours.get(here, ()) for here, there in itertools.pairwise(rooms)
+        )
+        return float(walked and rooms[-1] == self.goal)
 
     def demonstrate(self, rng: np.random.Generator, *, solve: bool) -> Script:
         if solve:
@@ -58,7 +65,9 @@ class RoomsTask(Task):
 class RoomsFamily:
     """A fixed `width` × `height` map per `map_seed`; start/goal pairs are split into train and held-out."""
 
-    def __init__(self, width: int, height: int, map_seed: int):
+    newest_revision: ClassVar[int] = 2
+
+    def __init__(self, width: int, height: int, map_seed: int, revision: int = 1):
         count = width * height
         if not (width > 0 and 4 <= count <= len(WORDS)):
             raise ValueError(f"task.rooms: a map of {width} × {height} rooms; it must have 4 to {len(WORDS)} rooms")
@@ -68,6 +77,13 @@ class RoomsFamily:
         self._doors = _doors(width, height, rng)
         pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+        self._neighbours = None
+        if check_revision("rooms", revision, self.newest_revision) > 1:
+            pairs = [(a, b) for a, b in pairs if b not in self._doors[a].values()]
+            self._neighbours = {
+                self._dirs[room]: tuple(self._dirs[behind] for behind in doors.values())
+                for room, doors in enumerate(self._doors)
+            }
         cut = int(len(pairs) * HELDOUT_SHARE)
         self._pairs = {"heldout": pairs[:cut], "train": pairs[cut:]}
         self._files = {f"{d}/sign": f"room {s}\n".encode() for d, s in zip(self._dirs, self._signs, strict=True)}
@@ -87,6 +103,7 @@ class RoomsFamily:
             path=shortest_ways(self._doors.__getitem__, start)[goal],
             goal=self._dirs[goal],
             goal_sign=self._signs[goal],
+            neighbours=self._neighbours,
             files=self._files,
             symlinks=self._symlinks,
             setup=f"cd {self._dirs[start]}",

@@ -1,7 +1,10 @@
 """Shell: everyday work on files with bash. Some templates ask for an answer, others for a deed.
 
 Levels: more and larger files, nested folders, and more conditions to combine.
+Revision 2: the size of a file says nothing about whether it is the answer, unless the question is which one is largest.
 """
+
+from functools import partial
 
 from echo_jax.tasks import shell_deeds as deeds
 from echo_jax.tasks import shell_questions as questions
@@ -26,4 +29,8 @@ class ShellFamily(ProceduralFamily):
         "columns": deeds.columns,
         "archive": deeds.archive,
         "links": deeds.links,
+    }
+    first_templates = {  # noqa: RUF012
+        "largest": partial(questions.largest, revision=1),
+        "holder": partial(questions.holder, revision=1),
     }

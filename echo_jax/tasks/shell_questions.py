@@ -35,11 +35,19 @@ def total(rng: np.random.Generator, level: int) -> Problem:
     )
 
 
-def largest(rng: np.random.Generator, level: int) -> Problem:
+def largest(rng: np.random.Generator, level: int, *, revision: int = 2) -> Problem:
     folder, paths = some_paths(rng, level, (".log", ".txt"))
     size_of = dict(zip(paths, draw(rng, range(100, 3000), len(paths)), strict=True))
     rank = by_level(level, 1, 1, 3)
     candidates = [path for path in paths if level == 1 or path.endswith(".log")]
+    if revision > 1:
+        # Any number of the other files is larger than the answer, each number as likely as the next.
+        logs, others = draw(rng, candidates, len(candidates)), [path for path in paths if path not in candidates]
+        larger = [*logs[: rank - 1], *draw(rng, others, int(rng.integers(len(others) + 1)))]
+        smaller = [path for path in paths if path not in (*larger, logs[rank - 1])]
+        order = [*draw(rng, larger, len(larger)), logs[rank - 1], *draw(rng, smaller, len(smaller))]
+        sizes = dict(zip(order, sorted(size_of.values(), reverse=True), strict=True))
+        size_of = {path: sizes[path] for path in paths}
     which = by_level(level, f"file in {folder}", f".log file below {folder}", f".log file below {folder}")
     find = f"find {folder} -type f -name '{by_level(level, '*', '*.log', '*.log')}' -printf '%s %p\\n'"
     take = f"tail -n {rank} | head -n 1 | cut -d ' ' -f 2"
@@ -142,7 +150,7 @@ def missing(rng: np.random.Generator, level: int) -> Problem:
     )
 
 
-def holder(rng: np.random.Generator, level: int) -> Problem:
+def holder(rng: np.random.Generator, level: int, *, revision: int = 2) -> Problem:
     folder, paths = some_paths(rng, level, (".txt", ".md"))
     one, two, unwanted, *others = names(rng)
     right = pick(rng, paths)
@@ -150,7 +158,9 @@ def holder(rng: np.random.Generator, level: int) -> Problem:
     wrong = by_level(level, [[two]], [[one], [two]], [[one], [two], [one, two, unwanted]])
     files = {}
     for i, path in enumerate(paths):
-        words = ([one, two] if path == right else wrong[i % len(wrong)]) + draw(rng, others, 10 * level)
+        words = [one, two] if path == right else wrong[i % len(wrong)]
+        more = 0 if revision == 1 else 3 - len(words)  # then all files have equally many lines
+        words = words + draw(rng, others, 10 * level + more)
         files[path] = text(draw(rng, words, len(words)))
     prompt = by_level(
         level,

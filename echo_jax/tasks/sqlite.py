@@ -1,9 +1,11 @@
 """Sqlite: questions about a database, and changes to it. Always the same three tables, with varying names and new rows.
 
 Levels: more rows, more tables to join, more conditions.
+Revision 2: where a task asks for what has no events, that is not always the last row.
 """
 
 import datetime
+from functools import partial
 
 import numpy as np
 
@@ -131,8 +133,8 @@ def dates(rng: np.random.Generator, level: int) -> Problem:
     )
 
 
-def never(rng: np.random.Generator, level: int) -> Problem:
-    d = Data(rng, level)
+def never(rng: np.random.Generator, level: int, *, revision: int = 2) -> Problem:
+    d = Data(rng, level, last_is_idle=revision == 1)
     middle, city = d.days[len(d.days) // 2], d.city
     table, key, which, condition = by_level(
         level,
@@ -156,8 +158,8 @@ def never(rng: np.random.Generator, level: int) -> Problem:
 # -- changes -----------------------------------------------------------------------------------------------------------
 
 
-def update(rng: np.random.Generator, level: int) -> Problem:
-    d = Data(rng, level)
+def update(rng: np.random.Generator, level: int, *, revision: int = 2) -> Problem:
+    d = Data(rng, level, last_is_idle=revision == 1)
     thing, city, more = pick(rng, d.thing_names), d.city, int(rng.integers(2, 50))
     of_city = f"{d.person} IN (SELECT id FROM {d.people} WHERE city = '{city}')"
     unused = f"id NOT IN (SELECT {d.thing} FROM {d.events})"
@@ -275,3 +277,4 @@ class SqliteFamily(ProceduralFamily):
         "index": index,
         "summary": summary,
     }
+    first_templates = {"never": partial(never, revision=1), "update": partial(update, revision=1)}  # noqa: RUF012

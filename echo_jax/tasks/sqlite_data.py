@@ -28,7 +28,9 @@ class Contents:
 
 
 class Data:
-    """A new database: people, things, and events that each join a person and a thing."""
+    """A new database: people, things, and events that each join a person and a thing.
+
+    One person and one thing have no events: the last ones or, unless `last_is_idle`, any."""
 
     # people, things, events, numeric column of things, numeric column of events
     _TABLES = (
@@ -38,7 +40,7 @@ class Data:
         ("players", "games", "matches", "size", "points"),
     )
 
-    def __init__(self, rng: np.random.Generator, level: int):
+    def __init__(self, rng: np.random.Generator, level: int, *, last_is_idle: bool = True):
         self.people, self.things, self.events, self.size, self.amount = pick(rng, self._TABLES)
         self.person, self.thing = self.people[:-1], self.things[:-1]
         words = names(rng)
@@ -52,9 +54,13 @@ class Data:
         first_day = datetime.date(int(rng.integers(2000, 2030)), 1, 1)
         self.days = sorted(str(first_day + datetime.timedelta(int(day))) for day in rng.integers(0, 365, count))
         self.middle = self.days[count // 2]
+        idle = len(people), len(sizes)  # their ids
+        if not last_is_idle:
+            idle = tuple(int(rng.integers(1, 1 + count)) for count in idle)
         events = []
-        for day in self.days:  # the last person and the last thing have none
+        for day in self.days:
             person, thing = rng.integers(1, len(people)), rng.integers(1, len(sizes))
+            person, thing = len(people) if person == idle[0] else person, len(sizes) if thing == idle[1] else thing
             events.append((int(person), int(thing), day, int(rng.integers(1, 500))))
         self.city = people[events[-1][0] - 1][1]
         self.connection = sqlite3.connect(":memory:", isolation_level=None)

@@ -21,7 +21,7 @@ def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[s
     Args:
       mixture: entry -> weight.
       sections: entry -> the parameters of its family. `family` names it: "module:Class" or a key of FAMILIES; without
-        `family`, the entry's name does.
+        `family`, the entry's name does. The `revision` 0 of a built-in family is its newest.
 
     Raises:
       ConfigError: a family does not exist, no weight is above 0, or a family does not take its parameters.
@@ -40,6 +40,8 @@ def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[s
         make = named.find(family, FAMILIES, field)
         named.check_callable(make, family, field)
         named.check_options(make, parameters, f"task.{name}")
+        if family in FAMILIES and parameters.get("revision") == 0:
+            parameters["revision"] = make.newest_revision
         try:
             families[name] = make(**parameters)
         except ValueError as error:

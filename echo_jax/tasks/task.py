@@ -87,6 +87,18 @@ class Task(abc.ABC):
         return None
 
 
+def check_revision(family: str, revision: int, newest: int) -> int:
+    """Returns a revision of a built-in family's tasks. Tasks of one revision never change, so a mended family gets
+    another; the first is that of runs from before revisions were recorded.
+
+    Raises:
+      ValueError: there is no such revision.
+    """
+    if not 1 <= revision <= newest:
+        raise ValueError(f"task.{family}.revision = {revision}: choose 1 to {newest}, or 0 for the newest")
+    return revision
+
+
 def has_demonstrator(task: Task) -> bool:
     return task.demonstrate(np.random.default_rng(0), solve=True) is not None
 

@@ -113,7 +113,11 @@ class Sandbox:
         self.limits = limits
         self.limits_by = plan.limits_by
         self.timeout = limits.timeout_seconds  # for calls that set none
-        self.cwd = "/work"
+        self.cwd = "/work"  # as the shell names it; the agent can make it say anything
+        # The shell's directory after each `run` that is not fresh, from the kernel: without symbolic links, and not to
+        # be forged. A call that was killed, or that replaced the shell, leaves it as it was.
+        self.places: list[str] = []
+        self._place = "/work"
         self._jail = bubblewrap.Jail(plan, limits, entries)
 
     def __enter__(self) -> "Sandbox":
@@ -127,7 +131,10 @@ class Sandbox:
 
         `fresh`: start in /work with the initial environment; later calls see the directory and environment unchanged.
         """
-        return self._call("bash", [b"run", to_bytes(command)], timeout, b"1" if fresh else b"0")
+        result = self._call("bash", [b"run", to_bytes(command)], timeout, b"1" if fresh else b"0")
+        if not fresh:
+            self.places.append(self._place)
+        return result
 
     def run_python(self, code: str | bytes, *, timeout: float | None = None) -> CommandResult:
         """Runs code in the agent's interpreter, which persists between calls, and prints the last expression's value.
@@ -157,9 +164,9 @@ class Sandbox:
             head = str(error).encode("utf-8", "replace")
             status = Status.OOM if isinstance(error, SandboxUsedUp) else Status.INFRA
             return CommandResult(status, None, head, b"", 0, time.monotonic() - start, self.cwd)
-        wait_status, stopped, full, dropped, cwd, head, tail = answer
+        wait_status, stopped, full, dropped, cwd, place, head, tail = answer
         seconds = time.monotonic() - start
-        self.cwd = cwd.decode("utf-8", "replace")
+        self.cwd, self._place = cwd.decode("utf-8", "replace"), place.decode("utf-8", "replace")
         limit, exit_code = "", None
         if stopped:
             status = {b"timeout": Status.TIMEOUT, b"output": Status.OUTPUT_LIMIT}[stopped]

@@ -25,10 +25,11 @@ BASH = b"/usr/bin/bash"
 SHELL = b"/run/shell"  # a separate small tmpfs: a full disk must not lose the directory and the environment
 # Bash reads this before each command (BASH_ENV), so that the command itself is an ordinary `bash -c`. The agent can
 # write this state; if it corrupts it, only the agent's next call suffers. A call that replaces the EXIT trap, ends in
-# `exec` or dies by SIGKILL leaves the state as it was.
+# `exec` or dies by SIGKILL leaves the state as it was. At its end the shell stops itself until the supervisor has read
+# from the kernel where it stands: a file may say anything.
 RC = b"""unset BASH_ENV
 [ -f /run/shell/env ] && . /run/shell/env
-trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; } 2>/dev/null' EXIT
+trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; builtin kill -STOP $$; } 2>/dev/null' EXIT
 """
 # The agent's Python, one process for all its calls. The code is in a memory file that both sides hold open; a byte on
 # one pipe starts it, a byte on another says how it ended. The agent can reach all of this; if it corrupts it, only its
@@ -230,7 +231,7 @@ class Interpreter:
 
 
 class Supervisor:
-    """State between requests: the directory, the pipes that background processes still hold, the limits."""
+    """State between requests: the directories, the pipes that background processes still hold, the limits."""
 
     def __init__(self, score, output_bytes, flood_bytes, polled_processes, rlimits):
         self.score = score  # a descriptor of its own oom_score_adj; None: a child must write its own
@@ -238,8 +239,10 @@ class Supervisor:
         self.flood_bytes = flood_bytes
         self.polled_processes = polled_processes  # 0: the kernel enforces the limit, no polling needed
         self.rlimits = rlimits
-        self.cwd = WORK
+        self.cwd = WORK  # where the next call starts, as the shell named it
+        self.stands = WORK  # where the shell stood at the end of its last call, from the kernel; no symbolic links
         self.child = self.status = None  # the process that the current call waits for, and its wait status
+        self.shell = None  # that process, if it is the agent's shell
         self.interpreter = None
         self.background = []
         self.poller = select.poll()
@@ -316,11 +319,15 @@ class Supervisor:
         """Collects every ended child, orphans too, and records the status of `child`. False when no child is left."""
         while True:
             try:
-                pid, status = posix.waitpid(-1, posix.WNOHANG)
+                pid, status = posix.waitpid(-1, posix.WNOHANG | posix.WUNTRACED)
             except ChildProcessError:
                 return False
             if pid == 0:
                 return True
+            if posix.WIFSTOPPED(status):
+                if pid == self.shell:
+                    self.note_place(pid)
+                continue
             if pid == self.child:
                 self.status = status
             if self.interpreter is not None and pid == self.interpreter.pid:
@@ -380,6 +387,7 @@ class Supervisor:
         if self.child == 0:
             self.become([BASH, b"--norc", b"--noprofile", b"-c", command], write_end, fresh, float(timeout))
         posix.close(write_end)
+        self.shell = None if fresh else self.child
         if killed:
             capture.feed(b"[no process was left for this command: background processes were ended]\n")
         stopped = self.watch(output, capture, deadline)
@@ -471,15 +479,15 @@ class Supervisor:
             self.kill_all()
         if is_open:
             self.finish_pipe(output, capture)
-        self.child = None
+        self.child = self.shell = None
         return stopped
 
     def answer(self, capture, stopped):
         """Returns wait status (empty: killed before its end), why it was killed, which disk is full, dropped bytes,
-        directory, head, tail."""
+        directory, the place where the shell stands, head, tail."""
         status = b"" if stopped else b"%d" % self.status
         head, tail, dropped = capture.finish()
-        return [status, stopped, full_disk(), b"%d" % dropped, self.cwd, head, tail]
+        return [status, stopped, full_disk(), b"%d" % dropped, self.cwd, self.stands, head, tail]
 
     def become(self, command, output, fresh, timeout=0.0, kept=()):
         """Executes `command` in the child, with the descriptors `kept`; never returns."""
@@ -538,6 +546,14 @@ class Supervisor:
         if len(self.background) > MAX_BACKGROUND_PIPES:
             interpreter_output = None if self.interpreter is None else self.interpreter.output
             self.drop(next(fd for fd in self.background if fd != interpreter_output))
+
+    def note_place(self, pid):
+        """Notes where the stopped shell stands, and lets it go on."""
+        try:
+            self.stands = posix.readlink(b"%d/cwd" % pid, dir_fd=self.proc)
+        except OSError:  # it made itself unreadable: it stands where it was last seen
+            pass
+        posix.kill(pid, _signal.SIGCONT)
 
     def note_directory(self):
         try:

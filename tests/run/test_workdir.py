@@ -16,7 +16,10 @@ from echo_jax.run.workdir import (
     may_change,
     record_config,
     recorded_config,
+    settle_revisions,
 )
+from echo_jax.tasks import FAMILIES
+from echo_jax.tasks.stream import make_families
 
 WORKDIRS = Path(__file__).parents[1] / "fixtures" / "workdirs"
 
@@ -89,7 +92,48 @@ def test_a_workdir_gives_back_the_config_of_its_run(tmp_path):
 
 
 def test_an_older_workdir_gives_back_its_config_with_defaults_for_later_fields():
-    assert flat(recorded_config(WORKDIRS / "tiny")) == flat(tiny.get_config())
+    first = {f"task.{name}.revision": 1 for name in FAMILIES}
+    assert flat(recorded_config(WORKDIRS / "tiny")) == flat(tiny.get_config()) | first
+
+
+def test_a_run_from_before_revisions_keeps_the_first_and_a_new_one_has_the_newest(tmp_path):
+    """Also an entry that names a built-in family without a revision."""
+    old, new = tiny.get_config(), tiny.get_config()
+    for config in (old, new):
+        config.task.deep = {"family": "shell", "level": 3}
+        config.task.mixture = {"lookup": 1.0, "deep": 1.0}
+    claim_workdir(old, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if not name.endswith(".revision")}
+    path.write_text(json.dumps(fields))
+    for config, workdir, revision in ((old, tmp_path / "old", 1), (new, tmp_path / "new", 2)):
+        settle_revisions(config, workdir)
+        assert {section.revision for name, section in config.task.items() if name != "mixture"} == {revision}
+        claim_workdir(config, workdir)
+        record_config(config, workdir)
+        assert flat(recorded_config(workdir)) == flat(config)
+        again = tiny.get_config()
+        again.task.deep, again.task.mixture = {"family": "shell", "level": 3}, config.task.mixture
+        settle_revisions(again, workdir)
+        assert flat(again) == flat(config)
+
+
+def test_another_revision_than_the_runs_is_refused(tmp_path):
+    config = tiny.get_config()
+    settle_revisions(config, tmp_path)
+    claim_workdir(config, tmp_path)
+    config.task.lookup.revision = 1
+    settle_revisions(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"task.lookup.revision: the run has 2, this config 1"):
+        claim_workdir(config, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("revision", [3, 99])
+def test_an_unknown_revision_is_refused(family, revision):
+    section = {**default_config().task[family], "revision": revision}
+    with pytest.raises(ConfigError, match=f"task.{family}.revision = {revision}: choose 1 to 2, or 0 for the newest"):
+        make_families({family: 1.0}, {family: section})
 
 
 def test_a_run_of_the_engine_that_is_gone_goes_on_with_the_one_in_its_place(tmp_path):

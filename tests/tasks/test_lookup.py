@@ -12,7 +12,7 @@ from echo_jax.roles import Role
 from echo_jax.rollout.collector import Collector, Job
 from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.world import Machine
-from echo_jax.tasks.lookup import LINES, MIN_VALUES, TEMPLATES, LookupFamily
+from echo_jax.tasks.lookup import KEYED_LINES, LINES, MIN_VALUES, TEMPLATES, LookupFamily
 from echo_jax.tasks.words import WORDS
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools.sandbox import Limits
@@ -20,7 +20,7 @@ from echo_jax.tools.sandbox import Limits
 RENDERER = BuiltinRenderer(SentencePieces())
 RULES = Rules(max_turns=3, max_tokens=96, max_turn_tokens=24)  # the default config's
 LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 20, processes=32, output_bytes=256)
-FAMILY = LookupFamily(folders=3, files=6, words=96)
+FAMILY = LookupFamily(folders=3, files=6, words=96, revision=2)
 
 
 def run_scripts(tasks, *, solve):
@@ -95,15 +95,26 @@ def test_no_answer_is_worth_guessing():
 @pytest.mark.parametrize("words", [96, len(WORDS)])
 def test_a_search_for_a_key_finds_one_line(words):
     """Some words are part of others: a search for "crow" also finds "crown"."""
-    family = LookupFamily(folders=3, files=6, words=words)
+    family = LookupFamily(folders=3, files=6, words=words, revision=2)
     for i in range(300):
         task = family.make("train", i)
         lines = [line for content in task.files.values() for line in content.decode().splitlines()]
         keys = [line.split()[0] for line in lines if line != "-"]
-        assert len(keys) == len({*keys}) == 18
+        assert len(keys) == 6 * KEYED_LINES
+        if task.template == "file":
+            continue  # the next test
+        assert len(keys) == len({*keys})
         assert len({line.split()[1] for line in lines if line != "-"}) > 6  # a line does not hint at another
         for key in keys:
             assert sum(key in line for line in lines) == 1, key
+
+
+def test_the_word_of_a_question_about_a_file_is_a_value_there_and_a_key_in_every_other_file():
+    for task in (task for task in (FAMILY.make("train", i) for i in range(300)) if task.template == "file"):
+        word = task.prompt.split()[-1]
+        for path, content in task.files.items():
+            [line] = [line for line in content.decode().splitlines() if word in line]
+            assert line.split().index(word) == (path == task.answer.removeprefix("./"))
 
 
 def test_first_and_last_lines_have_values_and_lengths_are_as_stated():

@@ -14,7 +14,7 @@ from echo_jax.rollout.world import Machine
 from echo_jax.tasks.rooms import EXITS, RoomsFamily, move
 from echo_jax.tasks.words import WORDS
 from echo_jax.tokenizer import SentencePieces
-from echo_jax.tools.sandbox import Limits, Sandbox, SandboxError, Status
+from echo_jax.tools.sandbox import Limits, Sandbox
 
 RENDERER = BuiltinRenderer(SentencePieces())
 RULES = Rules(max_turns=8, max_tokens=160, max_turn_tokens=24)
@@ -22,14 +22,14 @@ LIMITS = Limits(timeout_seconds=10.0, memory_bytes=256 << 20, disk_bytes=16 << 2
 BACK = {"n": "s", "s": "n", "e": "w", "w": "e"}
 
 
-def family(seed=0, width=3, height=3):
-    return RoomsFamily(width=width, height=height, map_seed=seed)
+def family(seed=0, width=3, height=3, revision=2):
+    return RoomsFamily(width=width, height=height, map_seed=seed, revision=revision)
 
 
 @functools.cache
-def all_pairs(split):
+def all_pairs(split, revision=2):
     """Returns a task for every start/goal pair of a split of the default map."""
-    tasks = {task.prompt: task for task in (family().make(split, i) for i in range(600))}
+    tasks = {task.prompt: task for task in (family(revision=revision).make(split, i) for i in range(600))}
     return [tasks[prompt] for prompt in sorted(tasks)]
 
 
@@ -66,16 +66,18 @@ def visit():
     def visited(task, commands, answer):
         with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
             for command in (task.setup, *commands):
-                assert box.run(command).status is Status.OK, command
+                box.run(command)
             box.kill_processes()
             return score(task, answer, box)
 
     return visited
 
 
-def test_solving_script_walks_every_pair_of_the_map():
-    tasks = all_pairs("train") + all_pairs("heldout")
-    assert len(tasks) == 72
+@pytest.mark.parametrize(("revision", "count"), [(1, 72), (2, 54)])
+def test_solving_script_walks_every_pair_of_the_map(revision, count):
+    tasks = all_pairs("train", revision) + all_pairs("heldout", revision)
+    assert len(tasks) == count
+    assert min(len(task.path) for task in tasks) == revision
     for task, trajectory in zip(tasks, run_scripts(tasks, solve=True), strict=True):
         assert (trajectory.reward, trajectory.outcome) == (1.0, "submitted"), task.prompt
         assert trajectory.turns == len(task.path) + 1
@@ -103,23 +105,40 @@ def test_only_standing_in_the_goal_earns_the_reward(visit):
 def test_goal_counts_whichever_exit_led_to_it(visit):
     task = max(all_pairs("train"), key=lambda task: len(task.path))
     assert visit(task, [f"cd {name}" for name in task.path], task.goal_sign) == 1.0
-    assert visit(task, ["cd -P " + "/".join(task.path)], task.goal_sign) == 1.0
+    assert visit(task, [f"ls; cd /work; cd - && cd -P {name} && sleep 0" for name in task.path], task.goal_sign) == 1.0
     assert visit(task, ["mkdir -p '/tmp/it'\"'\"'s'; cd '/tmp/it'\"'\"'s'"], task.goal_sign) == 0.0
 
 
-def test_forged_shell_state_does_not_change_the_score(visit):
-    task = all_pairs("train")[0]
+@pytest.mark.parametrize(
+    "jump",
+    [
+        "cd $(dirname $(grep -lx 'room {sign}' /work/*/sign))",
+        "cd /work/{goal}",
+        "cd -P {path}",
+        "rm n; ln -s ../{goal} n; cd n",
+        "cd ..; mv $OLDPWD away; mv {goal} $OLDPWD; cd $OLDPWD",
+        "until grep -qx 'room {sign}' sign; do cd -P $(printf '%s\n' n e s w | shuf -n 1); done",
+    ],
+)
+def test_a_jump_to_the_goal_earns_the_reward_only_in_revision_1(visit, jump):
+    for revision in (1, 2):
+        task = max(all_pairs("train", revision), key=lambda task: len(task.path))
+        command = jump.format(goal=task.goal, sign=task.goal_sign, path="/".join(task.path))
+        moved_there = revision == 1 and "mv" not in jump
+        assert visit(task, [command], task.goal_sign) == moved_there, revision
+
+
+@pytest.mark.parametrize("revision", [1, 2])
+def test_forged_shell_state_does_not_change_the_score(visit, revision):
+    task = all_pairs("train", revision)[0]
     lie = f"pwd() {{ echo /work/{task.goal}; }}"
     assert visit(task, [f"{lie}; export -f pwd; export PWD=/work/{task.goal}"], task.goal_sign) == 0.0
     assert visit(task, [f"trap - EXIT; echo '{lie}' > /run/shell/env"], task.goal_sign) == 0.0  # read by the next shell
-
-
-def test_sandbox_that_died_before_scoring_is_an_error_not_zero():
-    task = all_pairs("train")[0]
-    with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
-        box.close()
-        with pytest.raises(SandboxError):
-            score(task, "x", box)
+    places = [walk(task, task.path[:i]) for i in range(1, len(task.path) + 1)]
+    for end in ("kill -9 $$", "trap - EXIT", "exec true"):
+        forged = [f"echo /work/{place} > /run/shell/cwd; {end}" for place in places]
+        assert visit(task, forged, task.goal_sign) == 0.0, end
+        assert visit(task, [*forged, "true"], task.goal_sign) == (revision == 1), end  # the next shell starts there
 
 
 def test_prompt_reveals_neither_the_path_nor_the_directories():
@@ -156,12 +175,17 @@ def test_another_seed_is_another_map():
 
 @pytest.mark.parametrize(("width", "height"), [(2, 2), (3, 3), (6, 2)])
 def test_train_and_heldout_partition_the_pairs(width, height):
-    rooms = family(0, width, height)
-    train, heldout = ({rooms.make(split, i).prompt for i in range(2500)} for split in ("train", "heldout"))
     count = width * height
-    assert not train & heldout
-    assert len(train) + len(heldout) == count * (count - 1)
-    assert len(heldout) == len(train | heldout) // 3
+    for revision, least in ((1, 1), (2, 2)):
+        rooms = family(0, width, height, revision)
+        train, heldout = ({rooms.make(split, i).prompt for i in range(2500)} for split in ("train", "heldout"))
+        tasks = [rooms.make(split, i) for split in ("train", "heldout") for i in range(500)]
+        starts = {task.setup.removeprefix("cd "): task for task in tasks}
+        steps = [steps for start, task in starts.items() for steps in distances(task, start).values()]
+        assert len(starts) == count
+        assert not train & heldout
+        assert len(train) + len(heldout) == sum(distance >= least for distance in steps)
+        assert len(heldout) == len(train | heldout) // 3
 
 
 @pytest.mark.parametrize(

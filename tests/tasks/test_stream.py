@@ -9,12 +9,12 @@ import pytest
 from echo_jax.tasks.stream import TASKS_PER_SEED, environment_stream, environments, make_families, task_stream
 
 PARAMETERS = {
-    "lookup": {"folders": 3, "files": 6, "words": 96},
-    "rooms": {"width": 3, "height": 3, "map_seed": 0},
-    "shell": {"level": 2},
-    "python": {"level": 2},
-    "sqlite": {"level": 2},
-    "maze": {"width": 4, "height": 4},
+    "lookup": {"folders": 3, "files": 6, "words": 96, "revision": 2},
+    "rooms": {"width": 3, "height": 3, "map_seed": 0, "revision": 2},
+    "shell": {"level": 2, "revision": 2},
+    "python": {"level": 2, "revision": 2},
+    "sqlite": {"level": 2, "revision": 2},
+    "maze": {"width": 4, "height": 4, "revision": 2},
 }
 MIXTURE = {"lookup": 3.0, "rooms": 1.0}
 DIGEST = """

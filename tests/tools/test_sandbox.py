@@ -214,7 +214,7 @@ def test_call_ends_with_its_shell_whatever_holds_the_pipe(box, command):
         "sleep 30",
         "trap '' TERM INT HUP; while :; do sleep 1; done",
         "setsid sleep 30 & (sleep 30 &) ; sleep 30",
-        "kill -STOP $$",
+        "bash -c 'kill -STOP $$'",
         "exec >&-; exec 2>&-; sleep 30",
         "cat /dev/zero > /dev/null",
         "mkfifo p; cat p",
@@ -983,6 +983,26 @@ def test_directory_forged_by_the_agent_is_ignored(fresh):
     for made_up in ("nonsense", "", "../x"):
         fresh.run(f"printf '%s\\n' '{made_up}' > /run/shell/cwd; kill -9 $$")
         assert fresh.run("pwd").head == b"/work\n"
+
+
+def test_places_are_where_the_shell_stood_whatever_the_agent_writes(fresh):
+    fresh.write_files({"a/b/f": b""}, {"link": "a/b"})
+    lie = "echo /work/a > /run/shell/cwd"
+    for command, place in (
+        ("cd link; pwd", "/work/a/b"),
+        (f"cd /tmp; {lie}; exit 3", "/tmp"),
+        (f"cd /; {lie}; kill -9 $$", "/tmp"),  # it left no word
+        (f"cd /work; {lie}; trap - EXIT", "/tmp"),
+        (f"cd /work; {lie}; exec true", "/tmp"),
+        ("kill -STOP $$; cd /usr", "/usr"),
+        ("(cd /work); cd /tmp & wait", "/usr"),
+        ("cd /work; sleep 60 &", "/work"),
+    ):
+        fresh.run(command)
+        assert fresh.places[-1] == place, command
+    fresh.run("cd a", fresh=True)
+    fresh.run_python("import os; os.chdir('/tmp')")
+    assert len(fresh.places) == 8
 
 
 def test_full_disk_of_shell_state_is_reported_too(fresh):

@@ -550,7 +550,7 @@ class Supervisor:
     def note_place(self, pid):
         """Notes where the stopped shell stands, and lets it go on."""
         try:
-            self.stands = posix.readlink(b"%d/cwd" % pid, dir_fd=self.proc)
+            self.stands = posix.readlink(b"/proc/%d/cwd" % pid)
         except OSError:  # it made itself unreadable: it stands where it was last seen
             pass
         posix.kill(pid, _signal.SIGCONT)

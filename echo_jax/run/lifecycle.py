@@ -29,9 +29,10 @@ from echo_jax.run.workdir import (
     record_config,
     starting_point,
 )
-from echo_jax.system import provenance, user_code
+from echo_jax.system import paths, provenance, user_code
 from echo_jax.system.metrics import read_metrics
 from echo_jax.system.peers import AGAIN, TAKEN, JointError, Peers
+from echo_jax.system.terminal import escaped
 
 
 @contextlib.contextmanager
@@ -82,7 +83,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
     parts = build(config, peers)
     peers = parts.peers
     if config.system.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
+        cache = Path(paths.expanded(config.system.compilation_cache)).absolute()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     if config.init_from and not (workdir / "config.json").exists():
         starting_point(config)  # before a wrong one is recorded
     done, steps = workdir / "DONE", config.warm_start.num_steps + config.num_steps
@@ -97,7 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
                 if owner:
                     claim_for(owner, workdir)
             except Taken as taken:
-                print(f"error: {taken}", file=sys.stderr)
+                print(f"error: {escaped(taken)}", file=sys.stderr)
                 return "taken"
             done.unlink(missing_ok=True)  # the run is extended
             record_config(config, workdir)
@@ -110,9 +112,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
         if whose == "ours":
             if status := _run(parts, workdir):
                 return status
-            peers.first(lambda: done.write_text(f"{steps} steps\n"))
+            peers.first(lambda: done.write_text(f"{steps} steps\n", encoding="utf-8"))
         if peers.is_first:
-            print(summary(workdir))
+            print(escaped(summary(workdir)))
     return 0
 
 
@@ -134,9 +136,8 @@ def _run(parts: Parts, workdir: Path) -> int:
     peers = parts.peers
 
     def say(text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads: that must not end a run, nor keep it from saving
-            if peers.is_first:
-                print(text, flush=True)
+        if peers.is_first:
+            print(escaped(text), flush=True)
 
     errors = workdir / ("errors.log" if peers.is_first else f"errors_process_{peers.index}.log")
     with (

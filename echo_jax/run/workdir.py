@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from echo_jax.config import OPEN_SECTIONS, ConfigError, default_config, flat
-from echo_jax.system import named
+from echo_jax.system import named, paths
 from echo_jax.system.errors import UserError
 
 # What may differ when a run goes on, and why: a field's name, or a section's with a dot. No other field may.
@@ -73,10 +73,10 @@ def record_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes config.json. Of a run that goes on with other values it then holds those."""
     text = json.dumps(flat(config), indent=2, sort_keys=True) + "\n"
     path = workdir / "config.json"
-    if path.exists() and path.read_text() == text:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     scratch = path.with_name("config.json.tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -133,7 +133,7 @@ def starting_point(config: ml_collections.ConfigDict) -> tuple[Path, int]:
     name, _, step = config.init_from.rpartition(":")
     if not name or not step.isdecimal():
         name, step = config.init_from, ""
-    workdir = Path(name)
+    workdir = Path(paths.expanded(name))
     changes = differences(config, workdir)
     pairs = {field: pair for field, pair in changes.items() if field.startswith(STARTS_FROM) and not may_change(field)}
     if pairs:
@@ -186,7 +186,7 @@ def _saved_steps(workdir: Path) -> set[int]:
 def finished_steps(workdir: Path) -> int | None:
     """Returns how many steps a complete run has made; None if there is none in the workdir."""
     path = workdir / "DONE"
-    return int(path.read_text().split()[0]) if path.exists() else None
+    return int(path.read_text(encoding="utf-8").split()[0]) if path.exists() else None
 
 
 def recorded_config(workdir: Path) -> ml_collections.ConfigDict:
@@ -210,7 +210,7 @@ def recorded_config(workdir: Path) -> ml_collections.ConfigDict:
                 )
             _set(config, name, _tuples(value))
     provenance = workdir / "provenance.jsonl"
-    for line in provenance.read_text().splitlines()[-1:] if provenance.exists() else ():
+    for line in provenance.read_text(encoding="utf-8").splitlines()[-1:] if provenance.exists() else ():
         for folder in json.loads(line).get("module_folders", ()):  # of the config's own modules
             named.add_folder(folder)
     return config
@@ -236,7 +236,7 @@ def _recorded(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
     try:
-        recorded = json.loads(path.read_text())
+        recorded = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(recorded, dict):
             raise ValueError(f"a {type(recorded).__name__}, not an object")
     except ValueError as error:
@@ -276,7 +276,7 @@ class Taken(UserError):
 @contextlib.contextmanager
 def only_process_in(workdir: Path) -> Iterator[None]:
     """Holds the workdir's lock; raises `Taken` if another process has it. A killed process releases it."""
-    with (workdir / ".lock").open("w") as file:
+    with (workdir / ".lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -287,7 +287,7 @@ def only_process_in(workdir: Path) -> Iterator[None]:
 def claim_for(owner: str, workdir: Path) -> None:
     """Gives the workdir to the owner; raises `Taken` if another has it. If two try at once, one of them gets it."""
     path = workdir / "owner"
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(owner)
-    if (found := path.read_text()) != owner:
+    if (found := path.read_text(encoding="utf-8")) != owner:
         raise Taken(f"{workdir} belongs to the owner {found!r}, not to {owner!r}; if {found!r} is gone, delete {path}")

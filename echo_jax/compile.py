@@ -30,12 +30,11 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from echo_jax.config import ConfigError
+from echo_jax.config import ConfigError, may_add
 from echo_jax.run.ahead_of_time import compile_run, load_config
 from echo_jax.run.resident import table
-from echo_jax.system.cli import run_program
+from echo_jax.system.cli import define_config, run_program
 
 
 def main(args: flags.FlagValues) -> None:
@@ -58,9 +57,7 @@ def main(args: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file; override any field with --config.section.field=value."
-    )
+    define_config(may_add)
     flags.DEFINE_list("table", [], "Instead of --config: config files to compile and tabulate.")
     flags.DEFINE_list("topology", None, "Chip type and topology, such as v5e:16x16; may be a list.")
     flags.DEFINE_list("host", [], "Chips of a host along each axis, such as 2,4; without it 2,2.")

@@ -257,6 +257,16 @@ def load_config_file(path: Path) -> ModuleType:
     return module
 
 
+def may_add(name: str) -> bool:
+    """Returns whether a config may have a field of this dotted name that the default config lacks: an entry of an open
+    section, or a parameter of a task family that is not built in."""
+    section, _, rest = name.partition(".")
+    family, dot, _ = rest.partition(".")
+    if section == "task" and dot and family not in default_config().task:
+        return True
+    return name.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
+
+
 def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
     """Returns {"section.field": value} over all leaves."""
     leaves = {}

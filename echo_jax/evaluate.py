@@ -15,22 +15,23 @@ learner/scoring.py).
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
+from echo_jax.config import may_add
 from echo_jax.run.build import build, start_peers
 from echo_jax.run.evaluator import evaluate
-from echo_jax.run.workdir import recorded_config, settle_revisions
-from echo_jax.system.cli import define_config_of_run, run_program
+from echo_jax.run.revisions import settle_revisions
+from echo_jax.run.workdir import recorded_config
+from echo_jax.system.cli import define_config_of_run, define_path, run_program
 
 
 def main(args: flags.FlagValues) -> None:
-    settle_revisions(args.config, Path(args.workdir))
+    settle_revisions(args.config, args.workdir)
     with start_peers(args.config) as peers:
         result = evaluate(
             build(args.config, peers),
-            Path(args.workdir),
+            args.workdir,
             step=args.step,
             episodes=args.episodes,
             samples=args.samples,
@@ -41,12 +42,12 @@ def main(args: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    define_config_of_run(recorded_config)
-    flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
+    define_config_of_run(recorded_config, may_add)
+    define_path("workdir", "Folder of the run to evaluate.")
     flags.DEFINE_integer(
         "episodes", None, "Number of held-out tasks; default: eval.episodes of the config.", lower_bound=1
     )
     flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
     flags.DEFINE_integer("samples", 1, "Rollouts per task; above 1, also prints pass@k.", lower_bound=1)
-    flags.DEFINE_string("trajectories", None, "File of saved rollouts to score instead of sampling new ones.")
+    define_path("trajectories", "File of saved rollouts to score instead of sampling new ones.")
     run_program(main, required=("workdir",))

@@ -9,31 +9,31 @@ config.json, the tokenizer's files and generation_config.json. Adapters are merg
 export a run of several processes; the same holds for evaluation.
 """
 
-from pathlib import Path
-
 from absl import flags
 
+from echo_jax.config import may_add
 from echo_jax.run.build import start_peers
 from echo_jax.run.exporter import export
 from echo_jax.run.workdir import recorded_config
-from echo_jax.system.cli import define_config_of_run, run_program
+from echo_jax.system.cli import define_config_of_run, define_path, run_program
+from echo_jax.system.terminal import escaped
 
 
 def main(args: flags.FlagValues) -> None:
     with start_peers(args.config) as peers:
-        workdir, output = Path(args.workdir), Path(args.output)
+        workdir, output = args.workdir, args.output
         message = export(
             args.config, workdir, output, dtype=args.dtype, adapter=args.adapter, step=args.step, peers=peers
         )
         if peers.is_first:
-            print(message)
+            print(escaped(message))
 
 
 if __name__ == "__main__":
-    define_config_of_run(recorded_config)
-    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    define_config_of_run(recorded_config, may_add)
+    define_path("workdir", "Folder of the run.")
     flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
-    flags.DEFINE_string("output", None, "Folder to create.")
+    define_path("output", "Folder to create.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the written tensors.")
     flags.DEFINE_bool("adapter", False, "Write only the adapters, in PEFT's layout.")
     run_program(main, required=("workdir", "output"))

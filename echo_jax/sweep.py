@@ -19,42 +19,38 @@ the table.
 """
 
 import shlex
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from echo_jax.config import may_add
 from echo_jax.run.sweeper import run_sweep
-from echo_jax.system.cli import run_program
+from echo_jax.system.cli import define_config, define_path, run_program
 
 
 def main(args: flags.FlagValues) -> int:
     return run_sweep(
         config_flags.get_config_filename(args["config"]),
-        Path(args.workdir),
+        args.workdir,
         common=config_flags.get_override_values(args["config"]),
         only=args.only,
         dry_run=args.dry_run,
         report=args.report,
         launcher=shlex.split(args.launcher) or None,
         owner=args.owner,
-        logs=Path(args.logs) if args.logs else None,
+        logs=args.logs,
         table=shlex.split(args.table) or None,
     )
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file with get_config(arg=None) and sweep(); may end in :arg."
-    )
-    flags.DEFINE_string("workdir", None, "Folder for the runs' workdirs and for results.csv.")
+    define_config(may_add)
+    define_path("workdir", "Folder for the runs' workdirs and for results.csv.")
     flags.DEFINE_bool("dry_run", False, "Print the command of every run and start none.")
     flags.DEFINE_bool("report", False, "Start no run; print the table and write results.csv from the existing results.")
     flags.DEFINE_string("launcher", "", "Command that starts a run instead of `python -m echo_jax.train`.")
     flags.DEFINE_string("owner", "", "Name of this machine; runs that another owner has taken are left alone.")
-    flags.DEFINE_string(
-        "logs", "", "Folder for the runs' logs and results.csv, if this machine does not see the workdirs."
-    )
+    define_path("logs", "Folder for the runs' logs and results.csv, if this machine does not see the workdirs.")
     flags.DEFINE_string("table", "", "Command that prints the table, if this machine does not see the workdirs.")
     flags.DEFINE_string("only", "", "Start only the runs whose name matches this regular expression.")
-    run_program(main)
+    run_program(main, outlives_output=True)

@@ -13,28 +13,24 @@ a step's rollouts with its engine, then all update together; process 0 writes th
 belongs to another owner or process, 130 stopped by Ctrl-C, 1 an error to fix.
 """
 
-from pathlib import Path
-
 from absl import flags
-from ml_collections import config_flags
 
+from echo_jax.config import may_add
 from echo_jax.run.build import start_peers
 from echo_jax.run.lifecycle import train
-from echo_jax.system.cli import run_program
+from echo_jax.system.cli import define_config, define_path, run_program
 
 
 def main(args: flags.FlagValues) -> int:
     with start_peers(args.config) as peers:
         if args.init_from:
             args.config.init_from = args.init_from
-        return train(args.config, Path(args.workdir), owner=args.owner, peers=peers)
+        return train(args.config, args.workdir, owner=args.owner, peers=peers)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file; override any field with --config.section.field=value."
-    )
-    flags.DEFINE_string("workdir", None, "Folder of the run; resumes an unfinished run in it.")
+    define_config(may_add)
+    define_path("workdir", "Folder of the run; resumes an unfinished run in it.")
     flags.DEFINE_string(
         "init_from",
         "",
@@ -43,4 +39,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "owner", "", "Train only if no other owner has taken the run; lets several machines share one sweep."
     )
-    run_program(main)
+    run_program(main, outlives_output=True)

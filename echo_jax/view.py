@@ -17,7 +17,8 @@ from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.trajectory import TrajectoryError
 from echo_jax.rollout.transcripts import show
 from echo_jax.run.viewer import chosen_file, tokenizer_of
-from echo_jax.system.cli import run_program
+from echo_jax.system.cli import define_path, run_program
+from echo_jax.system.terminal import escaped
 
 
 def main(args: flags.FlagValues) -> None:
@@ -27,7 +28,7 @@ def main(args: flags.FlagValues) -> None:
     console = Console(highlight=False, soft_wrap=True)
     rewards = [t.reward for t in trajectories if t.scored]
     mean = f", mean reward {np.mean(rewards):.3f}" if rewards else ""
-    console.print(f"{path}: {len(trajectories)} rollouts{mean}")
+    console.print(escaped(f"{path}: {len(trajectories)} rollouts{mean}"), markup=False)
     chosen = [t for t in trajectories if args.rollout in (None, t.rollout)][: args.show]
     if not chosen:
         raise TrajectoryError(f"{path} has no rollout {args.rollout}")
@@ -36,10 +37,10 @@ def main(args: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of a run: shows the rollouts of its newest saved step.")
+    define_path("workdir", "Folder of a run: shows the rollouts of its newest saved step.")
     flags.DEFINE_integer("step", None, "With --workdir: show the rollouts of this step.", lower_bound=1)
-    flags.DEFINE_string("trajectories", None, "The file of saved rollouts.")
-    flags.DEFINE_string("tokenizer", "", "Path of a tokenizer; default: that of the run, or the built-in one.")
+    define_path("trajectories", "The file of saved rollouts.")
+    define_path("tokenizer", "Path of a tokenizer; default: that of the run, or the built-in one.")
     flags.DEFINE_integer("show", 3, "Maximum number of rollouts to show.", lower_bound=1)
     flags.DEFINE_integer("rollout", None, "Show only the rollout with this index.")
     run_program(main, required=())

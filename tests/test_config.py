@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from echo_jax.config import ConfigError, default_config, flat
+from echo_jax.run.ranges import FLOAT32
 from echo_jax.run.validate import check_tools, validate
 from echo_jax.run.workdir import MAY_CHANGE, PLACEMENT, claim_workdir
 from echo_jax.system import named
@@ -138,6 +142,16 @@ def test_unknown_field_cannot_be_set():
         ("optimizer.clip_norm", 0.0, "clip_norm = 0.0"),
         ("optimizer.b2", 1.0, "b2 = 1.0"),
         ("warm_start.demonstrations", 3, "demonstrations = 3"),
+        ("rollout.temperature", 1e-40, "rollout.temperature = 1e-40: it must be at least 1e-06"),
+        ("rollout.temperature", 1e39, r"rollout.temperature = 1e\+39: float32"),
+        ("seed", 2**63, "seed = 9223372036854775808: it must be at most 9223372036854775807"),
+        ("seed", -1, "seed = -1"),
+        ("pack.length", 2**31, "pack.length = 2147483648: it must be at most 2147483647"),
+        ("sandbox.memory_bytes", 10**30, "memory_bytes = 10{30}: it must be at most"),
+        ("optimizer.b2", 1 - 1e-12, "b2 = 0.999999999999: it must be below 1 as a float32 too"),
+        ("optimizer.clip_norm", 1e-46, "clip_norm = 1e-46: float32"),
+        ("sandbox.timeout_seconds", 1e300, r"timeout_seconds = 1e\+300: it must be at most 2e\+06 seconds"),
+        ("task.mixture.lookup", float("nan"), "task.mixture.lookup = nan: it must be finite"),
     ],
 )
 def test_a_bad_value_is_named(field, value, named):
@@ -148,6 +162,26 @@ def test_a_bad_value_is_named(field, value, named):
     else:
         config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+NUMBERS = {
+    name: value for name, value in flat(default_config()).items() if type(value) in (int, float) and "task." not in name
+}
+
+
+@given(
+    st.sampled_from(sorted(NUMBERS)),
+    st.one_of(st.integers(2**63, 10**40), st.integers(-(10**40), -1)),
+    st.one_of(st.floats(3.5e38, 1e308), st.floats(1e-320, 1e-39)),
+)
+def test_a_number_beyond_the_range_of_what_computes_with_it_is_named(name, integer, number):
+    is_float = isinstance(NUMBERS[name], float)
+    if is_float and not name.startswith(FLOAT32):
+        return
+    config = default_config()
+    config.update_from_flattened_dict({name: number if is_float else integer})
+    with pytest.raises(ConfigError, match=re.escape(name)):
         validate(config)
 
 

@@ -50,7 +50,8 @@ def write_weights(
     if len(files) > 1 and jax.process_index() == 0:
         total = sum(np.prod(published_shape(config, p)) for p, _ in tensor_names(config).values())
         size = int(total) * np.dtype(jax.numpy.dtype(dtype)).itemsize
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2))
+        index = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2)
+        (folder / INDEX).write_text(index, encoding="utf-8")
 
 
 def _files(config: ModelConfig, itemsize: int, file_bytes: int) -> Iterator[dict[str, Place]]:
@@ -94,7 +95,7 @@ def write_adapter(params: dict, config: ModelConfig, folder: Path | None, *, bas
         "inference_mode": True,
     }
     if jax.process_index() == 0:
-        (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def to_published(x: np.ndarray, parameter: str) -> np.ndarray:

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from echo_jax.system import paths
 from echo_jax.system.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Files of weights in a folder, of which one set is read.
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.h5", "flax_model*.msgpack")
 _DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}  # numpy dtype, bytes per number
 
 # Names of a GGUF file -> transformers'.
@@ -81,6 +84,8 @@ class Slices(Protocol):
 class Source(Protocol):
     tensors: Mapping[str, Tensor]
     config: dict[str, Any]  # keys as in a config.json
+    read: str  # the name of the file of weights, or of their index
+    unread: tuple[str, ...]  # names of other files of weights beside it, which are not read
 
     def open(self, name: str) -> AbstractContextManager[Slices]:
         """Opens one tensor; closing it frees its memory."""
@@ -93,6 +98,7 @@ def open_source(path: Path) -> Source:
     Raises:
       WeightsError: there are no weights, or a file is damaged.
     """
+    path = Path(paths.expanded(path))
     if path.suffix == ".gguf":
         return Gguf(path)
     if not path.is_dir():
@@ -112,11 +118,18 @@ class Safetensors:
     def __init__(self, folder: Path):
         self.config = read_json(folder / "config.json")
         self.tensors: dict[str, Tensor] = {}
+        found = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern)}
         index = folder / INDEX
+        self.read = INDEX if index.is_file() else SINGLE
         if index.is_file():
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise WeightsError(f"{index} is not an index: it has no weight_map of names and files")
+            if (folder / SINGLE).is_file() and SINGLE not in files.values():
+                raise WeightsError(
+                    f"{folder} has two sets of weights, {SINGLE} and the parts that {INDEX} lists: move one of them "
+                    "away. transformers reads the first; earlier versions of echo_jax read the parts"
+                )
             for file in sorted(set(files.values())):
                 self.tensors |= _header(folder / file)
             for name, file in files.items():
@@ -125,7 +138,10 @@ class Safetensors:
         elif (folder / SINGLE).is_file():
             self.tensors = _header(folder / SINGLE)
         else:
-            raise WeightsError(f"{folder} has neither {SINGLE} nor {INDEX}")
+            others = ", ".join(sorted(found))
+            advice = f"; {others} cannot be read: let transformers save the model anew" if others else ""
+            raise WeightsError(f"{folder} has neither {SINGLE} nor {INDEX}{advice}")
+        self.unread = tuple(sorted(found - {SINGLE} - {tensor.file.name for tensor in self.tensors.values()}))
 
     @contextlib.contextmanager
     def open(self, name) -> Iterator[Slices]:
@@ -182,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
       WeightsError: it cannot be read, or does not hold a JSON object.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -204,12 +220,14 @@ def import_safetensors():
 class Gguf:
     """A GGUF file; quantised tensors become float32."""
 
+    unread = ()
+
     def __init__(self, path: Path):
         try:
             import gguf
         except ImportError as error:
             raise WeightsError("a GGUF file needs the package gguf: pip install -e '.[hf]'") from error
-        self._dequantize = gguf.dequantize
+        self._dequantize, self.read = gguf.dequantize, path.name
         try:
             reader = gguf.GGUFReader(path)
             texts = ("tokenizer.", "general.name", "general.description")

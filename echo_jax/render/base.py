@@ -40,6 +40,7 @@ class Renderer(Protocol):
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]  # any of them ends a sampled turn
     observation_header: tuple[int, ...]  # ids before the body of every observation, which no action should contain
+    opens_reasoning: bool  # whether the generation prompt ends within reasoning, which a turn must close before it acts
 
     def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
         """Renders the task and, if the format does so, a description of the agent's tools."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class BuiltinRenderer:
     """The built-in format over the SentencePiece tokenizer."""
 
+    opens_reasoning = False
+
     def __init__(self, tokenizer: SentencePieces):
         self.tokenizer = tokenizer
         self.stop_ids = (tokenizer.end,)

@@ -2,7 +2,8 @@
 
 `plain`, for small models: `NAME argument`, one call per turn; if a tool needs several arguments, all but the last take
 one line each. `json`, as Qwen and Hermes write calls: any number of
-`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, none inside reasoning. `llama`, as in Llama 3: one bare object.
+`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, none inside reasoning; strings inside a call may hold these
+tags. `llama`, as in Llama 3: one bare object.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class Malformed:
     message: str  # shown to the agent
 
 
+REASONING = ("<think>", "</think>")
 MALFORMED = ("no_call", "unclosed", "invalid_json", "missing_name", "unknown_tool", "invalid_arguments")
 
 
@@ -48,6 +50,24 @@ class Grammar(Protocol):
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """Returns the text that tells an agent how to call `tools`, which are described as for a chat template."""
         ...
+
+
+def parse(
+    grammar: str, text: str, tools: "Mapping[str, Tool]", *, in_reasoning: bool = False
+) -> list["Call | Malformed"]:
+    """Returns the attempts of a turn, in order; at least one.
+
+    Args:
+      grammar: a key of GRAMMARS.
+      in_reasoning: whether the chat format has begun the turn with `<think>`. What the turn drafts before `</think>` is
+        then no call.
+    """
+    if in_reasoning:
+        _, closed, text = text.partition(REASONING[1])
+        if not closed:
+            return [Malformed("no_call", f"no tool call: the reasoning does not end with {REASONING[1]}")]
+        text = text.lstrip()
+    return GRAMMARS[grammar].parse(text, tools)
 
 
 class Plain:
@@ -74,14 +94,28 @@ class Plain:
 
 
 class Json:
-    # Reasoning, which is skipped (up to the end, if it is left open), or an attempt at a call.
-    _PARTS = re.compile(
-        r"<think>.*?(?:</think>|\Z)|<tool_call>(?P<body>.*?)(?:(?P<close></tool_call>)|(?=<tool_call>)|\Z)", re.DOTALL
-    )
+    # Reasoning, which is skipped (up to the end, if it is left open), or the start of an attempt at a call.
+    _STARTS = re.compile(r"<think>.*?(?:</think>|\Z)|(?P<call><tool_call>)", re.DOTALL)
+    _END = re.compile(r"(?P<close></tool_call>)|(?=<tool_call>)|\Z")
+    _SPACE = re.compile(r"[ \t\n\r]*")
 
     def parse(self, text, tools):
-        found = [part for part in self._PARTS.finditer(text) if part["body"] is not None]
-        return [self._checked(part, tools) for part in found] or [Malformed("no_call", "no tool call")]
+        attempts, at = [], 0
+        while start := self._STARTS.search(text, at):
+            at = start.end()
+            if start["call"]:
+                end = self._END.search(text, self._after_object(text, at))
+                attempts.append(self._checked(text[at : end.start()], bool(end["close"]), tools))
+                at = end.end()
+        return attempts or [Malformed("no_call", "no tool call")]
+
+    def _after_object(self, text: str, start: int) -> int:
+        """Returns where the JSON value that begins at `start` ends, so that tags in its strings end no call; `start`,
+        if there is none."""
+        try:
+            return json.JSONDecoder().raw_decode(text, self._SPACE.match(text, start).end())[1]
+        except (ValueError, RecursionError):
+            return start
 
     def write(self, call, tools):
         body = json.dumps({"name": call.tool, "arguments": dict(call.arguments)}, ensure_ascii=False)
@@ -95,16 +129,13 @@ class Json:
             '<tool_call>\n{"name": <name>, "arguments": <object of arguments>}\n</tool_call>'
         )
 
-    def _checked(self, part: re.Match, tools: "Mapping[str, Tool]") -> Call | Malformed:
+    def _checked(self, body: str, closed: bool, tools: "Mapping[str, Tool]") -> Call | Malformed:
+        if not closed:
+            return Malformed("unclosed", "a tool call without </tool_call>")
         try:
-            return self._attempt(part, tools)
+            return _object(body, "arguments", tools)
         except RecursionError:
             return Malformed("invalid_json", "invalid JSON: nested too deeply")
-
-    def _attempt(self, part: re.Match, tools: "Mapping[str, Tool]") -> Call | Malformed:
-        if not part["close"]:
-            return Malformed("unclosed", "a tool call without </tool_call>")
-        return _object(part["body"], "arguments", tools)
 
 
 class Llama:

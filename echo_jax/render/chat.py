@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from echo_jax.render.base import NO_TOOLS, Part, Rendered
-from echo_jax.render.calls import GRAMMARS, describe
+from echo_jax.render.calls import GRAMMARS, REASONING, describe
 from echo_jax.render.marks import Marks
 from echo_jax.render.published import Llama3, Qwen3
 from echo_jax.render.template import RenderError, Template
@@ -56,6 +56,8 @@ class ChatRenderer:
         self.stop_ids = self._format.stop_ids
         opening = self._format.generation_prompt()
         self._opening = Rendered(tuple(opening), (Role.SCAFFOLD,) * len(opening))
+        opened, closed = map(tokenizer.decode(opening).rfind, REASONING)
+        self.opens_reasoning = opened > closed
         before = self.observation([Part("a probe of two lines\n" * 2, Role.OBSERVATION)])
         if Role.OBSERVATION not in before.roles:
             raise RenderError(
@@ -84,7 +86,8 @@ class ChatRenderer:
         return Rendered(self.stop_ids[:1], (Role.SCAFFOLD,))
 
     def action(self, text: str) -> Rendered:
-        ids = (*self.tokenizer.encode_markup(text), self.stop_ids[0])
+        thought = f"{REASONING[1]}\n\n" if self.opens_reasoning else ""  # a demonstrator acts without reasoning
+        ids = (*self.tokenizer.encode_markup(thought + text), self.stop_ids[0])
         return Rendered(ids, (Role.ACTION,) * len(ids))
 
     def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:

@@ -50,7 +50,7 @@ class Template:
         if stop is None:
             raise RenderError("the tokenizer's chat template does not end the agent's turn with a special token")
         self._stop = stop
-        self.stop_ids = tuple(dict.fromkeys((tokenizer.id_of(stop), tokenizer.end)))
+        self.stop_ids = tuple(dict.fromkeys((tokenizer.id_of(stop), tokenizer.end, *tokenizer.ends)))
         asked, ready = (self._text([_USER], generation=generation) for generation in (False, True))
         if not ready.startswith(asked) or len(ready) == len(asked):
             raise RenderError("the tokenizer's chat template adds no generation prompt")

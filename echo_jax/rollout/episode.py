@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from echo_jax.render import Part, Rendered, Renderer
-from echo_jax.render.calls import GRAMMARS, Call, Malformed
+from echo_jax.render import Part, Rendered, Renderer, calls
+from echo_jax.render.calls import Call, Malformed
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import Attempt, Sampled, Trajectory
 from echo_jax.tools import TOOLS
@@ -147,7 +147,8 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
         episode = _append(episode, episode.renderer.close_turn())
         attempts = [Malformed("unclosed", "the turn was cut off")]
     else:
-        attempts = GRAMMARS[episode.rules.grammar].parse(episode.renderer.turn_text(turn.ids), episode.available)
+        text, reasons = episode.renderer.turn_text(turn.ids), episode.renderer.opens_reasoning
+        attempts = calls.parse(episode.rules.grammar, text, episode.available, in_reasoning=reasons)
     runs = any(isinstance(attempt, Call) for attempt in attempts)
     errors = 0 if runs else episode.format_errors + 1
     return _next(dataclasses.replace(episode, pending=tuple(attempts), format_errors=errors))

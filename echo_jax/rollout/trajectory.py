@@ -122,7 +122,7 @@ def save(path: Path, trajectories: Sequence[Trajectory], *, vocab_size: int) -> 
     trajectories = list(trajectories)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(scratch, "wt", compresslevel=3) as file:
+        with gzip.open(scratch, "wt", compresslevel=3, encoding="utf-8") as file:
             tools = list(dict.fromkeys(name for trajectory in trajectories for name in trajectory.tools))
             file.write(json.dumps(_header(vocab_size, tools)) + "\n")
             for trajectory in trajectories:
@@ -171,7 +171,7 @@ def load(path: Path, *, vocab_size: int, padded: bool = False) -> list[Trajector
       TrajectoryError: the file is damaged, or has another format or vocabulary.
     """
     try:
-        with gzip.open(path, "rt") as file:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
             header, *records = [json.loads(line) for line in file]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise TrajectoryError(

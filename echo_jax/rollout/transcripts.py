@@ -11,6 +11,7 @@ from rich.text import Text
 
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import Trajectory
+from echo_jax.system.terminal import escaped
 from echo_jax.tokenizer import Tokenizer
 
 STYLES = {Role.ACTION: "bold green", Role.OBSERVATION: "cyan", Role.PROMPT: "bold", Role.SCAFFOLD: "dim"}
@@ -37,8 +38,8 @@ def stretches(trajectory: Trajectory, tokenizer: Tokenizer) -> Iterator[tuple[Ro
 
 
 def show(trajectory: Trajectory, tokenizer: Tokenizer, console: Console) -> None:
-    console.rule(Text(heading(trajectory)))
+    console.rule(Text(escaped(heading(trajectory))))
     for role, text, logprob in stretches(trajectory, tokenizer):
         note = f"{role.name.lower()}, log-prob {logprob:.2f}" if role == Role.ACTION else role.name.lower()
-        printable = text.encode("utf-8", "backslashreplace").decode()  # surrogates stand for bytes that are not UTF-8
-        console.print(Text(f"{note:>28} | "), Text(printable, style=STYLES.get(role, OTHER_STYLE)), sep="", end="\n")
+        shown = Text(escaped(text), style=STYLES.get(role, OTHER_STYLE))
+        console.print(Text(f"{note:>28} | "), shown, sep="", end="\n")

@@ -29,7 +29,7 @@ from echo_jax.rollout.engine.programs import lower, make_programs
 from echo_jax.run.engine_layout import engine_layout
 from echo_jax.run.resident import CHIPS, GIB, Chip, HostEngine, Memory, advice, decode_ceiling, resident
 from echo_jax.run.validate import validate
-from echo_jax.system import hlo
+from echo_jax.system import hlo, paths
 from echo_jax.system.errors import UserError
 from echo_jax.system.sharding import bytes_a_device, make_mesh, sharding_of
 
@@ -276,4 +276,4 @@ def by_kind(text: str) -> dict[str, dict[str, int]]:
 def load_config(path: str) -> ml_collections.ConfigDict:
     """Returns the config of a file, or of `file:argument`."""
     name, *argument = path.split(":", 1)
-    return load_config_file(Path(name)).get_config(*argument)
+    return load_config_file(Path(paths.expanded(name))).get_config(*argument)

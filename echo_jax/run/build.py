@@ -5,6 +5,7 @@ In: a config. Out: `Parts`: the learner and everything on the host: tokenizer, t
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,13 +32,14 @@ from echo_jax.rollout.trajectory import load as load_trajectories
 from echo_jax.rollout.world import Machine
 from echo_jax.run.engine_layout import engine_layout
 from echo_jax.run.validate import check_tools, validate
+from echo_jax.system import descriptors, paths, provenance, user_code
 from echo_jax.system import peers as peers_lib
-from echo_jax.system import provenance, user_code
 from echo_jax.system.peers import Peers
+from echo_jax.system.terminal import escaped
 from echo_jax.tasks.stream import environment_stream, make_families, task_stream
 from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import Tokenizer
-from echo_jax.tools import make_tools, sandbox
+from echo_jax.tools import bubblewrap, make_tools, sandbox
 from echo_jax.tools.tool import Tool
 
 CHECKED_TASKS = 16  # tasks of the mixture to check before a run starts
@@ -167,7 +169,7 @@ def _saved(path: str, field: str, config: ml_collections.ConfigDict, vocab_size:
     """Returns the scored rollouts of the file that a config field names; an empty list without a file."""
     if not path:
         return []
-    trajectories = [t for t in load_trajectories(Path(path), vocab_size=vocab_size) if t.scored]
+    trajectories = [t for t in load_trajectories(Path(paths.expanded(path)), vocab_size=vocab_size) if t.scored]
     longest = max((len(t.ids) for t in trajectories), default=0)
     if not 0 < longest <= config.rollout.max_tokens:
         raise ConfigError(
@@ -274,12 +276,19 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
     families = make_families(mixture, sections)
     try:
         sandboxes(config)
-        if any(_needs_sandbox(name, family) for name, family in families.items()):
+        in_sandboxes = any(_needs_sandbox(name, family) for name, family in families.items())
+        if in_sandboxes:
             sandbox.probe(config.sandbox.backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     source, rows = _weights(config, tokenizer)
+    if source and source.unread and peers.is_first:
+        unread = ", ".join(source.unread)
+        print(escaped(f"{config.model.weights}: reads {source.read}, not {unread}"), file=sys.stderr)
     learner = build_learner(config, rows, jax.devices(), tuple(tools))
+    if in_sandboxes:
+        at_once = min(learner.rollouts_at_once, config.rollout.max_sandboxes or learner.rollouts_at_once)
+        descriptors.allow_sandboxes(at_once, bubblewrap.DESCRIPTORS)
     if config.rollout.engine == "paged":
         engine_layout(learner, engine_mesh(learner.mesh, learner.model_config))
     if source is not None:

@@ -28,6 +28,7 @@ from echo_jax.run.build import Parts
 from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_workdir, differences, may_change
 from echo_jax.system import user_code
+from echo_jax.system.terminal import escaped
 from echo_jax.tasks.stream import environments
 from echo_jax.tasks.task import has_demonstrator
 
@@ -171,7 +172,7 @@ def evaluate(
     step: int | None = None,
     episodes: int | None = None,
     samples: int = 1,
-    trajectories: str | None = None,
+    trajectories: Path | None = None,
 ) -> dict[str, Any]:
     """Returns the results that `echo_jax.evaluate` prints for a checkpoint; `evaluations.jsonl` in the workdir keeps
     them, with the fields in which the config differs from the run's.
@@ -189,8 +190,8 @@ def evaluate(
         policy = restore(checkpointer, parts.learner, parts.source, step=step, quiet=quiet)
     result = {"step": policy.step}
     if trajectories:
-        saved = trajectory_lib.load(Path(trajectories), vocab_size=parts.learner.vocab_size)
-        result |= {"trajectories": trajectories, "count": len(saved)}
+        saved = trajectory_lib.load(trajectories, vocab_size=parts.learner.vocab_size)
+        result |= {"trajectories": str(trajectories), "count": len(saved)}
         result |= compare(Scorer(parts.learner, parts.peers), policy.params, saved, SHUFFLE_SEED)
     else:
         episodes = episodes or config.eval.episodes
@@ -201,14 +202,16 @@ def evaluate(
         result |= {"episodes": episodes, "samples": samples} | metrics
         if joint.raised and parts.peers.is_first:
             headline = joint.first_raised.partition("\n")[0]
-            print(f"exceptions in {joint.raised} rollouts, see {workdir / 'errors.log'}: {headline}", file=sys.stderr)
+            said = f"exceptions in {joint.raised} rollouts, see {workdir / 'errors.log'}: {headline}"
+            print(escaped(said), file=sys.stderr)
         if (unscored := metrics["eval/rejected"]) and parts.peers.is_first:
             cause = f": {collector.fault}" if collector.fault else ""
             count = f"{unscored} of {metrics['eval/submitted']}"
-            print(f"{count} rollouts could not be scored and are in no solve rate{cause}", file=sys.stderr)
+            said = f"{count} rollouts could not be scored and are in no solve rate{cause}"
+            print(escaped(said), file=sys.stderr)
     if parts.peers.is_first:
         line = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "overrides": overrides}
-        with (workdir / "evaluations.jsonl").open("a") as file:
+        with (workdir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | result) + "\n")
     return result
 

@@ -20,6 +20,7 @@ from echo_jax.models.save_pretrained import write_adapter, write_weights
 from echo_jax.models.sources import read_json
 from echo_jax.run.build import Parts, build
 from echo_jax.run.workdir import check_workdir
+from echo_jax.system import paths
 from echo_jax.system.errors import UserError
 from echo_jax.system.peers import Peers
 from echo_jax.system.progress import Progress
@@ -83,7 +84,9 @@ def export(
     model_config = parts.learner.model_config
     with complete(output) if peers.is_first else contextlib.nullcontext() as folder:
         if adapter:
-            write_adapter(policy.params, model_config, folder, base=config.model.weights, dtype=dtype)
+            # An absolute path, since PEFT looks for a relative one from wherever it runs.
+            base = str(Path(paths.expanded(config.model.weights)).absolute())
+            write_adapter(policy.params, model_config, folder, base=base, dtype=dtype)
         else:
             total, console = (
                 len(tensor_names(parts.learner.model_config)),
@@ -93,7 +96,7 @@ def export(
                 write_weights(policy.params, model_config, folder, dtype=dtype, on_tensor=progress.update)
         if peers.is_first:
             for name, content in {} if adapter else described.items():
-                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             parts.renderer.tokenizer.save(folder)
     peers.gather(None, "export")
     return f"wrote step {policy.step} of {workdir} to {output}"
@@ -110,7 +113,7 @@ def _described(parts: Parts, dtype: str) -> dict[str, Any]:
 
 def _generation(parts: Parts) -> dict[str, Any]:
     """Returns the generation_config.json of the published weights or, without one, this run's sampling settings."""
-    path = Path(parts.config.model.weights) / GENERATION
+    path = Path(paths.expanded(parts.config.model.weights)) / GENERATION
     if parts.source and path.is_file():
         return read_json(path)
     return {

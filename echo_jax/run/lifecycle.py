@@ -18,6 +18,7 @@ from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.rollout.collector import Collector, Interrupted
 from echo_jax.run.build import Parts, build
 from echo_jax.run.evaluator import evaluation_line
+from echo_jax.run.revisions import settle_revisions
 from echo_jax.run.trainer import Trainer
 from echo_jax.run.workdir import (
     Taken,
@@ -27,12 +28,12 @@ from echo_jax.run.workdir import (
     finished_steps,
     only_process_in,
     record_config,
-    settle_revisions,
     starting_point,
 )
-from echo_jax.system import provenance, user_code
+from echo_jax.system import paths, provenance, user_code
 from echo_jax.system.metrics import read_metrics
 from echo_jax.system.peers import AGAIN, TAKEN, JointError, Peers
+from echo_jax.system.terminal import escaped
 
 
 @contextlib.contextmanager
@@ -84,7 +85,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
     parts = build(config, peers)
     peers = parts.peers
     if config.system.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.system.compilation_cache).absolute()))
+        cache = Path(paths.expanded(config.system.compilation_cache)).absolute()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     if config.init_from and not (workdir / "config.json").exists():
         starting_point(config)  # before a wrong one is recorded
     done, steps = workdir / "DONE", config.warm_start.num_steps + config.num_steps
@@ -99,7 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
                 if owner:
                     claim_for(owner, workdir)
             except Taken as taken:
-                print(f"error: {taken}", file=sys.stderr)
+                print(f"error: {escaped(taken)}", file=sys.stderr)
                 return "taken"
             done.unlink(missing_ok=True)  # the run is extended
             record_config(config, workdir)
@@ -112,9 +114,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, owner: str = "", 
         if whose == "ours":
             if status := _run(parts, workdir):
                 return status
-            peers.first(lambda: done.write_text(f"{steps} steps\n"))
+            peers.first(lambda: done.write_text(f"{steps} steps\n", encoding="utf-8"))
         if peers.is_first:
-            print(summary(workdir))
+            print(escaped(summary(workdir)))
     return 0
 
 
@@ -136,9 +138,8 @@ def _run(parts: Parts, workdir: Path) -> int:
     peers = parts.peers
 
     def say(text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads: that must not end a run, nor keep it from saving
-            if peers.is_first:
-                print(text, flush=True)
+        if peers.is_first:
+            print(escaped(text), flush=True)
 
     errors = workdir / ("errors.log" if peers.is_first else f"errors_process_{peers.index}.log")
     with (

@@ -24,11 +24,13 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from echo_jax.config import ConfigError, load_config_file
+from echo_jax.config import ConfigError, load_config_file, may_add
 from echo_jax.run.workdir import follows_warm_start
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import read_metrics
+from echo_jax.system.overrides import define_config, literal, plain
 from echo_jax.system.peers import AGAIN, TAKEN
+from echo_jax.system.terminal import escaped
 
 METRICS = ("eval/solve_rate", "eval/observation_ce", "rollout/solve_rate", "observation/ce")  # columns of the table
 TRAIN = (sys.executable, "-m", "echo_jax.train")
@@ -141,6 +143,7 @@ def plan(
 ) -> list[Run]:
     """Returns all runs of the sweep. Checks that each field exists and takes its value, and that names are unique."""
     path, *arg = config.split(":", 1)
+    common = plain(common)
     try:
         module = load_config_file(Path(path))
     except ConfigError as error:
@@ -152,12 +155,12 @@ def plan(
 
     def add(name: str, overrides: Mapping[str, Any], more: Mapping[str, Any], needs: str = "") -> None:
         fields = common | overrides | more
-        arguments = [f"--config.{field}={_argument(value)}" for field, value in fields.items()]
+        arguments = [f"--config.{field}={_argument(field, value)}" for field, value in fields.items()]
         _check(module.get_config(*arg), name, fields, arguments)
         command = (*train, f"--config={config}", f"--workdir={workdir / name}", *arguments)
         runs[name] = Run(name, overrides, workdir / name, command, (logs or workdir) / name / "log.txt", needs)
 
-    for overrides in map(dict, module.sweep()):
+    for overrides in map(plain, module.sweep()):
         name = run_name(overrides)
         if name in runs:
             raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
@@ -188,7 +191,7 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     for field, value in sorted(overrides.items()):
         last = field.rsplit(".", 1)[-1]
         key = last if short.count(last) == 1 else field
-        text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = _named(value)
         parts.append(f"{key}={text}")
     name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", ",".join(parts)) or "base"
     if len(name) <= _LONGEST_NAME:
@@ -196,8 +199,19 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _argument(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+def _named(value: Any) -> str:
+    """Returns a value as part of a run's name."""
+    if isinstance(value, Mapping):
+        return "-".join(f"{name}-{_named(entry)}" for name, entry in sorted(value.items()))
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _argument(field: str, value: Any) -> str:
+    """Returns the text of a flag that sets this field. An entry of an open section has no type, so that its text is
+    read as a literal: a string that looks like a number, or like None, needs quotes there."""
+    if not isinstance(value, str) or (may_add(field) and literal(value) != value):
+        return repr(value)
+    return value
 
 
 def _check(
@@ -207,12 +221,12 @@ def _check(
     values = flags.FlagValues()
     argv = ["train", *arguments]
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        define_config(config, may_add, "The run's config.", flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise SweepError(f"run {name}: the config does not take {dict(overrides)}: {reason}") from error
-    for field, value in config_flags.get_override_values(values["config"]).items():
+    for field, value in plain(config_flags.get_override_values(values["config"])).items():
         if value != overrides[field]:
             raise SweepError(
                 f"run {name}: {field} is of type {type(value).__name__} and does not take {overrides[field]!r}: "
@@ -266,9 +280,9 @@ def _execute(run: Run, title: str, output: TextIO, *, believe: bool) -> int:
         reason = f"FAILED with status {status}"
         if status == AGAIN:
             reason += " (the same command resumes it)"
-    print(f"{title}: {reason} after {seconds:.0f} s; last lines of {run.log}:", file=output)
-    for line in run.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
-        print(f"    {line}", file=output)
+    print(f"{title}: {reason} after {seconds:.0f} s; last lines of {escaped(run.log)}:", file=output)
+    for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]:
+        print(f"    {escaped(line)}", file=output)
     output.flush()
     return status or 1
 
@@ -302,9 +316,10 @@ def _handle(handlers: Any) -> dict[int, Any]:
 
 
 def _print_table(command: Sequence[str], output: TextIO) -> None:
-    print(f"asking for the table: {shlex.join(command)}", file=output, flush=True)
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace")
-    print(ended.stdout, end="", file=output, flush=True)
+    print(f"asking for the table: {escaped(shlex.join(command))}", file=output, flush=True)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    ended = subprocess.run(command, **pipes, encoding="utf-8", errors="replace")
+    print(escaped(ended.stdout), end="", file=output, flush=True)
     if ended.returncode:
         print(f"no table: status {ended.returncode}", file=output, flush=True)
 
@@ -322,16 +337,16 @@ def _report(runs: Sequence[Run], done: Set[str], path: Path, output: TextIO) -> 
         rows.append([run.name, *cells, "yes" if run.name in done else "no", *values])
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w", newline="") as file:
+    with temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     os.replace(temporary, path)
     # The name repeats the overrides, so the printed table omits it.
     first = 1 if fields else 0
     table = Table(*header[first:])
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row[first:]))
+        table.add_row(*(escaped(cell) if isinstance(cell, str) else f"{cell:.4g}" for cell in row[first:]))
     Console(file=output, width=None if output.isatty() else _PLAIN_WIDTH, markup=False, highlight=False).print(table)
-    print(path, file=output, flush=True)
+    print(escaped(path), file=output, flush=True)
 
 
 def _last_values(path: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ from echo_jax.rollout.collector import Collector, Job
 from echo_jax.rollout.episode import Rules
 from echo_jax.rollout.world import EpisodeWorld, Machine
 from echo_jax.system.errors import ConfigError
+from echo_jax.system.terminal import escaped
 from echo_jax.tasks.stream import make_families
 from echo_jax.tasks.task import Family, Task, has_demonstrator
 from echo_jax.tokenizer import SentencePieces
@@ -40,12 +41,10 @@ def make_family(name: str, settings: Sequence[str]) -> Family:
 
 
 def show(task: Task) -> None:
-    print(f"{task.name}: {task.prompt}")
-    print(f"  tools: {' '.join(task.tools)}")
-    for path, content in sorted(task.files.items()):
-        print(f"  {path}: {len(content)} bytes")
-    for path, target in sorted(task.symlinks.items()):
-        print(f"  {path} -> {target}")
+    lines = [f"{task.name}: {task.prompt}", f"  tools: {' '.join(task.tools)}"]
+    lines += [f"  {path}: {len(content)} bytes" for path, content in sorted(task.files.items())]
+    lines += [f"  {path} -> {target}" for path, target in sorted(task.symlinks.items())]
+    print(escaped("\n".join(lines)))
 
 
 def check(tasks: Sequence[Task]) -> None:

@@ -35,6 +35,7 @@ from echo_jax.system.metrics import MetricsWriter
 from echo_jax.system.peers import JointError
 from echo_jax.system.profiler import Profiler
 from echo_jax.system.progress import LastingConsole, Progress
+from echo_jax.system.terminal import escaped
 from echo_jax.tasks.stream import environments
 
 SHOWN = {"rollout/solve_rate": "solve rate", "observation/ce": "CE", "loss/total": "loss"}  # in the progress line
@@ -291,7 +292,7 @@ class Trainer:
             self._say(f"exceptions in {self.collector.raised} rollouts, see {self.workdir / 'errors.log'}: {headline}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(escaped(text), markup=False, highlight=False, soft_wrap=True)
 
     def _replayed(self) -> list[Trajectory]:
         """Returns the groups of saved rollouts that this step trains on; the steps cycle through all groups."""

@@ -6,6 +6,7 @@ are made (a task that does not fit its budgets, a size that the mesh does not di
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,9 @@ from echo_jax.render import FORMATS
 from echo_jax.render.calls import GRAMMARS
 from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout.engine import find_engine
+from echo_jax.run.ranges import check_float, check_integer
 from echo_jax.system import named
 from echo_jax.system.errors import ConfigError
-from echo_jax.tasks import FAMILIES
 
 RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has its own phase, the warm start
 
@@ -56,7 +57,7 @@ MAY_BE_ZERO = (
     "pack.rows",
     "seed",
     "num_steps",
-    *(f"task.{family}.revision" for family in FAMILIES),
+    *(f"task.{name}.revision" for name, section in default_config().task.items() if "revision" in section),
     "task.rooms.map_seed",
     "rollout.tool_threads",
     "rollout.max_sandboxes",
@@ -104,7 +105,7 @@ POSITIVE = (
 )
 SHARES = ("warm_start.success_rate", "loss.min_valid_calls")  # from 0 to 1
 SHARES_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
-WEIGHTS = ("loss.class_weights.", "loss.tool_weights.")
+WEIGHTS = ("task.mixture.", "loss.class_weights.", "loss.tool_weights.")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -154,16 +155,21 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
     defaults = flat(default_config())
     for name, value in fields.items():
         if name.startswith(WEIGHTS):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
             _require(
-                math.isfinite(value) and value >= 0, f"config.{name} = {value}: it must be finite and not negative"
+                is_number and 0 <= value <= sys.float_info.max,
+                f"config.{name} = {value!r}: it must be finite and not negative",
             )
+            check_float(name, float(value))
         elif not _is_ours(name, defaults):
             continue  # the function or class that declares it must check it
         elif isinstance(value, float):
             _require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
+            check_float(name, value)
         elif isinstance(value, int) and not isinstance(value, bool):
             least = 0 if name in MAY_BE_ZERO else 1
             _require(value >= least, f"config.{name} = {value}: it must be at least {least}")
+            check_integer(name, value)
     for name in NOT_NEGATIVE:
         _require(fields[name] is None or fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
     for name, allowed in CHOICES.items():

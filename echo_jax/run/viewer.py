@@ -11,7 +11,7 @@ from echo_jax.run.workdir import recorded_config
 from echo_jax.tokenizer import Tokenizer
 
 
-def chosen_file(workdir: str | None, step: int | None, trajectories: str | None) -> Path:
+def chosen_file(workdir: Path | None, step: int | None, trajectories: Path | None) -> Path:
     """Returns the file to show: the one given or, of a workdir, the rollouts of a step or of its newest saved one.
 
     Raises:
@@ -20,11 +20,11 @@ def chosen_file(workdir: str | None, step: int | None, trajectories: str | None)
     if trajectories:
         if step is not None:
             raise TrajectoryError("--step chooses among the rollouts of --workdir; leave out --trajectories")
-        return Path(trajectories)
+        return trajectories
     if not workdir:
         raise TrajectoryError("set --workdir=RUN or --trajectories=FILE")
-    folder = Path(workdir) / "rollouts"
-    recorded_config(Path(workdir))  # or it is no run
+    folder = workdir / "rollouts"
+    recorded_config(workdir)  # or it is no run
     saved = sorted(folder.glob("step_*.jsonl.gz"))
     wanted = [path for path in saved if step in (None, int(path.name[len("step_") :].split(".")[0]))]
     if not wanted:
@@ -36,10 +36,10 @@ def chosen_file(workdir: str | None, step: int | None, trajectories: str | None)
     return wanted[-1]
 
 
-def tokenizer_of(path: Path, named: str) -> Tokenizer:
+def tokenizer_of(path: Path, named: Path | None) -> Tokenizer:
     """Returns the tokenizer that `--tokenizer` names or, without it, that of the run whose workdir holds the file."""
     workdir = path.absolute().parent.parent
     if named or not (workdir / "config.json").exists():
-        return tokenizers.load(named)
+        return tokenizers.load(named or "")
     config = recorded_config(workdir)
     return tokenizers.find(config.tokenizer.path, config.model.weights)

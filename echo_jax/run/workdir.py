@@ -1,8 +1,7 @@
 """Who may train in a workdir: one config, one run at a time, one owner.
 
 In: a config and a folder. Out: the folder's `config.json`, `.lock` and `owner`, or an error that says who has it. And
-the other way: `recorded_config` reads a run's config back from its folder, and `settle_revisions` the revisions of its
-tasks.
+the other way: `recorded_config` reads a run's config back from its folder.
 """
 
 import contextlib
@@ -16,9 +15,8 @@ from typing import Any
 import ml_collections
 
 from echo_jax.config import OPEN_SECTIONS, ConfigError, default_config, flat
-from echo_jax.system import named
+from echo_jax.system import named, paths
 from echo_jax.system.errors import UserError
-from echo_jax.tasks import FAMILIES
 
 # What may differ when a run goes on, and why: a field's name, or a section's with a dot. No other field may.
 PLACEMENT = "it decides where and how the run is computed; results stay equal up to rounding"
@@ -63,19 +61,6 @@ def follows_warm_start(name: str) -> bool:
     return may_change(name) or (name.startswith(AFTER_WARM_START) and not numerics)
 
 
-def settle_revisions(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Replaces each task revision that the config leaves open, because it is 0 or not named: by that of the run in the
-    workdir or, if it holds none, by the newest. So a run keeps its tasks when its family is mended."""
-    recorded = _recorded(workdir) if (workdir / "config.json").exists() else None
-    for entry, section in config.task.items():
-        family = section.get("family", entry)
-        if entry == "mixture" or family not in FAMILIES or section.get("revision"):
-            continue
-        newest = FAMILIES[family].newest_revision
-        with section.unlocked():
-            section.revision = newest if recorded is None else recorded.get(f"task.{entry}.revision", FIRST_REVISION)
-
-
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes config.json into a new workdir, or checks that the run in an old one may go on with this config."""
     if (workdir / "config.json").exists():
@@ -89,10 +74,10 @@ def record_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes config.json. Of a run that goes on with other values it then holds those."""
     text = json.dumps(flat(config), indent=2, sort_keys=True) + "\n"
     path = workdir / "config.json"
-    if path.exists() and path.read_text() == text:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     scratch = path.with_name("config.json.tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -130,7 +115,7 @@ def differences(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, t
     Raises:
       ConfigError: the workdir holds no run.
     """
-    recorded, current = _recorded(workdir), _plain(flat(config))
+    recorded, current = recorded_fields(workdir), _plain(flat(config))
     recorded |= {name: value for name, value in _later_fields(recorded).items() if name in current}
     pairs = {
         name: tuple(fields.get(name, _absent(name)) for fields in (recorded, current))
@@ -149,7 +134,7 @@ def starting_point(config: ml_collections.ConfigDict) -> tuple[Path, int]:
     name, _, step = config.init_from.rpartition(":")
     if not name or not step.isdecimal():
         name, step = config.init_from, ""
-    workdir = Path(name)
+    workdir = Path(paths.expanded(name))
     changes = differences(config, workdir)
     pairs = {field: pair for field, pair in changes.items() if field.startswith(STARTS_FROM) and not may_change(field)}
     if pairs:
@@ -202,7 +187,7 @@ def _saved_steps(workdir: Path) -> set[int]:
 def finished_steps(workdir: Path) -> int | None:
     """Returns how many steps a complete run has made; None if there is none in the workdir."""
     path = workdir / "DONE"
-    return int(path.read_text().split()[0]) if path.exists() else None
+    return int(path.read_text(encoding="utf-8").split()[0]) if path.exists() else None
 
 
 def recorded_config(workdir: Path) -> ml_collections.ConfigDict:
@@ -211,7 +196,7 @@ def recorded_config(workdir: Path) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: it holds no run, or one of a later version with fields that this version does not know.
     """
-    recorded = _recorded(workdir)
+    recorded = recorded_fields(workdir)
     config = default_config()
     known = flat(config)
     with config.unlocked():
@@ -226,7 +211,7 @@ def recorded_config(workdir: Path) -> ml_collections.ConfigDict:
                 )
             _set(config, name, _tuples(value))
     provenance = workdir / "provenance.jsonl"
-    for line in provenance.read_text().splitlines()[-1:] if provenance.exists() else ():
+    for line in provenance.read_text(encoding="utf-8").splitlines()[-1:] if provenance.exists() else ():
         for folder in json.loads(line).get("module_folders", ()):  # of the config's own modules
             named.add_folder(folder)
     return config
@@ -246,22 +231,23 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _recorded(workdir: Path) -> dict[str, Any]:
+def recorded_fields(workdir: Path) -> dict[str, Any]:
     """Returns the fields in a workdir's config.json."""
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run; train one first: python -m echo_jax.train --workdir={workdir} …")
     try:
-        recorded = json.loads(path.read_text())
+        recorded = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(recorded, dict):
             raise ValueError(f"a {type(recorded).__name__}, not an object")
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); move the workdir away, or use another --workdir") from error
     if recorded.get("rollout.engine") == "dense":  # the paged engine took its place
         recorded["rollout.engine"] = "paged"
-    entries = {*FAMILIES, *(name.split(".")[1] for name in recorded if name.startswith("task."))}
+    families = {name for name, section in default_config().task.items() if "revision" in section}
+    entries = {*families, *(name.split(".")[1] for name in recorded if name.startswith("task."))}
     for entry in entries:
-        if recorded.get(f"task.{entry}.family", entry) in FAMILIES:
+        if recorded.get(f"task.{entry}.family", entry) in families:
             recorded.setdefault(f"task.{entry}.revision", FIRST_REVISION)
     return recorded
 
@@ -296,7 +282,7 @@ class Taken(UserError):
 @contextlib.contextmanager
 def only_process_in(workdir: Path) -> Iterator[None]:
     """Holds the workdir's lock; raises `Taken` if another process has it. A killed process releases it."""
-    with (workdir / ".lock").open("w") as file:
+    with (workdir / ".lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -307,7 +293,7 @@ def only_process_in(workdir: Path) -> Iterator[None]:
 def claim_for(owner: str, workdir: Path) -> None:
     """Gives the workdir to the owner; raises `Taken` if another has it. If two try at once, one of them gets it."""
     path = workdir / "owner"
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(owner)
-    if (found := path.read_text()) != owner:
+    if (found := path.read_text(encoding="utf-8")) != owner:
         raise Taken(f"{workdir} belongs to the owner {found!r}, not to {owner!r}; if {found!r} is gone, delete {path}")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Self
 import jax
 
 from echo_jax.system.errors import USER_ERRORS, UserError
+from echo_jax.system.terminal import escaped
 
 # Exit statuses of a run.
 AGAIN = 75  # EX_TEMPFAIL: the same command resumes the run
@@ -171,7 +172,7 @@ class Peers:
             time.sleep(self._silence + 2 * self._period)
         if isinstance(error, USER_ERRORS):
             reason = str(error)
-            print(f"error: {reason}", file=sys.stderr)
+            print(f"error: {escaped(reason)}", file=sys.stderr)
         else:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exception(error)
@@ -252,7 +253,7 @@ class Peers:
         if self._done.is_set() or (self._status and answers):  # already ending: another's exit changes nothing
             return
         advice = ". Everything saved is complete: run the same command again to resume" if status == AGAIN else ""
-        print(f"error: {why}; {self._name(self.index)} stops too{advice}", file=sys.stderr, flush=True)
+        print(f"error: {escaped(why)}; {self._name(self.index)} stops too{advice}", file=sys.stderr, flush=True)
         self._exit(status, others=self.count - 2, answers=answers)
 
     def _fail(self, reason: str, status: int) -> None:

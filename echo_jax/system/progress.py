@@ -8,6 +8,8 @@ import rich.progress
 from rich.console import Console
 from rich.table import Column
 
+from echo_jax.system.terminal import escaped
+
 
 class LastingConsole(Console):
     """A console that falls silent when nobody reads any more, as after `| head`; rich's would end the program."""
@@ -44,7 +46,7 @@ class Progress:
           console: where to print; stdout if None.
           clock: seconds, monotonic.
         """
-        self._title, self._total, self._start = title, total, start
+        self._title, self._total, self._start = escaped(title), total, start
         self._every_seconds, self._clock = every_seconds, clock
         self._console = Console() if console is None else console
         self._step = start
@@ -86,7 +88,7 @@ class Progress:
 
     def log(self, text: str) -> None:
         """Prints a separate line, above the bar if there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(escaped(text), markup=False, highlight=False, soft_wrap=True)
 
     def _print_line(self) -> None:
         self._unshown, self._shown_at = False, self._clock()
@@ -97,7 +99,7 @@ class Progress:
         parts = [f"{self._step}/{self._total}"]
         if done > 0 and elapsed > 0:
             parts += [_rate(done / elapsed), f"eta {_duration((self._total - self._step) * elapsed / done)}"]
-        return "  ".join(parts + [f"{name} {_compact(value)}" for name, value in self._metrics.items()])
+        return escaped("  ".join(parts + [f"{name} {_compact(value)}" for name, value in self._metrics.items()]))
 
 
 def _rate(steps_per_second: float) -> str:

@@ -33,7 +33,7 @@ def record(workdir: Path, root: Path = ROOT) -> None:
         "platform": platform.platform(),
         "packages": {d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name)},
     }
-    with (workdir / "provenance.jsonl").open("a") as file:
+    with (workdir / "provenance.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -44,7 +44,9 @@ def source(root: Path = ROOT) -> tuple[str | None, str | None]:
         commit, diff = _git(root, "rev-parse", "HEAD"), _diff(root)
     else:
         shipped = [root / ".shipped" / name for name in ("commit", "diff")]
-        commit, diff = (path.read_text(errors="replace") if path.exists() else None for path in shipped)
+        commit, diff = (
+            path.read_text(encoding="utf-8", errors="replace") if path.exists() else None for path in shipped
+        )
     return commit and commit.strip(), diff
 
 
@@ -69,7 +71,11 @@ def _git(root: Path, *arguments: str, index: Path | None = None) -> str | None:
     environment = os.environ | ({"GIT_INDEX_FILE": str(index)} if index else {})
     try:
         run = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", env=environment
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
         )
     except FileNotFoundError:
         return None

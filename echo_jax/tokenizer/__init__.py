@@ -7,8 +7,9 @@ Out: ids. `load` opens a SentencePiece model or the tokenizer of a published mod
 from collections.abc import Mapping
 from pathlib import Path
 
+from echo_jax.system import paths
 from echo_jax.tokenizer.base import Tokenizer, TokenizerError
-from echo_jax.tokenizer.bpe import BytePairs, gguf_vocabulary
+from echo_jax.tokenizer.bpe import BytePairs, ends_of, gguf_vocabulary
 from echo_jax.tokenizer.pieces import CONTROL_SYMBOLS, DEFAULT_MODEL, SentencePieces
 
 __all__ = [
@@ -32,7 +33,7 @@ def load(path: str | Path = "") -> SentencePieces | BytePairs:
     Raises:
       TokenizerError: it is missing or unusable.
     """
-    path = Path(path) if path else DEFAULT_MODEL
+    path = Path(paths.expanded(path)) if path else DEFAULT_MODEL
     if path.suffix == ".gguf":
         return BytePairs.of_gguf(path)
     if path.suffix == ".json" and path.name != "tokenizer.json":
@@ -57,6 +58,8 @@ def find(path: str | Path, weights: str | Path = "") -> SentencePieces | BytePai
     tokenizer = load(path)
     if weights and (theirs := vocabulary(weights)) and (difference := differing(tokenizer.vocabulary, theirs)):
         raise TokenizerError(f"{path} has a different vocabulary from the tokenizer of {weights}: {difference}")
+    if weights and isinstance(tokenizer, BytePairs) and not tokenizer.ends:
+        tokenizer.ends = ends_of(Path(paths.expanded(weights)))
     return tokenizer
 
 
@@ -67,7 +70,7 @@ def vocabulary(path: str | Path) -> dict[str, int]:
     Raises:
       TokenizerError: one of its files is damaged.
     """
-    path = Path(path)
+    path = Path(paths.expanded(path))
     if path.suffix == ".gguf":
         return gguf_vocabulary(path)
     has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

@@ -50,6 +50,8 @@ class Token(NamedTuple):
 class BytePairs:
     """A tokenizer.json with its tokenizer_config.json."""
 
+    ends: tuple[int, ...] = ()  # ids that end a text, as the generation_config.json of its model lists them
+
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any], origin: Path):
         """
         Args:
@@ -90,6 +92,7 @@ class BytePairs:
             settings["chat_template"] = _text(template)
         tokenizer = cls(_json(folder / "tokenizer.json"), settings, folder / "tokenizer.json")
         tokenizer._folder = folder
+        tokenizer.ends = ends_of(folder)
         return tokenizer
 
     @classmethod
@@ -140,7 +143,10 @@ class BytePairs:
             "chat_template": fields.get("tokenizer.chat_template"),
             "clean_up_tokenization_spaces": False,
         }
-        return cls(definition, {name: value for name, value in settings.items() if value is not None}, path)
+        tokenizer = cls(definition, {name: value for name, value in settings.items() if value is not None}, path)
+        ends = [get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+        tokenizer.ends = tuple(end for end in ends if isinstance(end, int))
+        return tokenizer
 
     _folder: Path | None = None
 
@@ -201,8 +207,10 @@ class BytePairs:
                 if (self._folder / name).is_file():
                     shutil.copyfile(self._folder / name, folder / name)
             return
-        (folder / "tokenizer.json").write_text(json.dumps(self._definition, ensure_ascii=False))
-        (folder / "tokenizer_config.json").write_text(json.dumps(self._settings, ensure_ascii=False, indent=2))
+        definition = json.dumps(self._definition, ensure_ascii=False)
+        settings = json.dumps(self._settings, ensure_ascii=False, indent=2)
+        (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
 
     def _plainly(self, text: str, start: int) -> list[Token]:
         """Encodes text without recognising added tokens; bytes that are not UTF-8 become single-byte pieces."""
@@ -247,9 +255,10 @@ class BytePairs:
         return template
 
     def _build(self, vocabulary: dict[str, int]):
-        """Returns the same tokenizer, but without added tokens and without the tokens it would put around a text."""
-        model = self._definition["model"] | {"vocab": vocabulary}
-        plain = self._definition | {"added_tokens": [], "post_processor": None, "model": model}
+        """Returns the same tokenizer, but without added tokens, without the tokens it would put around a text, and
+        without what the file keeps of its last use in a batch or in training."""
+        model = self._definition["model"] | {"vocab": vocabulary, "dropout": None}
+        plain = self._definition | _NO_STATE | {"added_tokens": [], "post_processor": None, "model": model}
         return _tokenizers().Tokenizer.from_str(json.dumps(plain))
 
     def _byte_table(self, vocabulary: dict[str, int], added: dict[str, int]) -> dict[int, bytes]:
@@ -270,7 +279,7 @@ class BytePairs:
 
     def _named(self, field: str, default: int | None = None) -> int:
         name = self.name_of(field)
-        if name in self.vocabulary:
+        if name and name in self.vocabulary:
             return self.vocabulary[name]
         if default is None:
             raise self._error(f"{field} = {name!r} is not in its vocabulary")
@@ -282,11 +291,13 @@ class BytePairs:
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # `tokenizer.ggml.token_type`
 _FLAGS = ("lstrip", "rstrip", "single_word")
+# A tokenizer.json that was saved after a call with `max_length` or `padding` still has them; transformers ignores both.
+_NO_STATE = {"truncation": None, "padding": None}
 
 
 def _alternatives(added: dict[str, int]) -> re.Pattern | None:
-    """Returns the pattern that finds added tokens, the longest at each position."""
-    names = sorted(added, key=len, reverse=True)
+    """Returns the pattern that finds added tokens, the longest at each position. An empty name is never found."""
+    names = sorted(filter(None, added), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
@@ -297,9 +308,26 @@ def _bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+def ends_of(folder: Path) -> tuple[int, ...]:
+    """Returns the ids that end a text of the model in a folder: those of its generation_config.json or, without one,
+    of its config.json.
+
+    Raises:
+      TokenizerError: the file is damaged.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ends = _json(path).get("eos_token_id") if path.is_file() else None
+        if ends is not None:
+            ends = tuple(ends) if isinstance(ends, list) else (ends,)
+            if not all(type(end) is int and end >= 0 for end in ends):
+                raise TokenizerError(f"{path}: eos_token_id = {ends} must be the id of a token, or a list of ids")
+            return ends
+    return ()
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -34,6 +34,7 @@ from echo_jax.tools import cgroup, isolation, supervisor
 
 START_SECONDS = 30.0  # a start takes milliseconds, but may take seconds on a host that starts hundreds at once
 CLOSE_SECONDS = 5.0
+DESCRIPTORS = 3  # that an open sandbox takes in this process: its socket, its errors, and a handle of its process
 _FRAME_BYTES = 1 << 16  # what an answer may hold besides its payload: the directory, counters, an error message
 _CREDENTIALS = struct.Struct("3i")  # Linux: struct ucred (pid, uid, gid)
 
@@ -374,7 +375,7 @@ class _ForkServer:
             if apart:
                 self._await_message()
                 for name in ("uid_map", "gid_map"):
-                    Path(f"/proc/{self._bwrap.pid}/{name}").write_text(_MAP)
+                    Path(f"/proc/{self._bwrap.pid}/{name}").write_text(_MAP, encoding="ascii")
                 self._requests.send(b"mapped")
             self._await_message()
             failed.pop_all()

@@ -58,14 +58,14 @@ class Cgroup:
 
     def oom_kills(self) -> int:
         """Returns how many processes of the group the kernel's OOM killer has ended."""
-        found = re.search(r"^oom_kill (\d+)$", self._events.read_text(), re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)$", self._events.read_text(encoding="utf-8"), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def refused_forks(self) -> int:
         """Returns how many forks the limit has refused; 0 where the kernel does not count them."""
         if self._refusals is None:
             return 0
-        return int(self._refusals.read_text().split()[1])  # "max 3"
+        return int(self._refusals.read_text(encoding="utf-8").split()[1])  # "max 3"
 
     def remove(self) -> None:
         """Removes the folders. Call it once the processes have ended; the kernel may take a moment to notice."""
@@ -103,7 +103,7 @@ def choices(process: Path = Path("/proc/self")) -> Iterator[tuple[int, tuple[Pat
         # children; a sibling may. We must be able to write to its parent too, or moving a process there fails.
         for parent in (group, group.parent):
             control = parent / "cgroup.subtree_control"
-            if control.exists() and {"memory", "pids"} <= set(control.read_text().split()):
+            if control.exists() and {"memory", "pids"} <= set(control.read_text(encoding="utf-8").split()):
                 yield 2, (parent,)
     if all(name in mounts and name in groups for name in ("memory", "pids")):
         yield 1, tuple(_below(mounts[name], groups[name]) for name in ("memory", "pids"))
@@ -124,7 +124,7 @@ def sweep(parents: tuple[Path, ...]) -> None:
 def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
     """Returns controller ("" for version 2) -> (root of the mount within its hierarchy, mount point)."""
     found: dict[str, tuple[str, Path]] = {}
-    for line in table.read_text().splitlines():
+    for line in table.read_text(encoding="utf-8").splitlines():
         fields, _, filesystem = line.partition(" - ")
         kind, _, options = filesystem.split(" ", 2)
         root, target = fields.split(" ")[3:5]
@@ -138,7 +138,7 @@ def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
 
 def _groups(table: Path) -> Iterator[tuple[str, str]]:
     """Yields (controller, group of this process)."""
-    for line in table.read_text().splitlines():
+    for line in table.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
             yield controller, path

@@ -48,13 +48,13 @@ def _mount(source, target, kind, flags, options=None):
 
 
 def _put(path, text):
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def uncover():
     """Takes bwrap's covers off /proc: below a /proc with covers the kernel allows no new one. Nobody sees this one."""
-    with open("/proc/self/mountinfo") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
         for point in [line.split(" ")[4] for line in file]:
             if point.startswith("/proc/"):
                 _call("umount2", os.fsencode(point), _DETACH)
@@ -102,12 +102,12 @@ def settle():
     _mount(b"/proc", b"/proc", None, _BIND)
     _mount(None, b"/proc", None, _BIND | _REMOUNT | _READ_ONLY | sealed)
     _mount(b"tmpfs", b"/proc/1", b"tmpfs", _READ_ONLY | sealed, b"size=4096")
-    with open("/proc/sys/kernel/cap_last_cap") as file:
+    with open("/proc/sys/kernel/cap_last_cap", encoding="utf-8") as file:
         for capability in range(int(file.read()) + 1):
             _call("prctl", _DROP_BOUND, capability, 0, 0, 0)
     _call("prctl", _AMBIENT, _AMBIENT_CLEAR, 0, 0, 0)
     _call("capset", struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0), bytes(24))
-    with open(status) as file:
+    with open(status, encoding="utf-8") as file:
         found = dict(line.rstrip("\n").split(":\t", 1) for line in file)
     for name, value in _SAFE.items():
         if found[name] != value:

@@ -216,6 +216,23 @@ def test_export_of_adapters_is_small(adapted, tmp_path):
     assert len(tensors) == 2 * 2 * 2
 
 
+def test_adapters_name_their_base_by_an_absolute_path(adapted, tmp_path, monkeypatch):
+    config, workdir = adapted
+    base = Path(config.model.weights)
+    shutil.copytree(workdir, tmp_path / "run")
+    for folder, given in ((base.parent, base.name), (base, "."), (tmp_path, f"~/{base.name}")):
+        monkeypatch.setenv("HOME", str(base.parent))
+        monkeypatch.chdir(folder)
+        relative = config.copy_and_resolve_references()
+        relative.model.weights = given
+        path = tmp_path / "run" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model.weights": given}))
+        output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        export(relative, tmp_path / "run", output, dtype="float32", adapter=True)
+        said = json.loads((output / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(base)
+
+
 def test_failed_export_leaves_no_folder(tmp_path):
     def fail(folder):
         (folder / "half").write_text("")

@@ -44,6 +44,42 @@ def write(config: ModelConfig, folder: Path, *, mesh=(1, 1, 1), **options) -> di
     return params
 
 
+def test_a_folder_with_two_sets_of_weights_is_refused(tmp_path):
+    write(TINY, tmp_path, file_bytes=5000)
+    assert open_source(tmp_path).unread == ()
+    parts = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    index = json.loads(parts[INDEX])["weight_map"]
+    (tmp_path / SINGLE).write_bytes(next(iter(parts[name] for name in index.values())))
+    with pytest.raises(WeightsError, match=f"two sets of weights, {SINGLE} and the parts that {INDEX} lists: move one"):
+        open_source(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    assert open_source(tmp_path).read == INDEX
+
+
+def test_one_file_with_an_index_is_one_set(tmp_path):
+    write(TINY, tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(open_source(tmp_path).tensors, SINGLE)}))
+    assert open_source(tmp_path).unread == ()
+
+
+OTHERS = [
+    *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model-00001-of-00003.safetensors"),
+    *("adapter_model.safetensors", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack", "model.Q4_0.gguf"),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_files_of_weights_are_named(tmp_path, other):
+    write(TINY, tmp_path)
+    (tmp_path / other).write_bytes(b"?")
+    (tmp_path / "training_args.bin").write_bytes(b"?")  # no weights
+    source = open_source(tmp_path)
+    assert (source.read, source.unread) == (SINGLE, (other,))
+    (tmp_path / SINGLE).unlink()
+    with pytest.raises(WeightsError, match=f"has neither {SINGLE} nor {INDEX}; {other} cannot be read"):
+        open_source(tmp_path)
+
+
 def random_params(config: ModelConfig, mesh) -> dict:
     """Like `init_params`, but no two numbers are equal, in norms and biases too."""
     params = initial(config, mesh)[1]

@@ -1,12 +1,13 @@
 """Laws of the grammars: every attempt is found, in order, and written calls are parsed back."""
 
 import json
+import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echo_jax.render.calls import GRAMMARS, MALFORMED, Call, Malformed
+from echo_jax.render.calls import GRAMMARS, MALFORMED, Call, Malformed, parse
 from echo_jax.tools import TOOLS
 
 PLAIN, JSON = GRAMMARS["plain"], GRAMMARS["json"]
@@ -111,3 +112,68 @@ def test_any_text_gives_at_least_one_attempt_of_a_known_kind(text, grammar):
     attempts = GRAMMARS[grammar].parse(text, ALL)
     assert attempts
     assert all(isinstance(a, Call) or a.status in MALFORMED for a in attempts)
+
+
+TAGS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "{", "}", '"', "\\", "\n", "x", "\ud83d", " "]
+quoting = st.lists(st.sampled_from(TAGS), max_size=12).map("".join)
+
+
+@given(st.lists(st.tuples(quoting, quoting), min_size=1, max_size=4), quoting.filter(lambda text: "<" not in text))
+@example([("f", "x</tool_call>y")], "")
+@example([("f", "a<tool_call>b</tool_call><think>c</think>")], "I write")
+def test_a_call_may_quote_tags(pairs, between):
+    calls = [Call("write", {"path": path, "content": content}) for path, content in pairs]
+    assert JSON.parse(between.join(JSON.write(call, ALL) for call in calls), ALL) == calls
+
+
+@pytest.mark.parametrize("command", ["grep '<tool_call>' f", "grep '</tool_call>' f", "echo '<think>'", "cat </think>"])
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_a_command_may_quote_tags(grammar, command):
+    call = Call("bash", {"command": command})
+    assert GRAMMARS[grammar].parse(GRAMMARS[grammar].write(call, ALL), ALL) == [call]
+
+
+@pytest.mark.parametrize(
+    ("text", "statuses"),
+    [
+        ('<tool_call>{"name": "bash", "arguments": {"command": "</tool_call>"}}', ["unclosed"]),
+        ('<tool_call>{"name": "bash", "arguments": {"command": "<tool_call>"}}' + LS, ["unclosed", "bash"]),
+        ('<tool_call>{"name": "bash", "arguments": {"command": "</tool_call>"}} so</tool_call>', ["invalid_json"]),
+        ('<tool_call>{"name": "bash, </tool_call>' + LS, ["invalid_json", "bash"]),
+        ('<tool_call>"</tool_call>"</tool_call>', ["missing_name"]),
+        ('<tool_call>{"name": "bash", "arguments": {"command": "<think>"}}</tool_call>' + LS, ["bash", "bash"]),
+    ],
+)
+def test_damaged_calls_that_quote_tags(text, statuses):
+    found = JSON.parse(text, ALL)
+    assert [a.tool if isinstance(a, Call) else a.status for a in found] == statuses
+
+
+_BEFORE = re.compile(
+    r"<think>.*?(?:</think>|\Z)|<tool_call>(?P<body>.*?)(?:(?P<close></tool_call>)|(?=<tool_call>)|\Z)", re.DOTALL
+)
+pieces = st.lists(
+    st.sampled_from(["<tool_call>", "</tool_call>", "<think>", "</think>", LS, '{"name": 3}', "{", "1", "oak ", "\n"]),
+    max_size=10,
+).map("".join)
+
+
+@given(pieces)
+def test_where_no_string_quotes_a_tag_attempts_are_those_of_the_first_version(text):
+    """It ended a call at the first tag, whatever the JSON."""
+    found = [part for part in _BEFORE.finditer(text) if part["body"] is not None]
+    assert [isinstance(a, Malformed) and a.status == "unclosed" for a in JSON.parse(text, ALL)] == (
+        [not part["close"] for part in found] or [False]
+    )
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@given(draft=quoting.filter(lambda text: "</think>" not in text), space=st.sampled_from(["", "\n", "\n\n", " "]))
+def test_only_what_follows_reasoning_that_the_format_opened_is_a_call(grammar, draft, space):
+    written = [GRAMMARS[grammar].write(Call("bash", {"command": name}), ALL) for name in ("drafted", "meant")]
+    thought = f"{draft}{written[0]}{draft}"
+    made = parse(grammar, f"{thought}</think>{space}{written[1]}", ALL, in_reasoning=True)
+    assert made == [Call("bash", {"command": "meant"})]
+    (attempt,) = parse(grammar, thought, ALL, in_reasoning=True)
+    assert attempt.status == "no_call"
+    assert parse(grammar, written[1], ALL) == made

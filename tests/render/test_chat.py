@@ -351,6 +351,53 @@ def test_both_the_templates_and_the_tokenizers_end_token_end_a_turn(tmp_path):
     assert renderer.turn_text((*renderer.tokenizer.encode("hi"), id_of("<|endoftext|>"))) == "hi"
 
 
+@pytest.mark.parametrize("listed", ["<|im_end|> <|endoftext|>", "<|endoftext|> <|im_start|>", "<|endoftext|>"])
+def test_every_end_that_generation_config_lists_ends_a_turn(tmp_path, listed):
+    listed = listed.split()
+    folder = write(tmp_path / "t", "chatml")
+    id_of = tokenizers.load(folder).id_of
+    ids = [id_of(name) for name in listed]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    renderer = make(folder, "template", grammar="plain")
+    assert renderer.stop_ids[0] == id_of("<|im_end|>")  # what the template writes
+    assert set(renderer.stop_ids) == {id_of("<|im_end|>"), *ids}
+    for stop in ids:
+        assert renderer.turn_text((*renderer.tokenizer.encode("hi"), stop)) == "hi"
+
+
+OPENINGS = {
+    "<think>\n": True,
+    "<think>": True,
+    "<think>\n\n</think>\n\n": False,
+    "<think>a</think><think>": True,
+    "": False,
+}
+
+
+@pytest.mark.parametrize(("opening", "opens"), OPENINGS.items())
+@pytest.mark.parametrize("kind", ["chatml", "qwen3"])  # in the second these tags are tokens
+def test_reasoning_that_the_template_opens_holds_no_call(tmp_path, kind, opening, opens):
+    template = CHATML.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif")
+    renderer = make(write(tmp_path / "t", kind, template=template), "template")
+    assert renderer.opens_reasoning is opens
+    rules = Rules(max_turns=3, max_tokens=2000, max_turn_tokens=300, grammar="json")
+    episode = start(renderer, rules, "Count the lines.", ("bash",))
+    drafted, meant = (GRAMMARS["json"].write(Call("bash", {"command": name}), TOOLS) for name in ("rm *", "ls"))
+
+    def after(text):
+        ids = (*renderer.tokenizer.encode_markup(text), renderer.stop_ids[0])
+        return advance(episode, Sampled(ids, (-1.0,) * len(ids), (0.5,) * len(ids), (3,) * len(ids), True))
+
+    if opens:
+        assert after(f"{drafted}\n</think>\n\n{meant}").call == Call("bash", {"command": "ls"})
+        assert after(drafted).call is None
+        assert after(drafted).format_errors == 1
+    else:
+        assert after(drafted).call == Call("bash", {"command": "rm *"})
+    by_script = advance(episode, sampled(renderer, meant))
+    assert by_script.call == Call("bash", {"command": "ls"})
+
+
 def test_tool_output_cannot_exhaust_the_marks(tmp_path):
     renderer = make(write(tmp_path / "t", "chatml"), "template", grammar="plain")
     hostile = "".join(map(chr, range(0xF0000, 0x110000, 3)))

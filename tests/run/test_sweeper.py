@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import pytest
 
 from echo_jax.run.sweeper import SweepError, run_name, run_sweep
@@ -217,6 +218,9 @@ def test_names_are_safe_short_stable_and_distinguish_fields_of_one_name():
     assert run_name({"model.width": 3, "engine.width": 4}) == "engine.width=4,model.width=3"
     assert run_name({"path": "../a b/$(rm)"}) == "path=.._a_b___rm_"
     assert run_name({"mesh.shape": (2, 4), "fast": False}) == "fast=False,shape=2-4"
+    changes = ((0, "echo"), (5, "grpo"))
+    assert run_name({"loss.mode_changes": changes}) == "mode_changes=_0,__echo__-_5,__grpo__"
+    assert run_name({"task.mixture": {"maze": 1.0, "lookup": 2}}) == "mixture=lookup-2-maze-1.0"
     assert run_name({}) == "base"
     long = [run_name({"text": "x" * 300 + end}) for end in "ab"]
     assert len(set(long)) == 2
@@ -235,6 +239,63 @@ def test_values_of_every_type_reach_the_run(tmp_path: Path):
         "--config.seed=-3",
     ]
     assert not sandbox.workdir.exists()
+
+
+OPEN = """
+    import numpy as np
+    from echo_jax.config import default_config as get_config
+
+    def sweep():
+        yield from [*RUNS]
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "arguments"),
+    [
+        ({"seed": "np.int64(3)"}, "seed=3", ["seed=3"]),
+        ({"loss.observation_weight": "np.float64(0.1)"}, "observation_weight=0.1", ["loss.observation_weight=0.1"]),
+        ({"seed": "np.array(1)"}, "seed=1", ["seed=1"]),
+        ({"loss.dedupe": "np.True_"}, "dedupe=True", ["loss.dedupe=True"]),
+        ({"lora.targets": "np.array(['up', 'down'])"}, "targets=up-down", ["lora.targets=('up', 'down')"]),
+        ({"lora.targets": "['up', 'down']"}, "targets=up-down", ["lora.targets=('up', 'down')"]),
+        ({"task.mixture": "{'maze': 1.0}"}, "mixture=maze-1.0", ["task.mixture={'maze': 1.0}"]),
+        (
+            {"task.mixture": "{'maze': np.float32(0.5), 'lookup': 1}"},
+            "mixture=lookup-1-maze-0.5",
+            ["task.mixture={'maze': 0.5, 'lookup': 1}"],
+        ),
+        ({"loss.policy_options": "{}"}, "policy_options=", ["loss.policy_options={}"]),
+        ({"task.mixture.maze": "0.5"}, "maze=0.5", ["task.mixture.maze=0.5"]),
+        ({"loss.clip_low": "None"}, "clip_low=None", ["loss.clip_low=None"]),
+        ({"loss.policy_options.mode": "'1'"}, "mode=1", ["loss.policy_options.mode='1'"]),
+        ({"loss.policy_options.mode": "None"}, "mode=None", ["loss.policy_options.mode=None"]),
+        ({"tools.count": "'mine:Count'"}, "count=mine_Count", ["tools.count=mine:Count"]),
+    ],
+)
+def test_values_that_a_sweep_computes_reach_the_run(tmp_path: Path, overrides: dict, name: str, arguments: list[str]):
+    sandbox = Sandbox(tmp_path, [])
+    runs = ", ".join(f"{{{field!r}: {code}}}" for field, code in overrides.items())
+    sandbox.config.write_text(textwrap.dedent(OPEN).replace("*RUNS", runs))
+    _, output = sandbox.run(dry_run=True)
+    command = shlex.split(output)[len(sandbox.train) :]
+    assert command[1:] == [f"--workdir={sandbox.workdir / name}", *(f"--config.{argument}" for argument in arguments)]
+
+
+def test_a_dictionary_on_the_command_line_applies_to_all_runs(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [])
+    sandbox.config.write_text(textwrap.dedent(OPEN).replace("*RUNS", "{'seed': 1}"))
+    _, output = sandbox.run(dry_run=True, common={"task.mixture": ml_collections.ConfigDict({"maze": 1.0})})
+    assert "--config.task.mixture={'maze': 1.0}" in shlex.split(output)
+
+
+def test_what_a_run_printed_cannot_steer_the_terminal(tmp_path: Path):
+    sandbox = Sandbox(tmp_path, [{"seed": 8}])
+    train = tmp_path / "train.py"
+    train.write_text(train.read_text().replace("no such luck", r"\x1b]0;no such luck\x07\x9b\u202e"), encoding="utf-8")
+    _, output = sandbox.run()
+    assert r"    \x1b]0;no such luck\x07\x9b\u202e" in output
+    assert not set("\x1b\x07\x9b\u202e") & set(output)
 
 
 def test_config_without_a_sweep_or_a_file_is_refused(tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 
 from configs import quickstart, tiny
 from echo_jax.config import ConfigError, default_config, flat
+from echo_jax.run.revisions import settle_revisions
 from echo_jax.run.workdir import (
     MAY_CHANGE,
     check_workdir,
@@ -16,7 +17,6 @@ from echo_jax.run.workdir import (
     may_change,
     record_config,
     recorded_config,
-    settle_revisions,
 )
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.stream import make_families

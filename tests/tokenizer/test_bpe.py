@@ -1,7 +1,10 @@
 """Published tokenizers: ids match the real tokenizer's, text never becomes an added token, bytes round-trip."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import unicodedata
 
 import gguf_files
@@ -301,3 +304,94 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(TokenizerError, match=r"x\.gguf is damaged"):
         tokenizers.load(tmp_path / "x.gguf")
+
+
+def saved_after(folder, change):
+    """Saves a tokenizer.json with the state that a use leaves in it."""
+    real = RealTokenizer.from_file(str(folder / "tokenizer.json"))
+    change(real)
+    real.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@PATIENT
+@given(
+    length=st.integers(1, 64),
+    side=st.sampled_from(["left", "right"]),
+    strategy=st.sampled_from(["longest_first", "only_first"]),
+    pad=st.one_of(st.none(), st.integers(1, 128)),
+    multiple=st.one_of(st.none(), st.sampled_from([8, 64])),
+    dropout=st.one_of(st.none(), st.sampled_from([0.1, 1.0])),
+    text=texts,
+)
+@example(16, "right", "longest_first", None, None, None, "Count the lines of notes/plan.txt. " * 8)
+@example(16, "right", "longest_first", 64, None, None, "Count")
+@example(64, "right", "longest_first", None, None, 1.0, "Count the lines of notes/plan.txt")
+def test_what_a_use_leaves_in_tokenizer_json_changes_no_ids(
+    pair, tmp_path, length, side, strategy, pad, multiple, dropout, text
+):
+    def use(real):
+        real.enable_truncation(length, direction=side, strategy=strategy)
+        real.enable_padding(direction=side, length=pad, pad_to_multiple_of=multiple)
+
+    kind = "qwen3" if pair[1].normalizer else "llama_3" if pair[0].id_of("<|eot_id|>") else "chatml"
+    folder = saved_after(write(tmp_path / kind, kind), use)
+    edit(folder, lambda said: said["model"].update(dropout=dropout))
+    ours = tokenizers.load(folder)
+    assert ours.encode(text) == pair[0].encode(text)
+    assert ours.encode_spans([(text, True)]) == pair[0].encode_spans([(text, True)])
+
+
+def test_an_empty_token_is_never_found(tmp_path):
+    def add(said):
+        token = {**said["added_tokens"][0], "content": "", "special": True}
+        said["added_tokens"] += [token | {"id": 600}, token | {"id": 601}]
+        said["model"]["vocab"][""] = 602
+
+    folder = write(tmp_path / "t", "chatml")
+    plain = tokenizers.load(folder)
+    ours = tokenizers.load(edit(folder, add))
+    text = "<|im_start|>user\nhi<|im_end|>"
+    assert ours.encode_spans([(text, True)]) == plain.encode_spans([(text, True)])
+    assert ours.encode_markup(text) == plain.encode_markup(text)
+    assert ours.starts_with_added("hi") is None
+    assert ours.decode([600, *ours.encode("hi"), 602]) == "hi"
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "", "unk_token": ""}))
+    assert tokenizers.load(folder).pad == plain.end
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    folder = write(tmp_path / "t", "chatml")
+    (folder / "chat_template.jinja").write_text("tr\u00e8s {{ messages }}", encoding="utf-8")
+    code = f"import echo_jax.tokenizer as t; print(ascii(t.load({str(folder)!r}).template))"
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_locale, capture_output=True, text=True)
+    assert ended.stdout == "'tr\\xe8s {{ messages }}'\n", ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ({"generation_config": [3, 1]}, (3, 1)),
+        ({"generation_config": 3}, (3,)),
+        ({"generation_config": [3], "config": [1, 2]}, (3,)),
+        ({"generation_config": None, "config": [1, 2]}, (1, 2)),
+        ({"config": 0}, (0,)),
+        ({}, ()),
+    ],
+)
+def test_the_ends_are_those_of_generation_config_or_else_of_config(tmp_path, said, ends):
+    folder = write(tmp_path / "t", "chatml")
+    for name, value in said.items():
+        (folder / f"{name}.json").write_text(json.dumps({"eos_token_id": value}))
+    assert tokenizers.load(folder).ends == ends
+    assert tokenizers.find(write(tmp_path / "other", "chatml"), folder).ends == ends  # of the weights
+
+
+@pytest.mark.parametrize("value", ["<|im_end|>", [1, "2"], True, [-1], 1.5])
+def test_ends_that_are_no_ids_are_refused(tmp_path, value):
+    folder = write(tmp_path / "t", "chatml")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(TokenizerError, match="eos_token_id = .* must be the id of a token"):
+        tokenizers.load(folder)

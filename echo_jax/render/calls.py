@@ -35,7 +35,16 @@ class Malformed:
 
 
 REASONING = ("<think>", "</think>")
-MALFORMED = ("no_call", "unclosed", "invalid_json", "missing_name", "unknown_tool", "invalid_arguments")
+MALFORMED = (
+    "no_call",
+    "unclosed",
+    "invalid_json",
+    "missing_name",
+    "unknown_tool",
+    "invalid_arguments",
+    "too_many_calls",
+)
+MAX_CALLS = 64  # of a turn; each gets an observation, also when a policy repeats one token thousands of times
 
 
 class Grammar(Protocol):
@@ -55,7 +64,7 @@ class Grammar(Protocol):
 def parse(
     grammar: str, text: str, tools: "Mapping[str, Tool]", *, in_reasoning: bool = False
 ) -> list["Call | Malformed"]:
-    """Returns the attempts of a turn, in order; at least one.
+    """Returns the attempts of a turn, in order; at least one. Those beyond MAX_CALLS count as one that cannot run.
 
     Args:
       grammar: a key of GRAMMARS.
@@ -67,7 +76,11 @@ def parse(
         if not closed:
             return [Malformed("no_call", f"no tool call: the reasoning does not end with {REASONING[1]}")]
         text = text.lstrip()
-    return GRAMMARS[grammar].parse(text, tools)
+    attempts = GRAMMARS[grammar].parse(text, tools)
+    if len(attempts) > MAX_CALLS:
+        more = f"{len(attempts)} calls in a turn, of which the first {MAX_CALLS} ran"
+        attempts = [*attempts[:MAX_CALLS], Malformed("too_many_calls", more)]
+    return attempts
 
 
 class Plain:

@@ -106,6 +106,7 @@ class EpisodeWorld:
             self.limits_by = self._world.limits_by
             setup = self._setup()
             if setup is None or setup.status is Status.OK:
+                self.fault = ""  # of an earlier attempt
                 return True
             self.fault = f"setup {self.task.setup!r}: {setup.status} {setup.head.decode(errors='replace')}"
             self.close()

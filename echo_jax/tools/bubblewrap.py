@@ -16,6 +16,7 @@ import math
 import os
 import re
 import resource
+import secrets
 import select
 import shutil
 import signal
@@ -354,8 +355,9 @@ os.write(0, b"unshared")
 os.read(0, 16)
 os.execve(sys.argv[1], sys.argv[1:], {})
 """
-# Inside -> outside: root, which mounts; and those that sandboxes run as, of the highest ids, which no system gives out.
-_MAP = f"0 0 1\n{supervisor.AGENT} 1900000000 {supervisor.USERS}\n"
+# The users of the host that sandboxes run as: ids that no system gives out, by systemd's table of uids. A trainer takes
+# one of the blocks by chance, so that trainers on one host do not share users.
+_FIRST_USER, _BLOCKS = 1_879_048_192, 65_000
 
 
 class _ForkServer:
@@ -374,8 +376,10 @@ class _ForkServer:
             failed.callback(self.close)
             if apart:
                 self._await_message()
+                first = _FIRST_USER + supervisor.USERS * secrets.randbelow(_BLOCKS)
+                users = f"0 0 1\n{supervisor.AGENT} {first} {supervisor.USERS}\n"  # inside, outside, how many
                 for name in ("uid_map", "gid_map"):
-                    Path(f"/proc/{self._bwrap.pid}/{name}").write_text(_MAP, encoding="ascii")
+                    Path(f"/proc/{self._bwrap.pid}/{name}").write_text(users, encoding="ascii")
                 self._requests.send(b"mapped")
             self._await_message()
             failed.pop_all()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 _PREFIX = "echo_jax_sandbox"
 _counter = itertools.count()
+REMOVE_SECONDS = 1.0
+_left: list[Path] = []  # folders that could not be removed when their processes had ended
 
 
 class Cgroup:
@@ -22,6 +24,9 @@ class Cgroup:
 
     def __init__(self, version: int, parents: tuple[Path, ...], *, memory_bytes: int, processes: int):
         """Raises OSError where the host does not allow it, and then leaves nothing behind."""
+        for folder in list(_left):
+            if _removed(folder) and folder in _left:  # another thread may have been first
+                _left.remove(folder)
         name = f"{_PREFIX}-{os.getpid()}-{next(_counter)}"
         self.folders = [parent / name for parent in dict.fromkeys(parents)]
         try:
@@ -68,19 +73,27 @@ class Cgroup:
         return int(self._refusals.read_text(encoding="utf-8").split()[1])  # "max 3"
 
     def remove(self) -> None:
-        """Removes the folders. Call it once the processes have ended; the kernel may take a moment to notice."""
+        """Removes the folders. Call it once the processes have ended; the kernel may take a moment to notice. One that
+        it does not let go is tried again when the next group is made."""
         for folder in self.folders:
-            for _ in range(100):
-                try:
-                    folder.rmdir()
-                except FileNotFoundError:
-                    pass
-                except OSError as error:
-                    if error.errno == errno.EBUSY:
-                        time.sleep(0.01)
-                        continue
-                    raise
-                break
+            deadline = time.monotonic() + REMOVE_SECONDS
+            while not _removed(folder):
+                if time.monotonic() > deadline:
+                    _left.append(folder)
+                    break
+                time.sleep(0.01)
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def _put(path: Path, value: int) -> None:

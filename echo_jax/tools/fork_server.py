@@ -32,8 +32,16 @@ _SET_FLAGS, _UP_AND_RUNNING = 0x8914, 0x41  # SIOCSIFFLAGS; IFF_UP | IFF_RUNNING
 _NO_CAPABILITY = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)
 _SAFE = {**_NO_CAPABILITY, "NoNewPrivs": "1", "Seccomp": "2"}  # of /proc/self/status
 _DEVICES = (b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/random", b"/dev/urandom")
-# The host's user has one quota of each; no sandbox may use it up.
-_QUOTAS = {"max_user_namespaces": 0, "max_inotify_instances": 8, "max_inotify_watches": 1024, "max_fanotify_groups": 0}
+# The host's user has one quota of each of the first; no sandbox may use it up. Control groups of version 1 let the
+# buffers of TCP pass their limit, so these are small.
+_QUOTAS = {
+    "user/max_user_namespaces": "0",
+    "user/max_inotify_instances": "8",
+    "user/max_inotify_watches": "1024",
+    "user/max_fanotify_groups": "0",
+    "net/ipv4/tcp_rmem": "4096 16384 16384",
+    "net/ipv4/tcp_wmem": "4096 16384 16384",
+}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -79,7 +87,8 @@ def leave(number, disk_bytes):
     _mount(None, b"/", None, _PRIVATE_BELOW)
     disks = ((b"/tmp", 0o1777, disk_bytes), (b"/work", 0o755, disk_bytes), (b"/run/shell", 0o755, 1 << 20))
     for path, mode, size in disks:
-        _mount(b"tmpfs", path, b"tmpfs", _NO_SUID | _NO_DEVICES, b"mode=%o,size=%d" % (mode, size))
+        options = b"mode=%o,size=%d,nr_inodes=%d" % (mode, size, max(1024, size >> 11))
+        _mount(b"tmpfs", path, b"tmpfs", _NO_SUID | _NO_DEVICES, options)
     for name in _DEVICES:  # read-only: one can read and write the device, but not change its mode on the host
         kept = os.statvfs(name).f_flag & (_NO_SUID | _NO_EXEC)
         _mount(None, name, None, _BIND | _REMOUNT | _READ_ONLY | kept)
@@ -95,8 +104,8 @@ def settle():
     """
     sealed = _NO_SUID | _NO_DEVICES | _NO_EXEC
     _mount(b"proc", b"/proc", b"proc", sealed)
-    for name, value in _QUOTAS.items():  # of this user namespace; raising them takes a capability
-        _put(f"/proc/sys/user/{name}", str(value))
+    for name, value in _QUOTAS.items():  # of these namespaces; raising them takes a capability
+        _put(f"/proc/sys/{name}", value)
     score = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
     status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
     _mount(b"/proc", b"/proc", None, _BIND)
@@ -142,8 +151,11 @@ def main():
         request, fds, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 2)
         if not request:
             os._exit(0)
-        if os.fork() == 0:
-            begin(number, request, *fds)
+        try:
+            if os.fork() == 0:
+                begin(number, request, *fds)
+        except OSError as error:  # no process or memory is left: this sandbox does not start, the others live on
+            os.write(fds[1], str(error).encode())
         for fd in fds:
             os.close(fd)
 

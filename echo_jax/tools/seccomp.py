@@ -1,9 +1,10 @@
 """The system calls that a sandbox refuses, as a classic BPF program for `bwrap --seccomp`.
 
 Namespaces provide the isolation. This filter closes what they leave open: key rings, which sandboxes of one uid would
-share; socket families outside the network namespace (vsock reaches a virtual machine's host); calls that change the
-supervisor's limits or scheduling by its pid, or take a descriptor out of another process; leases, which stop whoever
-opens the file on the host; and a few large kernel interfaces that no command needs.
+share; socket families outside the network namespace (vsock reaches a virtual machine's host), or whose buffers no
+control group counts (netlink); filters on sockets and contexts of asynchronous I/O, of which the host has one quota;
+calls that change the supervisor's limits or scheduling by its pid, or take a descriptor out of another process; leases,
+which stop whoever opens the file on the host; and a few large kernel interfaces that no command needs.
 """
 
 import errno
@@ -20,6 +21,8 @@ _REFUSED = {
     "userfaultfd": (323, 282),
     "pidfd_getfd": (438, 438),
     "mq_open": (240, 180),
+    "io_setup": (206, 0),
+    "seccomp": (317, 277),
     "shmget": (29, 194),  # System V: its memory would outlive all processes, until the sandbox ends
     "msgget": (68, 186),
     "io_uring_setup": (425, 425),
@@ -40,8 +43,11 @@ _REFUSED_FOR_PID_1 = {
 _ONE_PROCESS = {"setpriority": 0, "ioprio_set": 1}
 _FCNTL = (72, 25)
 _COMMANDS = (1024, 1026)  # F_SETLEASE, F_NOTIFY: refused
+_PRCTL, _SET_SECCOMP = (157, 167), 22
+_SETSOCKOPT, _SOL_SOCKET = (54, 208), 1
+_FILTERS = (26, 50, 51, 52)  # SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, …EBPF
 _SOCKET = (41, 198)
-_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
@@ -89,6 +95,19 @@ def program(machine: str | None = None) -> bytes:
         ]
     lines += [(_EQUAL, 0, len(_COMMANDS) + 3, _FCNTL[column]), (_LOAD, 0, 0, _ARGUMENTS + 8)]
     lines += [(_EQUAL, len(_COMMANDS) - i, 0, command) for i, command in enumerate(_COMMANDS)]
+    lines += [(_RETURN, 0, 0, _ALLOW), _refuse(errno.EPERM)]
+    lines += [
+        (_EQUAL, 0, 4, _PRCTL[column]),
+        (_LOAD, 0, 0, _ARGUMENTS),
+        (_EQUAL, 0, 1, _SET_SECCOMP),
+        _refuse(errno.EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+        (_EQUAL, 0, len(_FILTERS) + 5, _SETSOCKOPT[column]),
+        (_LOAD, 0, 0, _ARGUMENTS + 8),
+        (_EQUAL, 0, len(_FILTERS) + 1, _SOL_SOCKET),
+        (_LOAD, 0, 0, _ARGUMENTS + 16),
+    ]
+    lines += [(_EQUAL, len(_FILTERS) - i, 0, option) for i, option in enumerate(_FILTERS)]
     lines += [(_RETURN, 0, 0, _ALLOW), _refuse(errno.EPERM)]
     lines += [(_EQUAL, 0, len(_FAMILIES) + 2, _SOCKET[column]), (_LOAD, 0, 0, _ARGUMENTS)]
     lines += [(_EQUAL, len(_FAMILIES) - i, 0, family) for i, family in enumerate(_FAMILIES)]

@@ -214,6 +214,7 @@ class Interpreter:
         self.ended, self.ended_write = posix.pipe2(posix.O_CLOEXEC)
         for fd in (self.start, self.ended):
             posix.set_blocking(fd, False)
+        self.ends = self.memory, self.start, self.ended
 
     def begin(self, code):
         """Starts a call. Raises OSError if the interpreter no longer listens."""
@@ -380,10 +381,10 @@ class Supervisor:
         self.status = None
         try:
             self.child, killed = self.fork()
-        except OSError:
+        except OSError as error:
             self.drop(output)
             posix.close(write_end)
-            raise
+            return self.not_started(error, capture)
         if self.child == 0:
             self.become([BASH, b"--norc", b"--noprofile", b"-c", command], write_end, fresh, float(timeout))
         posix.close(write_end)
@@ -404,7 +405,10 @@ class Supervisor:
         if old is not None and (old.pid is None or old.output is None):
             self.end_interpreter()
         if self.interpreter is None:
-            self.start_interpreter()
+            try:
+                self.start_interpreter()
+            except OSError as error:
+                return self.not_started(error, capture)
             if old is not None:
                 capture.feed(b"[a fresh interpreter: the last one ended]\n")
         interpreter = self.interpreter
@@ -420,6 +424,12 @@ class Supervisor:
         self.poller.unregister(interpreter.ended)
         return self.answer(capture, stopped)
 
+    def not_started(self, error, capture):
+        """Answers a call for which the host has no process or memory left."""
+        capture.feed(b"cannot start: %s\n" % error.strerror.encode())
+        self.status = 126 << 8
+        return self.answer(capture, b"")
+
     def output_pipe(self):
         output, write_end = posix.pipe2(posix.O_CLOEXEC)
         posix.set_blocking(output, False)
@@ -430,7 +440,13 @@ class Supervisor:
     def start_interpreter(self):
         output, write_end = self.output_pipe()
         interpreter = Interpreter(output)
-        interpreter.pid, _ = self.fork()
+        try:
+            interpreter.pid, _ = self.fork()
+        except OSError:
+            self.drop(output)
+            for fd in (write_end, interpreter.start_read, interpreter.ended_write, *interpreter.ends):
+                posix.close(fd)
+            raise
         if interpreter.pid == 0:
             inherited = (interpreter.memory, interpreter.start_read, interpreter.ended_write)
             for fd in inherited:
@@ -447,7 +463,7 @@ class Supervisor:
         interpreter, self.interpreter = self.interpreter, None
         if interpreter.pid is not None:
             posix.kill(interpreter.pid, _signal.SIGKILL)
-        for fd in (interpreter.memory, interpreter.start, interpreter.ended):
+        for fd in interpreter.ends:
             posix.close(fd)
 
     def watch(self, output, capture, deadline, interpreter=None):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echo_jax.render.calls import GRAMMARS, MALFORMED, Call, Malformed, parse
+from echo_jax.render.calls import GRAMMARS, MALFORMED, MAX_CALLS, Call, Malformed, parse
 from echo_jax.tools import TOOLS
 
 PLAIN, JSON = GRAMMARS["plain"], GRAMMARS["json"]
@@ -177,3 +177,12 @@ def test_only_what_follows_reasoning_that_the_format_opened_is_a_call(grammar, d
     (attempt,) = parse(grammar, thought, ALL, in_reasoning=True)
     assert attempt.status == "no_call"
     assert parse(grammar, written[1], ALL) == made
+
+
+def test_a_turn_of_endless_calls_is_cut():
+    one = GRAMMARS["json"].write(Call("bash", {"command": "ls"}), TOOLS)
+    few = parse("json", one * MAX_CALLS, TOOLS)
+    assert [type(attempt) for attempt in few] == [Call] * MAX_CALLS
+    *first, last = parse("json", one * MAX_CALLS + "<tool_call>" * 999, TOOLS)
+    assert first == few
+    assert (last.status, last.message.split()[0]) == ("too_many_calls", str(MAX_CALLS + 999))

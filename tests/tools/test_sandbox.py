@@ -792,7 +792,7 @@ def test_filter_refuses_what_namespaces_leave_open(box):
     inside = """
         import ctypes, errno, socket
         libc = ctypes.CDLL(None, use_errno=True)
-        for family in (40, 38, 17):  # vsock, kernel crypto, packets
+        for family in (40, 38, 17, 16):  # vsock, kernel crypto, packets, netlink
             try:
                 socket.socket(family, socket.SOCK_STREAM)
             except OSError as error:
@@ -802,16 +802,86 @@ def test_filter_refuses_what_namespaces_leave_open(box):
         socket.socket(socket.AF_INET); socket.socket(socket.AF_INET6); socket.socket(socket.AF_UNIX)
         import platform
         numbers = {
-            "x86_64": (250, 425, 29, 68, 438, 240),
-            "aarch64": (219, 425, 194, 186, 438, 180),
+            "x86_64": (250, 425, 29, 68, 438, 240, 206, 317),
+            "aarch64": (219, 425, 194, 186, 438, 180, 0, 277),
         }[platform.machine()]
-        for number in numbers:  # keyctl, io_uring_setup, shmget, msgget, pidfd_getfd, mq_open
+        for number in numbers:  # keyctl, io_uring_setup, shmget, msgget, pidfd_getfd, mq_open, io_setup, seccomp
             assert libc.syscall(number, 0, 0, 0, 0, 0) == -1
             assert ctypes.get_errno() == errno.EPERM
+        assert libc.prctl(22, 2, 0, 0, 0) == -1 and ctypes.get_errno() == errno.EPERM  # PR_SET_SECCOMP
+        plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for option in (26, 50, 51, 52):  # SO_ATTACH_FILTER and its like
+            try:
+                plain.setsockopt(socket.SOL_SOCKET, option, bytes(16))
+            except PermissionError:
+                continue
+            raise AssertionError(option)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        socket.socket(socket.AF_INET6).setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # 26 of another level
         print("refused")
     """
     box.write_files({"try.py": textwrap.dedent(inside).encode()})
     assert output(box, "python3 try.py") == "refused\n"
+
+
+def test_a_fork_server_that_cannot_fork_loses_one_start_and_no_sandbox():
+    """A user's limit of processes may be reached by the agents of all its sandboxes together."""
+    code = """
+        import errno, os, socket, sys
+        sys.path.insert(0, sys.argv[1])
+        import fork_server
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        os.dup2(theirs.fileno(), 0)
+        read, write = os.pipe()
+        for _ in range(2):
+            socket.send_fds(ours, [b"1"], [write, write])
+        ours.shutdown(socket.SHUT_WR)
+        def fork():
+            raise BlockingIOError(errno.EAGAIN, "no process left")
+        def ended(status):
+            print(os.read(read, 1000).count(b"no process left"), status, flush=True)
+            raise SystemExit
+        fork_server.os.fork, fork_server.os._exit, fork_server.uncover = fork, ended, lambda: None
+        fork_server.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(Path(supervisor.__file__).parent)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=30).stdout == "2 0\n"
+
+
+def test_a_call_without_a_process_left_is_a_result():
+    """With a group's limit below what the supervisor itself needs, no command starts."""
+    with Sandbox(limits=SMALL) as box:
+        if not box.limits_by.startswith("cgroup"):
+            pytest.skip("needs control groups")
+        limit = next(folder / "pids.max" for folder in box._jail._group.folders if (folder / "pids.max").exists())
+        limit.write_text("1", encoding="ascii")
+        for call in (box.run, box.run_python):
+            result = call("1")
+            assert result.status in (Status.LIMIT, Status.NONZERO), result
+            assert result.exit_code == 126
+            assert b"cannot start" in result.head
+        limit.write_text("30", encoding="ascii")
+        assert output(box, "echo here") == "here\n"
+        assert box.run_python("1 + 1").head == b"2\n"
+
+
+def test_the_number_of_files_is_limited(fresh):
+    if sandbox._accepted("auto").forks:
+        most = SMALL.disk_bytes >> 11
+        made = int(output(fresh, f"for i in $(seq {2 * most}); do : > /tmp/$i; done 2> /dev/null; ls /tmp | wc -l"))
+        assert 0.9 * most < made < most
+
+
+def test_trainers_give_their_sandboxes_different_users():
+    code = """
+        from pathlib import Path
+        from echo_jax.tools.sandbox import Limits, Sandbox
+        with Sandbox(limits=Limits()) as box:
+            print(Path(f"/proc/{box._jail._pid}/status").read_text().split("Uid:")[1].split()[0])
+    """
+    if sandbox._accepted("auto").apart:
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        assert len({subprocess.check_output(command, timeout=60) for _ in range(2)}) == 2
 
 
 def test_a_file_of_the_host_takes_no_lease_and_a_device_keeps_its_mode(box):

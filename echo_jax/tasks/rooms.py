@@ -6,8 +6,9 @@ rewards alone or from the tools' output.
 
 The score checks where the shell stands after each call, which the kernel tells: no file that the agent writes does.
 Revision 2: an exit at a time. A call that goes anywhere but through one exit of its room, as with `cd` to a directory
-that a search for the goal's sign has found, earns nothing; and the goal is never the room next door. In revision 1 only
-the last place counts.
+that a search for the goal's sign has found, earns nothing; and the goal is never the room next door. (An agent that can
+program may still search the links for a way in one call, and then take a step of it in each.) In revision 1 only the
+last place counts.
 """
 
 import dataclasses

@@ -362,8 +362,8 @@ def table(cases: Iterable[tuple[str, Mapping[str, int]]], count: int) -> Iterato
         + "."
     )
     yield (
-        "\nNot counted as a shortcut: a program that searches the links of `rooms` for a way and takes one step of it in "
-        "each call solves all of them."
+        "\nNot counted as a shortcut: a program that searches the links of `rooms` for a way and takes one step of it "
+        "in each call solves all of them."
     )
 
 

@@ -21,21 +21,11 @@ SMALL = Limits(
 )
 
 
-@pytest.fixture(
-    scope="module",
-    params=["best", *(pytest.param(way, marks=pytest.mark.variant) for way in ("as this user", "bwrap each"))],
-    autouse=True,
-)
-def way(request):
-    """Every law holds for forks of the fork server (users of their own under root) and where there is none."""
-    accepted = sandbox._accepted
-    assert accepted("auto").forks, "this host takes no fork server"
-    assert accepted("auto").apart == (os.getuid() == 0), "this host maps no users"
-    fields = {"best": {}, "as this user": {"apart": False}, "bwrap each": {"apart": False, "forks": False}}
-    with pytest.MonkeyPatch.context() as patch:
-        changed = lambda backend: dataclasses.replace(accepted(backend), **fields[request.param])  # noqa: E731
-        patch.setattr(sandbox, "_accepted", changed if fields[request.param] else accepted)
-        yield
+@pytest.fixture(scope="module")
+def way():
+    """The best way to make sandboxes that this host allows; `test_sandbox_ways.py` tests the others."""
+    assert sandbox._accepted("auto").forks, "this host takes no fork server"
+    assert sandbox._accepted("auto").apart == (os.getuid() == 0), "this host maps no users"
 
 
 @pytest.fixture(scope="module")

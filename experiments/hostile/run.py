@@ -61,7 +61,7 @@ def report(status: int, sizes: list[tuple[float, float]], workdir: Path) -> Iter
         for t in trajectory.load(path, vocab_size=load_tokenizer().vocab_size)
     ]
     honest = [t for t in rollouts if t.rollout % HONEST == 0]
-    counts = ("submitted", "accepted", "rejected", "raised")
+    counts = ("submitted", "accepted", "rejected", "filtered", "raised")
     total = {name: int(sum(r[f"rollout/{name}"] for r in records)) for name in counts}
     calls = collections.Counter(attempt.status for t in rollouts for attempt in t.attempts)
     memory = [size for _, size in sizes]
@@ -75,7 +75,7 @@ def report(status: int, sizes: list[tuple[float, float]], workdir: Path) -> Iter
     yield f"| exit status | {status} |"
     yield f"| updates | {len(records)} |"
     yield f"| seconds | {sizes[-1][0]:.0f} |"
-    yield f"| rollouts: submitted, accepted, rejected | {', '.join(str(total[name]) for name in counts[:3])} |"
+    yield f"| rollouts: submitted, accepted, rejected, filtered | {', '.join(str(total[name]) for name in counts[:4])} |"
     yield f"| honest rollouts: all, scored | {len(honest)}, {sum(t.scored for t in honest)} |"
     yield f"| rollouts with an exception out of a tool or score | {total['raised']} |"
     yield f"| calls by status | {', '.join(f'{name} {count}' for name, count in sorted(calls.items()))} |"

@@ -75,7 +75,7 @@ def report(status: int, sizes: list[tuple[float, float]], workdir: Path) -> Iter
     yield f"| exit status | {status} |"
     yield f"| updates | {len(records)} |"
     yield f"| seconds | {sizes[-1][0]:.0f} |"
-    yield f"| rollouts: submitted, accepted, rejected, filtered | {', '.join(str(total[name]) for name in counts[:4])} |"
+    yield f"| rollouts: {', '.join(counts[:4])} | {', '.join(str(total[name]) for name in counts[:4])} |"
     yield f"| honest rollouts: all, scored | {len(honest)}, {sum(t.scored for t in honest)} |"
     yield f"| rollouts with an exception out of a tool or score | {total['raised']} |"
     yield f"| calls by status | {', '.join(f'{name} {count}' for name, count in sorted(calls.items()))} |"

@@ -1,11 +1,12 @@
 """PID 1 of the outer sandbox of one trainer: forks the sandbox of each episode, instead of starting Python in each.
 
-The outer sandbox is made by bwrap: folders, devices, no network, no capabilities, the seccomp filter. A request is one
-datagram on file descriptor 0, the arguments of `supervisor.serve` after the size of a disk, with two descriptors: the
-child's socket to the host, and its standard error. The child takes the rest: a user, mount, pid, network and ipc
-namespace of its own, /work, /tmp and /proc, and no capability at the end. It serves only if all that took effect: any
-error ends it, and the host reads the message. Nothing here runs while an agent's process can see it: those live in pid
-namespaces below. End of file on 0 means that the host is gone: PID 1 exits, and the kernel kills every sandbox.
+The outer sandbox is made by bwrap: folders, devices, no network, the seccomp filter, and no capabilities but, under a
+trainer that is root, those over users and mounts of its own user namespace. A request is one datagram on file
+descriptor 0: the size of a disk and the arguments of `supervisor.main`, with two descriptors, the child's socket to the
+host and its standard error. The child takes the rest: a user, mount, pid, network and ipc namespace of its own, /work,
+/tmp and /proc, and no capability at the end. It serves only if all that took effect: any error ends it, and the host
+reads the message. Nothing here runs while an agent's process can see it: those live in pid namespaces below. End of
+file on 0 means that the host is gone: PID 1 exits, and the kernel kills every sandbox.
 """
 
 import ctypes

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
+from policy import ATTACKS, HONEST
 
 from echo_jax.rollout import trajectory
 from echo_jax.system.metrics import read_metrics
 from echo_jax.tokenizer import load as load_tokenizer
-from experiments.hostile.policy import ATTACKS, HONEST
 
 OUTPUT = flags.DEFINE_string("output", None, "also write the report to this file")
 ROOT = Path(__file__).parents[2]

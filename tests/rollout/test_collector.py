@@ -28,7 +28,7 @@ from echo_jax.rollout.collector import ATTEMPTS, Collector, Interrupted, Job, Ro
 from echo_jax.rollout.engine import EngineSetup
 from echo_jax.rollout.engine.paged import PagedEngine
 from echo_jax.rollout.episode import Rules
-from echo_jax.rollout.summary import rollout_metrics, summaries
+from echo_jax.rollout.summary import engine_metrics, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import DTYPES
 from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine
 from echo_jax.system.peers import Peers
@@ -981,3 +981,8 @@ def test_a_task_that_scores_sees_the_whole_transcript_without_markup(collector):
         (Role.OBSERVATION, "elm\nash\n"),
         (Role.ACTION, "submit elm"),
     ]
+
+
+def test_counts_of_another_engine_are_added_up_by_their_names():
+    assert engine_metrics([{"drafts": 3}, {"drafts": 4}]) == {"engine/drafts": 7}
+    assert engine_metrics([{"drafts": 3}, {}]) == {}

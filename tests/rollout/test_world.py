@@ -19,7 +19,7 @@ from echo_jax.rollout.world import START_ATTEMPTS, EpisodeWorld, Machine
 from echo_jax.tasks.task import Task
 from echo_jax.tokenizer import SentencePieces
 from echo_jax.tools import TOOLS
-from echo_jax.tools.sandbox import CommandResult, Limits, SandboxBroken, SandboxError, Status
+from echo_jax.tools.sandbox import CommandResult, Limits, Sandbox, SandboxBroken, SandboxError, Status
 
 MACHINE = Machine(Limits(timeout_seconds=5.0, memory_bytes=128 << 20, disk_bytes=8 << 20, output_bytes=256))
 
@@ -337,3 +337,19 @@ def test_files_that_cannot_be_are_the_tasks_fault(files):
     assert not own.open()
     assert own.fault.startswith("the files of task judged/train/0 raised ")
     own.close()
+
+
+def test_a_start_that_succeeds_forgets_why_an_earlier_one_failed(monkeypatch):
+    starts = []
+
+    def start(**options):
+        starts.append(options)
+        if len(starts) == 1:
+            raise SandboxBroken("injected")
+        return Sandbox(**options)
+
+    monkeypatch.setattr(environment, "Sandbox", start)
+    world = EpisodeWorld(Judged(), MACHINE)
+    assert world.open()
+    assert (len(starts), world.fault) == (2, "")
+    world.close()

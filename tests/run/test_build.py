@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from synthetic import varied
@@ -170,3 +171,22 @@ def test_tasks_that_run_no_subprocess_need_no_sandbox(monkeypatch):
             build(tiny.get_config())
     finally:
         sandbox._accepted.cache_clear()
+
+
+def test_a_config_that_names_the_dense_engine_says_what_took_its_place():
+    config = tiny.get_config()
+    config.rollout.engine = "dense"
+    with pytest.raises(ConfigError, match="the paged engine took its place, set 'paged'"):
+        validate(config)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_the_engine_leaves_room_for_the_reference_of_the_kl(monkeypatch, weight):
+    config = tiny.get_config()
+    config.loss.kl_weight = weight
+    parts, made = build(config), []
+    monkeypatch.setattr(build_lib, "find_engine", lambda *_: lambda setup, **options: made.append(setup))
+    with pytest.raises(ConfigError, match="lacks"):
+        parts.make_engine()
+    trained = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.learner.abstract_trained))
+    assert made[0].reserved_bytes == (trained if weight else 0)

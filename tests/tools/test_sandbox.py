@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -1321,3 +1322,28 @@ def test_version_2_groups_are_made_where_controllers_are_enabled(tmp_path, contr
     )
     found = list(cgroup.choices(tmp_path))
     assert found == ([] if expected is None else [(2, (tmp_path / "mnt/slice" / expected,))])
+
+
+def test_a_group_that_the_kernel_does_not_let_go_is_tried_again(tmp_path, monkeypatch):
+    refusals = []
+
+    def rmdir(folder):
+        if len(refusals) < 3:
+            refusals.append(folder)
+            raise OSError(errno.EBUSY, "busy")
+        remove(folder)
+
+    remove = Path.rmdir
+    monkeypatch.setattr(cgroup, "REMOVE_SECONDS", 0.0)
+    monkeypatch.setattr(cgroup, "_left", [])
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    busy = cgroup.Cgroup.__new__(cgroup.Cgroup)
+    busy.folders = [tmp_path / "busy"]
+    busy.folders[0].mkdir()
+    busy.remove()
+    assert cgroup._left == busy.folders
+    refusals.extend([None] * 3)
+    with pytest.raises(OSError, match="No such file"):  # no control group can be made there
+        cgroup.Cgroup(2, (tmp_path / "none",), memory_bytes=1, processes=1)
+    assert not busy.folders[0].exists()
+    assert cgroup._left == []

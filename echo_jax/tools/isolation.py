@@ -1,6 +1,6 @@
 """What a sandbox looks like from inside: bwrap's arguments.
 
-`bubblewrap.py` starts bwrap with them, once per trainer (a fork server inside) or once per sandbox (a supervisor).
+`processes.py` starts bwrap with them, once per trainer (a fork server inside) or once per sandbox (a supervisor).
 """
 
 import functools

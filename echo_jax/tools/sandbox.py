@@ -36,7 +36,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from echo_jax.tools import bubblewrap, cgroup
-from echo_jax.tools.bubblewrap import START_SECONDS, Limits, Plan, SandboxBroken, SandboxError, SandboxUsedUp
+from echo_jax.tools.bubblewrap import Limits, Plan, SandboxBroken, SandboxError, SandboxUsedUp
+from echo_jax.tools.processes import START_SECONDS
 from echo_jax.tools.supervisor import Capture
 
 __all__ = [

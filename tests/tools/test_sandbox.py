@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from echo_jax.tools import bubblewrap, cgroup, sandbox, seccomp, supervisor
+from echo_jax.tools import cgroup, processes, sandbox, seccomp, supervisor
 from echo_jax.tools.sandbox import Limits, Sandbox, SandboxBroken, SandboxError, SandboxUnavailable, Status
 
 SMALL = Limits(
@@ -677,13 +677,13 @@ def test_a_killed_fork_server_breaks_its_sandboxes_and_the_next_start_works(monk
     if not sandbox._accepted("auto").forks:
         pytest.skip("each sandbox is a bwrap of its own")
     own = {}
-    monkeypatch.setattr(bubblewrap, "_fork_servers", own)
+    monkeypatch.setattr(processes, "_fork_servers", own)
     with Sandbox(limits=SMALL) as lost:
         server = int(Path(f"/proc/{lost._jail._pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         os.kill(server, signal.SIGKILL)
         assert lost.run("echo here").status is Status.INFRA
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bubblewrap._ForkServer, "wait", lambda self, seconds: False)  # before its end is seen
+            patch.setattr(processes._ForkServer, "wait", lambda self, seconds: False)  # before its end is seen
             with pytest.raises(SandboxBroken):
                 Sandbox(limits=SMALL)
         time.sleep(0.5)

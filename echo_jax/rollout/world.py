@@ -94,6 +94,7 @@ class EpisodeWorld:
                     backend=self._machine.backend,
                     files=self.task.files,
                     symlinks=self.task.symlinks,
+                    places=self.task.reads_places,
                 )
             except SandboxBroken as error:
                 self.fault = str(error)

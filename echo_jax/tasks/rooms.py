@@ -37,6 +37,7 @@ class RoomsTask(Task):
     """Solved when the agent submits while its shell is in the goal room and, unless `neighbours` is None, has walked
     there."""
 
+    reads_places: ClassVar[bool] = True
     path: tuple[str, ...]  # the exits on a shortest path
     goal: str  # directory of the goal room
     goal_sign: str

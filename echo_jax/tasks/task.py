@@ -49,6 +49,9 @@ class Task(abc.ABC):
     """One task, fully determined by its family's parameters, split and index."""
 
     reward_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # (lowest, highest) reward; the highest means solved
+    # Whether the score reads `episode.world.places`: where the agent's shell stood after each call, which the kernel
+    # tells and the agent cannot forge. A call then takes about a millisecond more.
+    reads_places: ClassVar[bool] = False
 
     name: str  # "family/split/index": unique, stable
     prompt: str  # what the agent reads

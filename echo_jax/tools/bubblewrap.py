@@ -106,8 +106,11 @@ def _processes_are_per_namespace() -> bool:
 class Jail:
     """A running bwrap with a supervisor that answers. Only one thread at a time may use it."""
 
-    def __init__(self, plan: Plan, limits: Limits, files: list[bytes]):
-        """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's message."""
+    def __init__(self, plan: Plan, limits: Limits, files: list[bytes], places: bool = False):
+        """Starts it and writes `files` (see `Supervisor.write`). Raises SandboxBroken with bwrap's message.
+
+        `places`: the supervisor notes where the shell stands at the end of each call.
+        """
         self._broken: SandboxBroken | None = None  # why it is dead
         self._group: cgroup.Cgroup | None = None
         self.ran_out_of_memory = False  # in the last exchange
@@ -124,7 +127,7 @@ class Jail:
                     memory_bytes=limits.memory_bytes,
                     processes=limits.processes + 1,  # one is the supervisor
                 )
-            self._spawn(plan, limits)
+            self._spawn(plan, limits, places)
         except OSError as error:
             self._remove_group()
             raise SandboxBroken(f"{plan.bwrap} did not start: {error}") from error
@@ -141,7 +144,7 @@ class Jail:
             self.close()
             raise
 
-    def _spawn(self, plan: Plan, limits: Limits) -> None:
+    def _spawn(self, plan: Plan, limits: Limits, places: bool) -> None:
         self._socket, theirs = socket.socketpair()
         self._errors, errors = os.pipe()
         try:
@@ -149,7 +152,7 @@ class Jail:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._socket.setblocking(False)
             os.set_blocking(self._errors, False)
-            supervised = limits.disk_bytes, _arguments(plan, limits), theirs, errors
+            supervised = limits.disk_bytes, _arguments(plan, limits, places), theirs, errors
             if plan.forks:
                 self._process: Process = ForkedProcess(plan.bwrap, plan.apart, *supervised)
             else:
@@ -263,7 +266,7 @@ class Jail:
         self._remove_group()
 
 
-def _arguments(plan: Plan, limits: Limits) -> list[int]:
+def _arguments(plan: Plan, limits: Limits, places: bool) -> list[int]:
     """Returns the arguments of `supervisor.main`."""
     rlimits = {
         resource.RLIMIT_CPU: limits.cpu_seconds,
@@ -283,4 +286,4 @@ def _arguments(plan: Plan, limits: Limits) -> list[int]:
         else:
             polled = limits.processes
     pairs = [number for pair in rlimits.items() for number in pair]
-    return [limits.output_bytes, limits.flood_bytes, polled, *pairs]
+    return [limits.output_bytes, limits.flood_bytes, polled, int(places), *pairs]

@@ -25,12 +25,14 @@ BASH = b"/usr/bin/bash"
 SHELL = b"/run/shell"  # a separate small tmpfs: a full disk must not lose the directory and the environment
 # Bash reads this before each command (BASH_ENV), so that the command itself is an ordinary `bash -c`. The agent can
 # write this state; if it corrupts it, only the agent's next call suffers. A call that replaces the EXIT trap, ends in
-# `exec` or dies by SIGKILL leaves the state as it was. At its end the shell stops itself until the supervisor has read
-# from the kernel where it stands: a file may say anything.
+# `exec` or dies by SIGKILL leaves the state as it was.
 RC = b"""unset BASH_ENV
 [ -f /run/shell/env ] && . /run/shell/env
-trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; builtin kill -STOP $$; } 2>/dev/null' EXIT
+trap '{ builtin declare -px >|/run/shell/env; builtin pwd >|/run/shell/cwd; %s} 2>/dev/null' EXIT
 """
+# Where places are asked for, the shell stops itself at its end until the supervisor has read from the kernel where it
+# stands: a file may say anything. This costs a call about a millisecond.
+STOP = b"builtin kill -STOP $$; "
 # The agent's Python, one process for all its calls. The code is in a memory file that both sides hold open; a byte on
 # one pipe starts it, a byte on another says how it ended. The agent can reach all of this; if it corrupts it, only its
 # next call suffers. SystemExit ends the process, as it would anywhere.
@@ -241,7 +243,7 @@ class Supervisor:
         self.polled_processes = polled_processes  # 0: the kernel enforces the limit, no polling needed
         self.rlimits = rlimits
         self.cwd = WORK  # where the next call starts, as the shell named it
-        self.stands = WORK  # where the shell stood at the end of its last call, from the kernel; no symbolic links
+        self.stands = WORK  # where the shell last stopped itself, from the kernel; no symbolic links
         self.child = self.status = None  # the process that the current call waits for, and its wait status
         self.shell = None  # that process, if it is the agent's shell
         self.interpreter = None
@@ -638,9 +640,9 @@ def main(score, arguments):
     # Python ignores or handles these. Children would inherit the ignored ones; the agent could send a handled SIGINT.
     for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
-    output_bytes, flood_bytes, polled_processes, *rlimits = arguments
+    output_bytes, flood_bytes, polled_processes, places, *rlimits = arguments
     limits = list(zip(rlimits[::2], rlimits[1::2], strict=True))
-    write_regular(SHELL + b"/rc", RC)
+    write_regular(SHELL + b"/rc", RC % (STOP if places else b""))
     supervisor = Supervisor(score, output_bytes, flood_bytes, polled_processes, limits)
     posix.write(1, b"\0")  # ready
     supervisor.serve()

@@ -321,7 +321,8 @@ def _reward_of_turns(task: Task, script: Script) -> float:
     if task.name.startswith(("shell", "python", "sqlite")) and task.problem.goal.answer:
         return 0.0  # a question, not a deed
     tools = {name: TOOLS[name] for name in (*task.tools, "submit")}
-    with contextlib.closing(task.world() or Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks)) as world:
+    options = {"files": task.files, "symlinks": task.symlinks, "places": task.reads_places}
+    with contextlib.closing(task.world() or Sandbox(limits=LIMITS, **options)) as world:
         if task.setup:
             world.run(task.setup)
         *calls, submission = (GRAMMARS["plain"].parse(turn, tools)[0] for turn in script)

@@ -331,6 +331,25 @@ def test_whatever_a_tool_raises_or_returns_is_an_observation(made, seen):
     own.close()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standing(Judged):
+    reads_places = True
+
+
+def test_a_task_knows_where_the_shell_stood_if_its_class_asks_for_it():
+    def stood(answer, world):
+        return float(world.places == ["/work/d", "/tmp", "/work/d"])
+
+    for kind, reward, raised in ((Standing, 1.0, 0), (Judged, 0.0, 1)):
+        own = EpisodeWorld(kind(judge=stood, files={"d/f": b""}, setup="cd d"), MACHINE)
+        assert own.open()
+        for command in ("cd /tmp", "cd /work/d"):
+            run(own, "bash", command=command)
+        assert own.finish("") == reward
+        assert len(own.raised) == raised
+        assert all("set reads_places = True in the class of the task" in text for text in own.raised)
+
+
 @pytest.mark.parametrize("files", [{"../x": b""}, {"x": 7}])
 def test_files_that_cannot_be_are_the_tasks_fault(files):
     own = EpisodeWorld(Judged(files=files), MACHINE)

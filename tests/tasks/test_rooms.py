@@ -64,7 +64,7 @@ def visit():
     """Returns a function that opens a task's sandbox, runs commands in it, and scores an answer."""
 
     def visited(task, commands, answer):
-        with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks) as box:
+        with Sandbox(limits=LIMITS, files=task.files, symlinks=task.symlinks, places=task.reads_places) as box:
             for command in (task.setup, *commands):
                 box.run(command)
             box.kill_processes()

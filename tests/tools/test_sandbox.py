@@ -1053,8 +1053,16 @@ def test_directory_forged_by_the_agent_is_ignored(fresh):
         assert fresh.run("pwd").head == b"/work\n"
 
 
-def test_places_are_where_the_shell_stood_whatever_the_agent_writes(fresh):
-    fresh.write_files({"a/b/f": b""}, {"link": "a/b"})
+@pytest.fixture
+def watched():
+    """A sandbox that notes where the shell stands."""
+    with Sandbox(limits=SMALL, places=True) as box:
+        yield box
+        assert output(box, "cd /work; echo works") == "works\n"
+
+
+def test_places_are_where_the_shell_stood_whatever_the_agent_writes(watched):
+    watched.write_files({"a/b/f": b""}, {"link": "a/b"})
     lie = "echo /work/a > /run/shell/cwd"
     for command, place in (
         ("cd link; pwd", "/work/a/b"),
@@ -1066,11 +1074,30 @@ def test_places_are_where_the_shell_stood_whatever_the_agent_writes(fresh):
         ("(cd /work); cd /tmp & wait", "/usr"),
         ("cd /work; sleep 60 &", "/work"),
     ):
-        fresh.run(command)
-        assert fresh.places[-1] == place, command
-    fresh.run("cd a", fresh=True)
-    fresh.run_python("import os; os.chdir('/tmp')")
-    assert len(fresh.places) == 8
+        watched.run(command)
+        assert watched.places[-1] == place, command
+    watched.run("cd a", fresh=True)
+    watched.run_python("import os; os.chdir('/tmp')")
+    assert len(watched.places) == 8
+
+
+def test_a_shell_stops_at_its_end_only_where_places_are_asked_for(fresh, watched):
+    """A stop and its end cost a call about a millisecond. Going on after a stop is a signal that a shell can see."""
+    command = "trap 'echo went on' CONT; cd /tmp"
+    assert output(fresh, command) == ""
+    assert output(watched, command) == "went on\n"
+    assert watched.places == ["/tmp"]
+
+
+def test_places_that_nobody_asked_for_are_an_error_not_an_empty_list(fresh):
+    fresh.run("cd /tmp")
+    with pytest.raises(RuntimeError, match="reads_places = True"):
+        _ = fresh.places
+
+
+def test_a_shell_that_stops_goes_on_whether_or_not_places_are_asked_for(fresh, watched):
+    for sandbox_ in (fresh, watched):
+        assert sandbox_.run("kill -STOP $$; echo on", timeout=1.0).head == b"on\n"
 
 
 def test_full_disk_of_shell_state_is_reported_too(fresh):

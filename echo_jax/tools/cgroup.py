@@ -63,14 +63,14 @@ class Cgroup:
 
     def oom_kills(self) -> int:
         """Returns how many processes of the group the kernel's OOM killer has ended."""
-        found = re.search(r"^oom_kill (\d+)$", self._events.read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(rb"^oom_kill (\d+)$", _read(self._events), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def refused_forks(self) -> int:
         """Returns how many forks the limit has refused; 0 where the kernel does not count them."""
         if self._refusals is None:
             return 0
-        return int(self._refusals.read_text(encoding="utf-8").split()[1])  # "max 3"
+        return int(_read(self._refusals).split()[1])  # "max 3"
 
     def remove(self) -> None:
         """Removes the folders. Call it once the processes have ended; the kernel may take a moment to notice. One that
@@ -94,6 +94,15 @@ def _removed(folder: Path) -> bool:
             raise
         return False
     return True
+
+
+def _read(path: Path) -> bytes:
+    """Returns a small file; in half the time of `read_bytes`: the counters are read after every call."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
 
 
 def _put(path: Path, value: int) -> None:

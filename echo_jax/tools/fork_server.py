@@ -7,18 +7,20 @@ host and its standard error. The child takes the rest: a user, mount, pid, netwo
 /tmp and /proc, and no capability at the end. It serves only if all that took effect: any error ends it, and the host
 reads the message. Nothing here runs while an agent's process can see it: those live in pid namespaces below. End of
 file on 0 means that the host is gone: PID 1 exits, and the kernel kills every sandbox.
+
+It imports only modules written in C: each call of a tool is a fork of a supervisor, and copies what stands in memory.
 """
 
-import ctypes
+import _ctypes
+import _signal
+import _socket
 import fcntl
 import itertools
-import os
-import signal
-import socket
+import posix
 import struct
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path.insert(0, __file__.rpartition("/")[0])
 
 import supervisor
 
@@ -43,17 +45,30 @@ _QUOTAS = {
     "net/ipv4/tcp_rmem": "4096 16384 16384",
     "net/ipv4/tcp_wmem": "4096 16384 16384",
 }
-_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Int(_ctypes._SimpleCData):
+    _type_ = "i"
+
+
+class _UnsignedLong(_ctypes._SimpleCData):
+    _type_ = "L"
+
+
+class _Function(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = _Int
 
 
 def _call(name, *arguments):
-    if getattr(_libc, name)(*arguments) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{name}{arguments}: {os.strerror(error)}")
+    """Calls a function of the C library. Raises OSError unless it returns 0."""
+    if _Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))(*arguments) != 0:
+        error = _ctypes.get_errno()
+        raise OSError(error, f"{name}{arguments}: {posix.strerror(error)}")
 
 
 def _mount(source, target, kind, flags, options=None):
-    _call("mount", source, target, kind, ctypes.c_ulong(flags), options)
+    _call("mount", source, target, kind, _UnsignedLong(flags), options)
 
 
 def _put(path, text):
@@ -66,7 +81,7 @@ def uncover():
     with open("/proc/self/mountinfo", encoding="utf-8") as file:
         for point in [line.split(" ")[4] for line in file]:
             if point.startswith("/proc/"):
-                _call("umount2", os.fsencode(point), _DETACH)
+                _call("umount2", point.encode(), _DETACH)
 
 
 def leave(number, disk_bytes):
@@ -74,12 +89,12 @@ def leave(number, disk_bytes):
 
     As root, it becomes another user first: one of `supervisor.USERS` users of the host, that run nothing else.
     """
-    if os.getuid() == 0:
+    if posix.getuid() == 0:
         user = supervisor.AGENT + number % supervisor.USERS
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
-    uid, gid = os.getuid(), os.getgid()
+        posix.setgroups([])
+        posix.setresgid(user, user, user)
+        posix.setresuid(user, user, user)
+    uid, gid = posix.getuid(), posix.getgid()
     supervisor.set_dumpable(1)  # else the maps belong to root
     _call("unshare", _SPACES)
     _put("/proc/self/setgroups", "deny")
@@ -91,10 +106,11 @@ def leave(number, disk_bytes):
         options = b"mode=%o,size=%d,nr_inodes=%d" % (mode, size, max(1024, size >> 11))
         _mount(b"tmpfs", path, b"tmpfs", _NO_SUID | _NO_DEVICES, options)
     for name in _DEVICES:  # read-only: one can read and write the device, but not change its mode on the host
-        kept = os.statvfs(name).f_flag & (_NO_SUID | _NO_EXEC)
+        kept = posix.statvfs(name).f_flag & (_NO_SUID | _NO_EXEC)
         _mount(None, name, None, _BIND | _REMOUNT | _READ_ONLY | kept)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sH22x", b"lo", _UP_AND_RUNNING))
+    any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sH22x", b"lo", _UP_AND_RUNNING))
+    any_socket.close()
 
 
 def settle():
@@ -107,8 +123,8 @@ def settle():
     _mount(b"proc", b"/proc", b"proc", sealed)
     for name, value in _QUOTAS.items():  # of these namespaces; raising them takes a capability
         _put(f"/proc/sys/{name}", value)
-    score = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-    status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+    score = posix.open("/proc/self/oom_score_adj", posix.O_RDWR | posix.O_CLOEXEC)
+    status = posix.open("/proc/self/status", posix.O_RDONLY | posix.O_CLOEXEC)
     _mount(b"/proc", b"/proc", None, _BIND)
     _mount(None, b"/proc", None, _BIND | _REMOUNT | _READ_ONLY | sealed)
     _mount(b"tmpfs", b"/proc/1", b"tmpfs", _READ_ONLY | sealed, b"size=4096")
@@ -129,36 +145,37 @@ def begin(number, request, connection, errors):
     """Becomes the sandbox; never returns."""
     try:
         for source, target in ((connection, 0), (connection, 1), (errors, 2)):
-            os.dup2(source, target)
-        os.close(connection)
-        os.close(errors)
+            posix.dup2(source, target)
+        posix.close(connection)
+        posix.close(errors)
         disk_bytes, *arguments = map(int, request.split())
         leave(number, disk_bytes)
-        if os.fork() == 0:
+        if posix.fork() == 0:
             supervisor.main(settle(), arguments)
     except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        posix.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
-        os._exit(1)
+        posix._exit(1)
 
 
 def main():
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; a supervisor sets its own handler
-    requests = socket.socket(fileno=0)
-    if os.getuid() == 0:
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # the kernel reaps; a supervisor sets its own handler
+    requests = _socket.socket(fileno=0)
+    if posix.getuid() == 0:
         uncover()
     requests.send(b"ready")
     for number in itertools.count():
-        request, fds, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 2)
+        request, ancillary, _, _ = requests.recvmsg(MAX_REQUEST_BYTES, _socket.CMSG_SPACE(8))
+        fds = [fd for _, _, data in ancillary for fd in memoryview(data).cast("i")]
         if not request:
-            os._exit(0)
+            posix._exit(0)
         try:
-            if os.fork() == 0:
+            if posix.fork() == 0:
                 begin(number, request, *fds)
         except OSError as error:  # no process or memory is left: this sandbox does not start, the others live on
-            os.write(fds[1], str(error).encode())
+            posix.write(fds[1], str(error).encode())
         for fd in fds:
-            os.close(fd)
+            posix.close(fd)
 
 
 if __name__ == "__main__":

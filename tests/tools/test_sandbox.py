@@ -839,7 +839,7 @@ def test_a_fork_server_that_cannot_fork_loses_one_start_and_no_sandbox():
         def ended(status):
             print(os.read(read, 1000).count(b"no process left"), status, flush=True)
             raise SystemExit
-        fork_server.os.fork, fork_server.os._exit, fork_server.uncover = fork, ended, lambda: None
+        fork_server.posix.fork, fork_server.posix._exit, fork_server.uncover = fork, ended, lambda: None
         fork_server.main()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(Path(supervisor.__file__).parent)]

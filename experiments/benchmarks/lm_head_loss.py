@@ -10,7 +10,6 @@ and a roofline. On a GPU: wall time and memory, compared with Liger's and Apple'
 
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -34,6 +33,7 @@ from absl import app, flags
 from gpu import machine
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tables import emit
 
 from echo_jax.kernels.fused_logprobs import Axes, fused_logprobs
 from echo_jax.models.flops import PEAK_FLOPS
@@ -350,28 +350,24 @@ def _torch_rows(size: Size, unit: float) -> Iterator[str]:
     yield f"\n{', '.join(f'{name} {version}' for name, version in result['versions'].items())}"
 
 
-def main(_) -> None:
+def report() -> Iterator[str]:
     versions = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in ("jax", "jaxlib", "numpy"))
     libtpu = f", libtpu {importlib.metadata.version('libtpu')}" if importlib.util.find_spec("libtpu") else ""
-    lines = [
-        "# LM-head loss: value and both gradients\n",
+    yield "# LM-head loss: value and both gradients\n"
+    yield (
         f"`python experiments/benchmarks/lm_head_loss.py`, {datetime.date.today()}; {os.cpu_count()} CPU cores, "
-        f"{platform.machine()}, Python {platform.python_version()}, {versions}{libtpu}.\n",
-    ]
-    emit = functools.partial(print, flush=True)
-    for line in lines:
-        emit(line)
-    if importlib.util.find_spec("tokamax") is None:
-        emit("tokamax is not installed: its row is missing.\n")
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}{libtpu}.\n"
+    )
     tables = {"cpu": [cpu_table], "tpu": [tpu_table, roofline_table], "gpu": [gpu_table]}
     for table in [table for name in TABLES.value for table in tables[name]]:
-        for line in table():
-            emit(line)
-            lines.append(line)
-        emit()
-        lines.append("")
-    if OUTPUT.value:
-        Path(OUTPUT.value).write_text("\n".join(lines).rstrip() + "\n")
+        yield from table()
+        yield ""
+
+
+def main(_) -> None:
+    if importlib.util.find_spec("tokamax") is None:
+        print("tokamax is not installed: its row is missing.", file=sys.stderr)
+    emit(report(), OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import platform
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
+from tables import emit
 
 from echo_jax.render.calls import GRAMMARS
 from echo_jax.tasks import FAMILIES
@@ -369,12 +369,7 @@ def table(cases: Iterable[tuple[str, Mapping[str, int]]], count: int) -> Iterato
 
 
 def main(_) -> None:
-    lines = []
-    for line in table(CASES, TASKS.value):
-        print(line, flush=True)
-        lines.append(line)
-    if OUTPUT.value:
-        Path(OUTPUT.value).write_text("\n".join(lines) + "\n")
+    emit(table(CASES, TASKS.value), OUTPUT.value)
 
 
 if __name__ == "__main__":

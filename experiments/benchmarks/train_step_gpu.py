@@ -8,11 +8,10 @@ peak. Then attention alone, which forms [T, T] scores on a GPU. `--models=tiny` 
 """
 
 import datetime
-import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from gpu import machine
+from tables import emit
 
 from echo_jax.config import default_config
 from echo_jax.kernels.attention import packed_attention
@@ -199,18 +199,12 @@ def timed(attend: Callable, arrays) -> tuple[float, int]:
 
 
 def main(_) -> None:
-    lines = []
-    emit = functools.partial(print, flush=True)
     header = [
         "# The train step on one GPU\n",
         f"`python experiments/benchmarks/train_step_gpu.py`, {datetime.date.today()}; {machine()}.\n",
     ]
-    for part in (header, table(), attention_table() if jax.default_backend() == "gpu" else ()):
-        for line in part:
-            emit(line)
-            lines.append(line)
-    if OUTPUT.value:
-        Path(OUTPUT.value).write_text("\n".join(lines) + "\n")
+    attention = attention_table() if jax.default_backend() == "gpu" else ()
+    emit(itertools.chain(header, table(), attention), OUTPUT.value)
 
 
 if __name__ == "__main__":

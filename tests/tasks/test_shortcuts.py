@@ -3,9 +3,9 @@
 import hashlib
 
 import pytest
+from shortcuts import CASES, measure
 
 from echo_jax.tasks import FAMILIES
-from experiments.benchmarks.shortcuts import CASES, measure
 
 TASKS = {"rooms": 12, "shell": 150}  # by family; the answers of most shortcuts need no sandbox
 # The first tasks of revision 1, as version 0.1.0 made them.

@@ -681,6 +681,7 @@ def test_a_killed_fork_server_breaks_its_sandboxes_and_the_next_start_works(monk
     with Sandbox(limits=SMALL) as lost:
         server = int(Path(f"/proc/{lost._jail._pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         os.kill(server, signal.SIGKILL)
+        assert lost._jail._process.wait(10.0)
         assert lost.run("echo here").status is Status.INFRA
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(processes._ForkServer, "wait", lambda self, seconds: False)  # before its end is seen

@@ -14,10 +14,8 @@ It imports only modules written in C: each call of a tool is a fork of a supervi
 import _ctypes
 import _signal
 import _socket
-import fcntl
 import itertools
 import posix
-import struct
 import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])
@@ -109,7 +107,8 @@ def leave(number, disk_bytes):
         kept = posix.statvfs(name).f_flag & (_NO_SUID | _NO_EXEC)
         _mount(None, name, None, _BIND | _REMOUNT | _READ_ONLY | kept)
     any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
-    fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sH22x", b"lo", _UP_AND_RUNNING))
+    interface = b"lo".ljust(16, b"\0") + _UP_AND_RUNNING.to_bytes(2, sys.byteorder) + bytes(22)  # struct ifreq
+    _call("ioctl", any_socket.fileno(), _SET_FLAGS, interface)
     any_socket.close()
 
 
@@ -132,7 +131,7 @@ def settle():
         for capability in range(int(file.read()) + 1):
             _call("prctl", _DROP_BOUND, capability, 0, 0, 0)
     _call("prctl", _AMBIENT, _AMBIENT_CLEAR, 0, 0, 0)
-    _call("capset", struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0), bytes(24))
+    _call("capset", _CAPABILITIES_VERSION_3.to_bytes(4, sys.byteorder) + bytes(4), bytes(24))
     with open(status, encoding="utf-8") as file:
         found = dict(line.rstrip("\n").split(":\t", 1) for line in file)
     for name, value in _SAFE.items():

@@ -241,7 +241,7 @@ class Supervisor:
         self.output_bytes = output_bytes
         self.flood_bytes = flood_bytes
         self.polled_processes = polled_processes  # 0: the kernel enforces the limit, no polling needed
-        self.rlimits = rlimits
+        self.rlimits = [(which, value, resource.getrlimit(which)[1]) for which, value in rlimits]
         self.cwd = WORK  # where the next call starts, as the shell named it
         self.stands = WORK  # where the shell last stopped itself, from the kernel; no symbolic links
         self.child = self.status = None  # the process that the current call waits for, and its wait status
@@ -516,12 +516,11 @@ class Supervisor:
             null = posix.open("/dev/null", posix.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 posix.dup2(source, target)
-            for which, value in self.rlimits:
+            for which, value, ceiling in self.rlimits:
                 hard = value
                 if which == resource.RLIMIT_CPU:
                     value = max(value, int(timeout) + 1)
                     hard = value + 1  # the soft limit's SIGXCPU says why; the hard limit would send SIGKILL
-                ceiling = resource.getrlimit(which)[1]
                 if ceiling != resource.RLIM_INFINITY:
                     value, hard = min(value, ceiling), min(hard, ceiling)
                 resource.setrlimit(which, (value, hard))

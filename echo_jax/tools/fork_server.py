@@ -150,6 +150,7 @@ def begin(number, request, connection, errors):
         disk_bytes, *arguments = map(int, request.split())
         leave(number, disk_bytes)
         if posix.fork() == 0:
+            posix.setsid()  # the kernel shares out the CPU among sessions: not one share for all supervisors
             supervisor.main(settle(), arguments)
     except BaseException as error:
         posix.write(2, f"{type(error).__name__}: {error}\n".encode())

@@ -673,6 +673,12 @@ def test_two_sandboxes_share_no_file_process_semaphore_queue_or_socket(box):
         assert len(processes_inside(box)) == 3  # the shell, python3, and sleep
 
 
+def test_each_supervisor_has_a_session_of_its_own(fresh, watched):
+    """The kernel shares out the CPU among sessions: on a busy host, supervisors of one session would get one share."""
+    sessions = {os.getsid(pid) for pid in (0, fresh._jail._pid, watched._jail._pid)}
+    assert len(sessions) == 3
+
+
 def test_a_killed_fork_server_breaks_its_sandboxes_and_the_next_start_works(monkeypatch):
     if not sandbox._accepted("auto").forks:
         pytest.skip("each sandbox is a bwrap of its own")

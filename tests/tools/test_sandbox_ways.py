@@ -18,6 +18,7 @@ from test_sandbox import (  # noqa: F401
     test_agent_sees_only_listed_variables,
     test_call_makes_room_when_processes_run_out_and_says_so,
     test_closing_leaves_no_process_descriptor_or_control_group,
+    test_each_supervisor_has_a_session_of_its_own,
     test_every_way_to_limit_ends_a_fork_bomb_and_a_hog,
     test_filter_refuses_what_namespaces_leave_open,
     test_full_disk_is_a_command_error_not_out_of_memory,
@@ -29,6 +30,7 @@ from test_sandbox import (  # noqa: F401
     test_no_sandbox_uses_up_what_the_kernel_grants_a_user,
     test_nothing_outlives_a_time_out,
     test_orphans_do_not_stay_as_zombies,
+    test_places_are_where_the_shell_stood_whatever_the_agent_writes,
     test_process_limit_is_enforced,
     test_sandboxes_die_with_their_killed_parent,
     test_the_interpreter_remembers_and_prints_a_last_expression,
@@ -39,6 +41,7 @@ from test_sandbox import (  # noqa: F401
     test_two_sandboxes_may_use_one_port,
     test_two_sandboxes_share_no_file_process_semaphore_queue_or_socket,
     test_under_root_each_sandbox_is_a_user_of_its_own,
+    watched,
 )
 
 from echo_jax.tools import sandbox

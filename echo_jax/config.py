@@ -200,11 +200,17 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.score_all = True  # run the LM head also for tokens that only metrics read; False: only for trained tokens
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.learning_rate = 3e-4
+    # Of the warm start too: adamw | sgd | muon (of the layers' matrices; adamw of embeddings, head, norms, biases).
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 3e-4  # of RL
     c.optimizer.updates_per_batch = 1  # passes over each RL batch
-    c.optimizer.warmup_steps = 10
-    c.optimizer.b1 = 0.9
+    c.optimizer.warmup_steps = 10  # updates of either phase whose rate rises
+    c.optimizer.schedule = "constant"  # of RL's rate after the warm-up: constant | linear | cosine
+    c.optimizer.schedule_steps = 0  # RL updates until it ends, warm-up included; 0: num_steps * updates_per_batch
+    c.optimizer.end_share = 0.0  # share of the learning rate at the end of the schedule
+    c.optimizer.b1 = 0.9  # of AdamW's moments
     c.optimizer.b2 = 0.999
+    c.optimizer.momentum = 0.0  # of sgd
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the global gradient norm
 

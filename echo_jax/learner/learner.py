@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from echo_jax.config import ConfigError
-from echo_jax.learner.optimizer import make_optimizer
-from echo_jax.learner.step import TrainState, abstract_state
+from echo_jax.learner.optimizer import make_optimizer, make_schedule
+from echo_jax.learner.step import TrainState, abstract_state, init_state
 from echo_jax.models import lora
 from echo_jax.models.rope import RopeScaling
 from echo_jax.models.transformer import ModelConfig, abstract_params
@@ -92,20 +92,37 @@ class Learner:
         tokens, length = self.config.rollout.max_tokens, self.config.pack.length
         return packing.capacity(at_most, tokens, rows=self.own_rows, length=length)
 
-    def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+    def warm_start_schedule(self) -> optax.Schedule:
+        """Returns the learning rate of each update of the warm start, counted from 0."""
+        return make_schedule(self.config.warm_start.learning_rate, warmup_steps=self.config.optimizer.warmup_steps)
+
+    def schedule(self) -> optax.Schedule:
+        """Returns the learning rate of each update of RL, counted from 0."""
+        o = self.config.optimizer
+        steps = o.schedule_steps or self.config.num_steps * o.updates_per_batch
+        return make_schedule(
+            o.learning_rate, warmup_steps=o.warmup_steps, kind=o.schedule, steps=steps, end_share=o.end_share
+        )
+
+    def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         o = self.config.optimizer
         return make_optimizer(
-            learning_rate=learning_rate,
-            warmup_steps=o.warmup_steps,
+            schedule,
+            name=o.name,
             b1=o.b1,
             b2=o.b2,
+            momentum=o.momentum,
             weight_decay=o.weight_decay,
             clip_norm=o.clip_norm,
         )
 
+    def init_state(self, params: dict, step: int = 0) -> TrainState:
+        """Returns a state of these trained parameters with a fresh optimizer."""
+        return init_state(params, self.make_optimizer(self.schedule()), self.mesh, step)
+
     def abstract_state(self) -> TrainState:
         """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
-        return abstract_state(self.abstract_trained, self.make_optimizer(0.0), self.mesh)
+        return abstract_state(self.abstract_trained, self.make_optimizer(self.schedule()), self.mesh)
 
     def imitation_objective(self) -> Objective:
         """Returns the objective of the warm start: independent of the RL settings, so that all arms of an ablation

@@ -99,6 +99,7 @@ METRICS = {
     "pack/efficiency": Metric(_SHARE, "pack/tokens over pack/slots"),
     "pack/pairs": Metric(_COUNT, "pairs of a token and a token it attends to"),
     # The update.
+    "train/learning_rate": Metric("rate", "of this update; the mean of several updates on one batch"),
     "train/gradient_norm": Metric("norm", "of the whole gradient, before clipping"),
     "train/update_norm": Metric("norm", "of the parameter change"),
     "train/tokens_per_second": Metric("tokens/s", "pack/tokens over time/train"),

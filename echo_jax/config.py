@@ -180,7 +180,15 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.observation_normalizer = "observation"  # observation | selected | token | constant
     # Weight of each class of environment tokens; see roles.py for the classes.
     c.loss.class_weights = ml_collections.ConfigDict(
-        {"body": 1.0, "boilerplate": 0.0, "truncation": 0.0, "feedback": 0.0, "warning": 0.0}
+        {
+            "body": 1.0,
+            "boilerplate": 0.0,
+            "truncation": 0.0,
+            "feedback": 0.0,
+            "warning": 0.0,
+            "user": 0.0,
+            "system": 0.0,
+        }
     )
     c.loss.tool_weights = ml_collections.ConfigDict({"bash": 1.0})  # of each tool's output; default 1
     c.loss.observation_filter = ""  # your module:function (trajectory, bool [T]) -> bool [T], narrows what is trained

@@ -27,7 +27,7 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of an observation with one writer: a body (OBSERVATION) or a notice of the harness."""
+    """A part of an observation with one writer: a body (a role of BODIES) or a notice of the harness."""
 
     text: str
     role: Role
@@ -58,8 +58,15 @@ class Renderer(Protocol):
         """Renders a demonstrator's turn, stop token included."""
         ...
 
-    def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
-        """Renders one answer to a turn. `first`, `last`: whether it is the first or last of that turn's answers."""
+    def observation(
+        self, parts: Iterable[Part], *, first: bool = True, last: bool = True, speaker: str = "tool"
+    ) -> Rendered:
+        """Renders one answer to a turn.
+
+        Args:
+          first, last: whether it is the first or last of that turn's answers.
+          speaker: whose turn it is in the format, a key of SPEAKERS. Only a sole answer can be another's than a tool's.
+        """
         ...
 
     def turn_text(self, ids: Iterable[int]) -> str:

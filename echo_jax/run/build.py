@@ -120,13 +120,18 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
     """
     needs_script = config.warm_start.num_steps > 0 and not config.warm_start.trajectories
     for task in tasks:
-        if unknown := [name for name in task.tools if name not in rules.tools]:
+        if unknown := [name for name in (*task.tools, task.listener) if name and name not in rules.tools]:
             raise ConfigError(
                 f"task {task.name} names unknown tools: {', '.join(unknown)}; choose from {', '.join(rules.tools)}, or "
                 "add yours to config.tools"
             )
+        if task.listener and len(arguments := rules.tools[task.listener].parameters["required"]) != 1:
+            raise ConfigError(
+                f"the listener {task.listener} of task {task.name} requires the arguments {', '.join(arguments)}; it "
+                "must require one, the text of the agent's turn"
+            )
         try:
-            episode = start(renderer, rules, task.prompt, task.tools)
+            episode = start(renderer, rules, task.prompt, task.tools, task.listener)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         with user_code.calling(f"the script of task {task.name}"):

@@ -202,7 +202,7 @@ def default_config() -> ml_collections.ConfigDict:
     # Both terms.
     c.loss.policy_constant = 0  # divisor in tokens of the normaliser "constant"; 0: rollout.max_tokens
     c.loss.observation_constant = 0  # the same for the observation term
-    c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
+    c.loss.gradient_metrics_every = 0  # steps of either phase between comparisons of the terms' gradients; 0: never
     c.loss.token_block = 256  # the LM head computes logits in blocks of this many tokens (better: TPU 1024, H100 2048)
     c.loss.vocab_block = 2048  # by this many vocabulary entries (better: H100 8192)
     c.loss.score_all = True  # run the LM head also for tokens that only metrics read; False: only for trained tokens

@@ -40,6 +40,7 @@ class Learner:
     graphdef: object
     abstract_params: dict
     tools: tuple[str, ...] = ()  # names of the run's tools; each gets observation metrics
+    control_ids: tuple[int, ...] = ()  # see `Renderer.control_ids`
 
     @property
     def abstract_trained(self) -> dict:
@@ -188,6 +189,7 @@ class Learner:
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
             observation_clip=loss.observation_clip,
             kl_estimator=loss.kl_estimator,
+            control_ids=self.control_ids,
         )
 
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
@@ -212,13 +214,18 @@ def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelC
 
 
 def build_learner(
-    config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device], tools: tuple[str, ...] = ()
+    config: ml_collections.ConfigDict,
+    vocab_size: int,
+    devices: Sequence[jax.Device],
+    tools: tuple[str, ...] = (),
+    control_ids: tuple[int, ...] = (),
 ) -> Learner:
     """Builds a learner on the first devices, as many as the config's mesh has.
 
     Args:
       vocab_size: number of the tokenizer's pieces.
       tools: names of the run's tools; without them, observation metrics are not split by tool.
+      control_ids: see `Renderer.control_ids`; without them, these tokens have no metrics.
 
     Raises:
       ConfigError: a size does not divide, or there are too few devices.
@@ -239,7 +246,7 @@ def build_learner(
     _check_divides(config, rows, mesh)
     _check_experts(config, devices)
     graphdef, params = abstract_params(model_config, mesh)
-    learner = Learner(config, mesh, model_config, graphdef, params, tools)
+    learner = Learner(config, mesh, model_config, graphdef, params, tools, control_ids)
     _check_processes(learner, devices)
     return learner
 

@@ -39,6 +39,9 @@ class Renderer(Protocol):
 
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]  # any of them ends a sampled turn
+    # Ids that end a turn, or that open or close a call. A marker that the tokenizer spells in plain pieces is none: in
+    # the grammar `plain`, and with a tokenizer without such tokens, only what ends a turn counts.
+    control_ids: tuple[int, ...]
     observation_header: tuple[int, ...]  # ids before the body of every observation, which no action should contain
     opens_reasoning: bool  # whether the generation prompt ends within reasoning, which a turn must close before it acts
 

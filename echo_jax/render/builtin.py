@@ -26,7 +26,7 @@ class BuiltinRenderer:
 
     def __init__(self, tokenizer: SentencePieces):
         self.tokenizer = tokenizer
-        self.stop_ids = (tokenizer.end,)
+        self.stop_ids = self.control_ids = (tokenizer.end,)  # calls have no markers, or markers in plain pieces
         self.observation_header = (tokenizer.tool,)
         self._openings = {"tool": tokenizer.tool, "user": tokenizer.task, "system": tokenizer.note}
 

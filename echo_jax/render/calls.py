@@ -49,6 +49,7 @@ MAX_CALLS = 64  # of a turn; each gets an observation, also when a policy repeat
 
 class Grammar(Protocol):
     no_call: str  # of MALFORMED: the status of a turn that does not try to call a tool
+    markers: tuple[str, ...]  # what opens or closes a call, where a tokenizer may have a token for it
 
     def parse(self, text: str, tools: "Mapping[str, Tool]") -> list[Call | Malformed]:
         """Returns the attempts of a turn, in order; at least one. `tools`: the agent's tools, by name."""
@@ -93,6 +94,7 @@ def said(text: str, *, in_reasoning: bool = False) -> str:
 
 class Plain:
     no_call = "unknown_tool"  # the first word names no tool
+    markers = ()
 
     def parse(self, text, tools):
         name, _, rest = text.partition(" ")
@@ -118,6 +120,7 @@ class Plain:
 
 class Json:
     no_call = "no_call"
+    markers = ("<tool_call>", "</tool_call>")
     # Reasoning, which is skipped (up to the end, if it is left open), or the start of an attempt at a call.
     _STARTS = re.compile(r"<think>.*?(?:</think>|\Z)|(?P<call><tool_call>)", re.DOTALL)
     _END = re.compile(r"(?P<close></tool_call>)|(?=<tool_call>)|\Z")
@@ -166,9 +169,10 @@ class Llama:
     """One call per turn: `{"name": …, "parameters": {…}}` and nothing else, as Llama 3's template asks."""
 
     no_call = "no_call"
+    markers = ("<|python_tag|>",)  # Llama 3.1 may start a call with it
 
     def parse(self, text, tools):
-        text = text.lstrip().removeprefix("<|python_tag|>").lstrip()  # Llama 3.1 may start a call with it
+        text = text.lstrip().removeprefix(self.markers[0]).lstrip()
         if not text.startswith("{"):
             return [Malformed("no_call", "no tool call")]
         try:

@@ -55,6 +55,8 @@ class ChatRenderer:
         self._format: Format = FORMATS[format](tokenizer, thinking)
         self._grammar, self._system = grammar, system
         self.stop_ids = self._format.stop_ids
+        markers = map(tokenizer.id_of, GRAMMARS[grammar].markers)
+        self.control_ids = tuple(dict.fromkeys((*self.stop_ids, *filter(tokenizer.is_added, markers))))
         opening = self._format.generation_prompt()
         self._opening = Rendered(tuple(opening), (Role.SCAFFOLD,) * len(opening))
         opened, closed = map(tokenizer.decode(opening).rfind, REASONING)

@@ -290,7 +290,8 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
     if source and source.unread and peers.is_first:
         unread = ", ".join(source.unread)
         print(escaped(f"{config.model.weights}: reads {source.read}, not {unread}"), file=sys.stderr)
-    learner = build_learner(config, rows, jax.devices(), tuple(tools))
+    renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
+    learner = build_learner(config, rows, jax.devices(), tuple(tools), renderer.control_ids)
     if in_sandboxes:
         at_once = min(learner.rollouts_at_once, config.rollout.max_sandboxes or learner.rollouts_at_once)
         descriptors.allow_sandboxes(at_once, bubblewrap.DESCRIPTORS)
@@ -298,7 +299,6 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         engine_layout(learner, engine_mesh(learner.mesh, learner.model_config))
     if source is not None:
         check_tensors(source, Path(config.model.weights), learner.model_config)
-    renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
     rules = episode_rules(config, tools)
     _check_tasks(config, renderer, rules, [train_tasks[i] for i in range(CHECKED_TASKS)])

@@ -121,7 +121,8 @@ class Trainer:
                 # A demonstration drawn twice in a batch counts as two sequences, not as branches of one rollout.
                 chosen = [dataclasses.replace(stream[i], rollout=i) for i in indices]
                 weights = weigh(chosen, np.zeros(len(chosen)), objective)
-                metrics = self._updated(update, chosen, weights, at_most=at_most)
+                compare = _due(self.step, self.config.loss.gradient_metrics_every)
+                metrics = self._updated(update, chosen, weights, at_most=at_most, compare_gradients=compare)
                 metrics["time/step"] = time.perf_counter() - start
                 if self.step == self.warm_steps:
                     progress.log("evaluating the warm start on held-out tasks")
@@ -152,7 +153,9 @@ class Trainer:
                 trajectories = self._rollouts()
                 everyone = summaries(trajectories, self.parts.renderer.observation_header, self.peers)
                 rollout_seconds = time.perf_counter() - start
-                metrics = rollout_metrics(everyone, "rollout", environments(self.config.task.mixture))
+                metrics = rollout_metrics(
+                    everyone, "rollout", environments(self.config.task.mixture), samples=rollout.group_size
+                )
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
                 metrics |= self._collection_metrics()

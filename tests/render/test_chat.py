@@ -418,6 +418,15 @@ def test_a_message_of_a_user_or_the_system_is_a_turn_of_its_own(format, folder, 
         assert list(pieces.ids) == list(expected)
 
 
+def test_control_tokens_end_turns_and_mark_calls(renderer, format):
+    names = {
+        "qwen3": {"<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"},
+        "llama_3": {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"},
+        "template": {"<|im_end|>"},  # it spells the markers of calls in plain pieces
+    }[format]
+    assert {renderer.tokenizer.decode([i]) for i in renderer.control_ids} == names
+
+
 def test_a_notice_beside_a_users_message_is_in_brackets(renderer):
     rendered = renderer.observation([Part("no", Role.USER), Part("last turn", Role.WARNING)], speaker="user")
     for role, text in ((Role.USER, "no"), (Role.WARNING, "\n[last turn]")):

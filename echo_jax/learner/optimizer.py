@@ -73,7 +73,7 @@ def _sgd(schedule, *, momentum, weight_decay, **_):
 def _muon(schedule, *, b1, b2, weight_decay, **_):
     """Muon (Jordan 2024, kellerjordan.github.io/posts/muon, momentum 0.95) for the matrices of the layers, AdamW for
     all else. Muon's updates are scaled to the size of AdamW's, so that one rate and decay suit both (arXiv 2502.16982,
-    eq. 4)."""
+    section 2.2)."""
     return optax.partition(
         {
             "muon": optax.contrib.muon(

@@ -23,7 +23,7 @@ setuptools.setup(
         "jsonschema>=4.20",
         "ml-collections>=1.1",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "rich>=13",
         "sentencepiece>=0.2.1",

@@ -180,7 +180,15 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.observation_normalizer = "observation"  # observation | selected | token | constant
     # Weight of each class of environment tokens; see roles.py for the classes.
     c.loss.class_weights = ml_collections.ConfigDict(
-        {"body": 1.0, "boilerplate": 0.0, "truncation": 0.0, "feedback": 0.0, "warning": 0.0}
+        {
+            "body": 1.0,
+            "boilerplate": 0.0,
+            "truncation": 0.0,
+            "feedback": 0.0,
+            "warning": 0.0,
+            "user": 0.0,
+            "system": 0.0,
+        }
     )
     c.loss.tool_weights = ml_collections.ConfigDict({"bash": 1.0})  # of each tool's output; default 1
     c.loss.observation_filter = ""  # your module:function (trajectory, bool [T]) -> bool [T], narrows what is trained
@@ -194,17 +202,23 @@ def default_config() -> ml_collections.ConfigDict:
     # Both terms.
     c.loss.policy_constant = 0  # divisor in tokens of the normaliser "constant"; 0: rollout.max_tokens
     c.loss.observation_constant = 0  # the same for the observation term
-    c.loss.gradient_metrics_every = 0  # RL steps between comparisons of the two terms' gradients; 0: never
+    c.loss.gradient_metrics_every = 0  # steps of either phase between comparisons of the terms' gradients; 0: never
     c.loss.token_block = 256  # the LM head computes logits in blocks of this many tokens (better: TPU 1024, H100 2048)
     c.loss.vocab_block = 2048  # by this many vocabulary entries (better: H100 8192)
     c.loss.score_all = True  # run the LM head also for tokens that only metrics read; False: only for trained tokens
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.learning_rate = 3e-4
+    # Of the warm start too: adamw | sgd | muon (of the layers' matrices; adamw of embeddings, head, norms, biases).
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 3e-4  # of RL
     c.optimizer.updates_per_batch = 1  # passes over each RL batch
-    c.optimizer.warmup_steps = 10
-    c.optimizer.b1 = 0.9
+    c.optimizer.warmup_steps = 10  # updates of either phase whose rate rises
+    c.optimizer.schedule = "constant"  # of RL's rate after the warm-up: constant | linear | cosine
+    c.optimizer.schedule_steps = 0  # RL updates until it ends, warm-up included; 0: num_steps * updates_per_batch
+    c.optimizer.end_share = 0.0  # share of the learning rate at the end of the schedule
+    c.optimizer.b1 = 0.9  # of AdamW's moments
     c.optimizer.b2 = 0.999
+    c.optimizer.momentum = 0.0  # of sgd
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the global gradient norm
 

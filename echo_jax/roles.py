@@ -16,6 +16,8 @@ class Role(enum.IntEnum):
     TRUNCATION = 6  # the notice in place of the dropped middle of a long output
     FEEDBACK = 7  # the harness's answer to a call it could not parse
     WARNING = 8  # a rule-based remark by the harness, for example that this is the last turn
+    USER = 9  # what a user says within the episode; the task itself is PROMPT
+    SYSTEM = 10  # a system message within the episode
 
 
 # |O| of the paper: everything the environment wrote after the prompt, warnings included (arXiv 2605.24517, eq. 3).
@@ -26,5 +28,11 @@ ENVIRONMENT_CLASSES = {
     "truncation": Role.TRUNCATION,
     "feedback": Role.FEEDBACK,
     "warning": Role.WARNING,
+    "user": Role.USER,
+    "system": Role.SYSTEM,
 }
 ENVIRONMENT_ROLES = tuple(ENVIRONMENT_CLASSES.values())
+
+# Who can answer a turn -> the role of the body of the answer. A chat format renders each as a turn of its own kind.
+SPEAKERS = {"tool": Role.OBSERVATION, "user": Role.USER, "system": Role.SYSTEM}
+BODIES = tuple(SPEAKERS.values())

@@ -141,6 +141,10 @@ def test_unknown_field_cannot_be_set():
         ("pack.rows", -1, "pack.rows = -1"),
         ("optimizer.clip_norm", 0.0, "clip_norm = 0.0"),
         ("optimizer.b2", 1.0, "b2 = 1.0"),
+        ("optimizer.name", "adam", "adamw, sgd, muon"),
+        ("optimizer.schedule", "step", "constant, linear, cosine"),
+        ("optimizer.end_share", 1.0, "end_share = 1.0"),
+        ("optimizer.momentum", -0.5, "momentum = -0.5"),
         ("warm_start.demonstrations", 3, "demonstrations = 3"),
         ("rollout.temperature", 1e-40, "rollout.temperature = 1e-40: it must be at least 1e-06"),
         ("rollout.temperature", 1e39, r"rollout.temperature = 1e\+39: float32"),
@@ -288,6 +292,34 @@ def test_option_without_effect_is_an_error(fields, named):
     config = default_config()
     config.update_from_flattened_dict({f"loss.{name}": value for name, value in fields.items()})
     with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"momentum": 0.9}, "sets momentum = 0.9, which name = 'adamw' does not use"),
+        ({"name": "muon", "momentum": 0.9}, "momentum = 0.9, which name = 'muon'"),
+        ({"name": "sgd", "b1": 0.8, "b2": 0.9}, "sets b1 = 0.8, b2 = 0.9, which name = 'sgd'"),
+        ({"end_share": 0.1}, "sets end_share = 0.1, but schedule = 'constant'.*set schedule to linear or cosine"),
+        ({"schedule_steps": 50}, "sets schedule_steps = 50, but schedule = 'constant'"),
+        ({"schedule": "cosine", "schedule_steps": 10}, "ends after 10 updates, but the warm-up .*10: lower .*_steps"),
+        ({"schedule": "linear", "warmup_steps": 100}, "ends after 100 updates, .*or raise num_steps"),
+    ],
+)
+def test_optimizer_option_without_effect_is_an_error(fields, named):
+    config = default_config()
+    config.update_from_flattened_dict({f"optimizer.{name}": value for name, value in fields.items()})
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+def test_muon_of_adapters_has_no_moments_of_adamw():
+    config = default_config()
+    config.lora.rank, config.optimizer.name = 2, "muon"
+    validate(config)
+    config.optimizer.b1 = 0.8
+    with pytest.raises(ConfigError, match=r"sets b1 = 0\.8, which name = 'muon' does not use for adapters"):
         validate(config)
 
 

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from echo_jax.config import ConfigError
-from echo_jax.learner.optimizer import make_optimizer
-from echo_jax.learner.step import TrainState, abstract_state
+from echo_jax.learner.optimizer import make_optimizer, make_schedule
+from echo_jax.learner.step import TrainState, abstract_state, init_state
 from echo_jax.models import lora
 from echo_jax.models.rope import RopeScaling
 from echo_jax.models.transformer import ModelConfig, abstract_params
@@ -40,6 +40,7 @@ class Learner:
     graphdef: object
     abstract_params: dict
     tools: tuple[str, ...] = ()  # names of the run's tools; each gets observation metrics
+    control_ids: tuple[int, ...] = ()  # see `Renderer.control_ids`
 
     @property
     def abstract_trained(self) -> dict:
@@ -92,20 +93,37 @@ class Learner:
         tokens, length = self.config.rollout.max_tokens, self.config.pack.length
         return packing.capacity(at_most, tokens, rows=self.own_rows, length=length)
 
-    def make_optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+    def warm_start_schedule(self) -> optax.Schedule:
+        """Returns the learning rate of each update of the warm start, counted from 0."""
+        return make_schedule(self.config.warm_start.learning_rate, warmup_steps=self.config.optimizer.warmup_steps)
+
+    def schedule(self) -> optax.Schedule:
+        """Returns the learning rate of each update of RL, counted from 0."""
+        o = self.config.optimizer
+        steps = o.schedule_steps or self.config.num_steps * o.updates_per_batch
+        return make_schedule(
+            o.learning_rate, warmup_steps=o.warmup_steps, kind=o.schedule, steps=steps, end_share=o.end_share
+        )
+
+    def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         o = self.config.optimizer
         return make_optimizer(
-            learning_rate=learning_rate,
-            warmup_steps=o.warmup_steps,
+            schedule,
+            name=o.name,
             b1=o.b1,
             b2=o.b2,
+            momentum=o.momentum,
             weight_decay=o.weight_decay,
             clip_norm=o.clip_norm,
         )
 
+    def init_state(self, params: dict, step: int = 0) -> TrainState:
+        """Returns a state of these trained parameters with a fresh optimizer."""
+        return init_state(params, self.make_optimizer(self.schedule()), self.mesh, step)
+
     def abstract_state(self) -> TrainState:
         """Returns the shapes and shardings of a train state; they are the same in every phase of a run."""
-        return abstract_state(self.abstract_trained, self.make_optimizer(0.0), self.mesh)
+        return abstract_state(self.abstract_trained, self.make_optimizer(self.schedule()), self.mesh)
 
     def imitation_objective(self) -> Objective:
         """Returns the objective of the warm start: independent of the RL settings, so that all arms of an ablation
@@ -171,6 +189,7 @@ class Learner:
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
             observation_clip=loss.observation_clip,
             kl_estimator=loss.kl_estimator,
+            control_ids=self.control_ids,
         )
 
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
@@ -195,13 +214,18 @@ def describe_model(config: ml_collections.ConfigDict, vocab_size: int) -> ModelC
 
 
 def build_learner(
-    config: ml_collections.ConfigDict, vocab_size: int, devices: Sequence[jax.Device], tools: tuple[str, ...] = ()
+    config: ml_collections.ConfigDict,
+    vocab_size: int,
+    devices: Sequence[jax.Device],
+    tools: tuple[str, ...] = (),
+    control_ids: tuple[int, ...] = (),
 ) -> Learner:
     """Builds a learner on the first devices, as many as the config's mesh has.
 
     Args:
       vocab_size: number of the tokenizer's pieces.
       tools: names of the run's tools; without them, observation metrics are not split by tool.
+      control_ids: see `Renderer.control_ids`; without them, these tokens have no metrics.
 
     Raises:
       ConfigError: a size does not divide, or there are too few devices.
@@ -222,7 +246,7 @@ def build_learner(
     _check_divides(config, rows, mesh)
     _check_experts(config, devices)
     graphdef, params = abstract_params(model_config, mesh)
-    learner = Learner(config, mesh, model_config, graphdef, params, tools)
+    learner = Learner(config, mesh, model_config, graphdef, params, tools, control_ids)
     _check_processes(learner, devices)
     return learner
 

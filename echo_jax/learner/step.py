@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from echo_jax.models import lora
 from echo_jax.models.transformer import bind
@@ -48,13 +48,14 @@ def _initial(optimizer: optax.GradientTransformation):
 def opt_state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh):
     """Returns the optimizer state's shardings: a moment is sharded like its parameter, all else is replicated."""
     abstract = jax.eval_shape(_initial(optimizer), params)
+    missing = lambda moment: isinstance(moment, optax.MaskedNode)  # of a parameter that another optimizer has  # noqa: E731
     return optax.tree.map_params(
         optimizer,
-        lambda _, param: param.sharding,
+        lambda moment, param: moment if missing(moment) else param.sharding,
         abstract,
         params,
         transform_non_params=lambda _: replicated(mesh),
-        is_leaf=lambda x: isinstance(x, NamedSharding),
+        is_leaf=missing,
     )
 
 

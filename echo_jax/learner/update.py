@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from echo_jax.learner.learner import Learner
+from echo_jax.learner.optimizer import updates_made
 from echo_jax.learner.step import TrainState, make_logprobs, make_term_gradients, make_train_step
 from echo_jax.models import lora
 from echo_jax.models.flops import train_flops, utilisation
@@ -38,7 +40,7 @@ class Update:
 
     learner: Learner
     options: LossOptions
-    learning_rate: float
+    schedule: optax.Schedule  # the learning rate of each update, counted from 0
     passes: int = 1  # updates on each batch
     recompute: bool = False  # recompute the old log-probs of the ratio under the policy before the update
     reference: dict | None = None  # trained parameters of the policy that the KL refers to
@@ -47,7 +49,7 @@ class Update:
     @functools.cached_property
     def _train_step(self):
         learner = self.learner
-        optimizer = learner.make_optimizer(self.learning_rate)
+        optimizer = learner.make_optimizer(self.schedule)
         return make_train_step(learner.graphdef, learner.abstract_state(), optimizer, learner.mesh, self.options)
 
     @functools.cached_property
@@ -83,11 +85,13 @@ class Update:
         if self.reference is not None:
             batch = batch.replace(reference_logprob=self._logprobs(lora.join(self.reference, self.frozen), batch))
         norms = jax.device_get(self._term_gradients(state.params, self.frozen, batch)) if compare_gradients else {}
+        made = updates_made(state.opt_state)
         sums = []
         for _ in range(self.passes):
             state, pass_sums = self._train_step(state, self.frozen, batch)
             sums.append(pass_sums)
         metrics = mean_of_passes([finish_metrics(pass_sums) for pass_sums in jax.device_get(sums)])
+        metrics["train/learning_rate"] = float(np.mean([self.schedule(made + i) for i in range(self.passes)]))
         loss, norm = metrics["loss/total"], metrics["train/gradient_norm"]
         if not math.isfinite(loss + norm):
             raise UpdateError(f"loss {loss}, gradient norm {norm}")

@@ -66,6 +66,7 @@ class LossOptions:
     importance_cap: float = 0.0  # of truncated importance sampling, see `echo_loss`; 0: off
     observation_clip: float = 1.0  # cross-entropy trains a token up to this probability; 1: always
     kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
+    control_ids: tuple[int, ...] = ()  # see `Renderer.control_ids`; with any, metrics of these tokens
 
 
 def denominators(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -188,6 +189,11 @@ def echo_loss(
         in_kl = jnp.sum(batch.kl_weight > 0, dtype=jnp.float32)
         sums["policy/reference_kl"] = Mean(jnp.sum(jnp.where(batch.kl_weight > 0, kl, 0.0)), in_kl)
         sums["policy/reference_tokens"] = in_kl
+        if options.control_ids:
+            # A collapse begins with a runaway of these tokens (arXiv 2606.26027).
+            control = action * jnp.isin(batch.targets, jnp.asarray(options.control_ids), method="compare_all")
+            sums["policy/control_share"] = Mean(jnp.sum(control), actions)
+            sums["policy/control_probability"] = Mean(jnp.sum(control * jnp.exp(logprob)), jnp.sum(control))
         for name, values in policy_metrics.items():
             if f"policy/{name}" in sums:
                 raise ConfigError(f"the policy loss {options.policy!r} reports a metric {name!r}: the name is taken")

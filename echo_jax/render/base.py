@@ -27,7 +27,7 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of an observation with one writer: a body (OBSERVATION) or a notice of the harness."""
+    """A part of an observation with one writer: a body (a role of BODIES) or a notice of the harness."""
 
     text: str
     role: Role
@@ -39,6 +39,9 @@ class Renderer(Protocol):
 
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]  # any of them ends a sampled turn
+    # Ids that end a turn, or that open or close a call. A marker that the tokenizer spells in plain pieces is none: in
+    # the grammar `plain`, and with a tokenizer without such tokens, only what ends a turn counts.
+    control_ids: tuple[int, ...]
     observation_header: tuple[int, ...]  # ids before the body of every observation, which no action should contain
     opens_reasoning: bool  # whether the generation prompt ends within reasoning, which a turn must close before it acts
 
@@ -58,8 +61,15 @@ class Renderer(Protocol):
         """Renders a demonstrator's turn, stop token included."""
         ...
 
-    def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
-        """Renders one answer to a turn. `first`, `last`: whether it is the first or last of that turn's answers."""
+    def observation(
+        self, parts: Iterable[Part], *, first: bool = True, last: bool = True, speaker: str = "tool"
+    ) -> Rendered:
+        """Renders one answer to a turn.
+
+        Args:
+          first, last: whether it is the first or last of that turn's answers.
+          speaker: whose turn it is in the format, a key of SPEAKERS. Only a sole answer can be another's than a tool's.
+        """
         ...
 
     def turn_text(self, ids: Iterable[int]) -> str:

@@ -48,6 +48,9 @@ MAX_CALLS = 64  # of a turn; each gets an observation, also when a policy repeat
 
 
 class Grammar(Protocol):
+    no_call: str  # of MALFORMED: the status of a turn that does not try to call a tool
+    markers: tuple[str, ...]  # what opens or closes a call, where a tokenizer may have a token for it
+
     def parse(self, text: str, tools: "Mapping[str, Tool]") -> list[Call | Malformed]:
         """Returns the attempts of a turn, in order; at least one. `tools`: the agent's tools, by name."""
         ...
@@ -83,7 +86,16 @@ def parse(
     return attempts
 
 
+def said(text: str, *, in_reasoning: bool = False) -> str:
+    """Returns what a turn says to others: its text without reasoning. `in_reasoning`: see `parse`."""
+    opened = REASONING[0] if in_reasoning else ""
+    return re.sub(r"<think>.*?(?:</think>|\Z)", "", opened + text, flags=re.DOTALL).strip()
+
+
 class Plain:
+    no_call = "unknown_tool"  # the first word names no tool
+    markers = ()
+
     def parse(self, text, tools):
         name, _, rest = text.partition(" ")
         if name not in tools:
@@ -107,6 +119,8 @@ class Plain:
 
 
 class Json:
+    no_call = "no_call"
+    markers = ("<tool_call>", "</tool_call>")
     # Reasoning, which is skipped (up to the end, if it is left open), or the start of an attempt at a call.
     _STARTS = re.compile(r"<think>.*?(?:</think>|\Z)|(?P<call><tool_call>)", re.DOTALL)
     _END = re.compile(r"(?P<close></tool_call>)|(?=<tool_call>)|\Z")
@@ -154,8 +168,11 @@ class Json:
 class Llama:
     """One call per turn: `{"name": …, "parameters": {…}}` and nothing else, as Llama 3's template asks."""
 
+    no_call = "no_call"
+    markers = ("<|python_tag|>",)  # Llama 3.1 may start a call with it
+
     def parse(self, text, tools):
-        text = text.lstrip().removeprefix("<|python_tag|>").lstrip()  # Llama 3.1 may start a call with it
+        text = text.lstrip().removeprefix(self.markers[0]).lstrip()
         if not text.startswith("{"):
             return [Malformed("no_call", "no tool call")]
         try:

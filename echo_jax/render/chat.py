@@ -13,7 +13,7 @@ from echo_jax.render.calls import GRAMMARS, REASONING, describe
 from echo_jax.render.marks import Marks
 from echo_jax.render.published import Llama3, Qwen3
 from echo_jax.render.template import RenderError, Template
-from echo_jax.roles import Role
+from echo_jax.roles import BODIES, Role
 from echo_jax.tokenizer import BytePairs
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ class Format(Protocol):
 
     def generation_prompt(self) -> list[int]: ...
 
-    def answer(self, content: str, marks: Marks, *, first: bool, last: bool) -> list[Token]:
-        """Renders one message of role `tool`, from after the stop token or after the message before it."""
+    def answer(self, content: str, marks: Marks, *, first: bool, last: bool, speaker: str) -> list[Token]:
+        """Renders one message of role `tool`, `user` or `system`, from after the stop token or after the message before
+        it."""
         ...
 
 
@@ -54,6 +55,8 @@ class ChatRenderer:
         self._format: Format = FORMATS[format](tokenizer, thinking)
         self._grammar, self._system = grammar, system
         self.stop_ids = self._format.stop_ids
+        markers = map(tokenizer.id_of, GRAMMARS[grammar].markers)
+        self.control_ids = tuple(dict.fromkeys((*self.stop_ids, *filter(tokenizer.is_added, markers))))
         opening = self._format.generation_prompt()
         self._opening = Rendered(tuple(opening), (Role.SCAFFOLD,) * len(opening))
         opened, closed = map(tokenizer.decode(opening).rfind, REASONING)
@@ -90,10 +93,12 @@ class ChatRenderer:
         ids = (*self.tokenizer.encode_markup(thought + text), self.stop_ids[0])
         return Rendered(ids, (Role.ACTION,) * len(ids))
 
-    def observation(self, parts: Iterable[Part], *, first: bool = True, last: bool = True) -> Rendered:
+    def observation(
+        self, parts: Iterable[Part], *, first: bool = True, last: bool = True, speaker: str = "tool"
+    ) -> Rendered:
         spoken = _spoken(list(parts))
         marks = Marks(part.text for part in spoken)
-        return _rendered(self._format.answer(marks.body(spoken), marks, first=first, last=last))
+        return _rendered(self._format.answer(marks.body(spoken), marks, first=first, last=last, speaker=speaker))
 
     def turn_text(self, ids: Iterable[int]) -> str:
         ids = tuple(ids)
@@ -104,7 +109,7 @@ def _spoken(parts: list[Part]) -> list[Part]:
     """Returns the parts with each notice in brackets and on a separate line."""
     spoken: list[Part] = []
     for i, part in enumerate(parts):
-        if part.role is Role.OBSERVATION:
+        if part.role in BODIES:
             spoken.append(part)
             continue
         written = spoken[-1].text if spoken else ""

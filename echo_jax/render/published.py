@@ -70,13 +70,13 @@ class _Published:
     def generation_prompt(self):
         return self._opening
 
-    def answer(self, content, marks, *, first, last):
+    def answer(self, content, marks, *, first, last, speaker):
         """Renders the text after a stop token, with empty messages before and after this one if there are others."""
         empty = {"role": "tool", "content": ""}
-        messages = [empty] * (not first) + [{"role": "tool", "content": content}] + [empty] * (not last)
+        messages = [empty] * (not first) + [{"role": speaker, "content": content}] + [empty] * (not last)
         rendered = self._make(self._adapter(marks)).bridge_to_next_turn(self._opening, [self.stop_ids[0]], messages)
         if rendered is None:
-            raise RenderError("this chat format does not accept a tool's answer after a turn")
+            raise RenderError(f"this chat format does not accept a message of role {speaker} after a turn")
         message = 0 if first else 1
         indices = rendered.message_indices
         end = len(indices) - indices[::-1].index(message)
@@ -111,7 +111,8 @@ class Qwen3(_Published):
         from renderers.configs import Qwen3RendererConfig
         from renderers.qwen3 import Qwen3Renderer
 
-        return Qwen3Renderer(tokenizer, Qwen3RendererConfig(enable_thinking=self._thinking))
+        # "all": a user's message does not remove earlier thinking, which stays in the context.
+        return Qwen3Renderer(tokenizer, Qwen3RendererConfig(enable_thinking=self._thinking, thinking_retention="all"))
 
 
 class Llama3(_Published):

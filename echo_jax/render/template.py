@@ -63,7 +63,10 @@ class Template:
     def generation_prompt(self):
         return [token for token, _ in self._opening]
 
-    def answer(self, content, marks, *, first, last):
+    def answer(self, content, marks, *, first, last, speaker):
+        if speaker != "tool":
+            text = self._conversation([content], marks, speaker)
+            return self._encode(text[self._turn_end(text, marks) + len(self._stop) :], marks)
         before = [] if first else [""]
         whole = self._conversation([*before, content], marks)
         longer = self._conversation([*before, content, ""], marks)
@@ -75,10 +78,11 @@ class Template:
             start = self._cut(self._conversation(before, marks), text)
         return self._encode(text[start:end], marks)
 
-    def _conversation(self, answers: list[str], marks: Marks) -> str:
+    def _conversation(self, answers: list[str], marks: Marks, speaker: str = "tool") -> str:
         """Returns the text of a question, a turn of the agent, and these answers to it."""
         turn = {"role": "assistant", "content": marks.body([Part("x", Role.ACTION)])}
-        return self._marked_text([_USER, turn, *({"role": self._role, "content": answer} for answer in answers)], marks)
+        role = self._role if speaker == "tool" else speaker
+        return self._marked_text([_USER, turn, *({"role": role, "content": answer} for answer in answers)], marks)
 
     def _turn_end(self, text: str, marks: Marks) -> int:
         """Returns where the agent's turn of a `_conversation` ends, before the stop token."""
@@ -144,7 +148,7 @@ class Template:
         end = self._turn_end(whole, marks) + len(self._stop)
         pieces = []
         for i, answer in enumerate(answers):
-            pieces += self.answer(answer, marks, first=i == 0, last=i == len(answers) - 1)
+            pieces += self.answer(answer, marks, first=i == 0, last=i == len(answers) - 1, speaker="tool")
         if pieces != self._encode(whole[end:], marks):
             raise RenderError(
                 "the tokenizer's chat template renders one answer to a turn differently depending on the others"

@@ -172,8 +172,9 @@ class Collector:
 
     def _start(self, job: Job) -> tuple[Episode, EpisodeWorld]:
         """Returns a rollout's first state, and its world: the one opened ahead for it, if there is one."""
-        episode = episode_lib.start(self._renderer, self._rules, job.task.prompt, job.task.tools)
-        return episode, self._ahead.pop(job.rollout, None) or EpisodeWorld(job.task, self._machine)
+        task = job.task
+        episode = episode_lib.start(self._renderer, self._rules, task.prompt, task.tools, task.listener)
+        return episode, self._ahead.pop(job.rollout, None) or EpisodeWorld(task, self._machine)
 
     def _close_ahead(self, but: Iterable[Job] = ()) -> None:
         """Closes the worlds that were opened ahead, but not those of these jobs."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from echo_jax.render import Part, Rendered, Renderer, calls
 from echo_jax.render.calls import Call, Malformed
-from echo_jax.roles import Role
+from echo_jax.roles import BODIES, SPEAKERS, Role
 from echo_jax.rollout.trajectory import Attempt, Sampled, Trajectory
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import CommandResult, Status
@@ -62,6 +62,7 @@ class Episode:
     renderer: Renderer
     rules: Rules
     available: Mapping[str, Tool]  # the agent's tools, by name
+    listener: str = ""  # the tool that gets the text of a turn without a call; "": it is a format error
     ids: tuple[int, ...] = ()
     roles: tuple[Role, ...] = ()
     tools: tuple[int, ...] = ()  # which of the rules' tools wrote the token, from 1; 0: none did
@@ -94,8 +95,14 @@ class Episode:
         return self.rules.max_seconds - self.seconds
 
 
-def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] = ("bash",)) -> Episode:
-    """Returns an episode that waits for its first turn. `tools`: names of the agent's tools, besides `submit`.
+def start(
+    renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] = ("bash",), listener: str = ""
+) -> Episode:
+    """Returns an episode that waits for its first turn.
+
+    Args:
+      tools: names of the agent's tools, besides `submit`.
+      listener: see `Task.listener`.
 
     Raises:
       ValueError: the prompt alone leaves no room to act.
@@ -106,7 +113,7 @@ def start(renderer: Renderer, rules: Rules, prompt: str, tools: tuple[str, ...] 
         raise ValueError(
             f"a prompt of {len(rendered.ids)} tokens leaves no room in rollout.max_tokens = {rules.max_tokens}"
         )
-    return _append(Episode(renderer, rules, available), rendered)
+    return _append(Episode(renderer, rules, available, listener), rendered)
 
 
 def advance(episode: Episode, event: Sampled | CommandResult) -> Episode:
@@ -149,9 +156,21 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
     else:
         text, reasons = episode.renderer.turn_text(turn.ids), episode.renderer.opens_reasoning
         attempts = calls.parse(episode.rules.grammar, text, episode.available, in_reasoning=reasons)
+        attempts = _heard(episode, attempts, calls.said(text, in_reasoning=reasons))
     runs = any(isinstance(attempt, Call) for attempt in attempts)
     errors = 0 if runs else episode.format_errors + 1
     return _next(dataclasses.replace(episode, pending=tuple(attempts), format_errors=errors))
+
+
+def _heard(episode: Episode, attempts: list[Call | Malformed], message: str) -> list[Call | Malformed]:
+    """Returns the attempts of a turn or, if it calls no tool but says something to a listener, a call of the
+    listener."""
+    no_call = calls.GRAMMARS[episode.rules.grammar].no_call
+    speaks = all(isinstance(attempt, Malformed) and attempt.status == no_call for attempt in attempts)
+    if not (episode.listener and message and speaks):
+        return attempts
+    (argument,) = episode.rules.tools[episode.listener].parameters["required"]
+    return [Call(episode.listener, {argument: message})]
 
 
 def _after_call(episode: Episode, result: CommandResult) -> Episode:
@@ -159,8 +178,11 @@ def _after_call(episode: Episode, result: CommandResult) -> Episode:
     episode = _note(episode, str(result.status), tool, result.exit_code, result.limit, result.dropped_bytes)
     if result.status is Status.INFRA:
         return abandon(episode)
+    # Another's turn cannot stand between answers of tools: among several, each answer has the wrapper of a tool's.
+    speaker = "tool" if episode.answered or len(episode.pending) > 1 else result.speaker
     episode = dataclasses.replace(episode, pending=episode.pending[1:], seconds=episode.seconds + result.seconds)
-    return _next(_observe(episode, observation_parts(result), list(episode.rules.tools).index(tool) + 1))
+    number = list(episode.rules.tools).index(tool) + 1
+    return _next(_observe(episode, observation_parts(result), number, speaker))
 
 
 def _next(episode: Episode) -> Episode:
@@ -195,7 +217,7 @@ def _next(episode: Episode) -> Episode:
 def observation_parts(result: CommandResult) -> list[Part]:
     """Returns what the agent sees of a result: body, notice of dropped bytes and, unless it succeeded, its status."""
     bodies = [result.head, result.tail] if result.dropped_bytes else [result.head + result.tail]
-    parts = [Part(body.decode("utf-8", "surrogateescape"), Role.OBSERVATION) for body in bodies]
+    parts = [Part(body.decode("utf-8", "surrogateescape"), SPEAKERS[result.speaker]) for body in bodies]
     if result.dropped_bytes:
         parts.insert(1, Part(f"{result.dropped_bytes} bytes dropped", Role.TRUNCATION))
     if result.status is not Status.OK:
@@ -205,11 +227,12 @@ def observation_parts(result: CommandResult) -> list[Part]:
     return parts
 
 
-def _observe(episode: Episode, parts: list[Part], tool: int = 0) -> Episode:
+def _observe(episode: Episode, parts: list[Part], tool: int = 0, speaker: str = "tool") -> Episode:
     """Appends an observation or, if it does not fit, ends the episode."""
     if episode.rules.warn_last_turn and episode.turns == episode.rules.max_turns - 1 and not episode.pending:
         parts = [*parts, Part("last turn", Role.WARNING)]
-    observation = episode.renderer.observation(parts, first=not episode.answered, last=not episode.pending)
+    first, last = not episode.answered, not episode.pending
+    observation = episode.renderer.observation(parts, first=first, last=last, speaker=speaker)
     if len(episode.ids) + len(observation.ids) > episode.rules.max_tokens:
         return _end(episode, Outcome.MAX_TOKENS)
     return dataclasses.replace(_append(episode, observation, tool), answered=True)
@@ -222,7 +245,7 @@ def _note(episode: Episode, status: str, tool: str = "", *details) -> Episode:
 
 def _append(episode: Episode, new: Rendered, tool: int = 0) -> Episode:
     """Adds tokens that were not sampled. Counts as written by `tool`: its output, and what its wrapper adds to that."""
-    by_tool = (Role.OBSERVATION, Role.BOILERPLATE, Role.TRUNCATION)
+    by_tool = (*BODIES, Role.BOILERPLATE, Role.TRUNCATION)
     zeros = (0.0,) * len(new.ids)
     return dataclasses.replace(
         episode,

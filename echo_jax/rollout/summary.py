@@ -7,6 +7,7 @@ In: trajectories. Out: a `Summary` of each, for processes to exchange; and, from
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from math import comb
 
 import numpy as np
 
@@ -68,23 +69,41 @@ def _imagined(t: Trajectory, header: tuple[int, ...]) -> int:
     return len(header) * int((action[window] & (t.ids[window] == header)).all(axis=1).sum())
 
 
-PER_ENVIRONMENT = ("submitted", "rejected", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
+PER_ENVIRONMENT = (
+    *("submitted", "rejected", "solve_rate", "reward", "mixed_groups", "turns", "tokens", "imagined_observations"),
+    "pass_at_",
+)  # beginnings of names
 
 
-def rollout_metrics(rollouts: Sequence[Summary], prefix: str, environments: Sequence[str] = ()) -> dict[str, float]:
+def rollout_metrics(
+    rollouts: Sequence[Summary], prefix: str, environments: Sequence[str] = (), *, samples: int = 0
+) -> dict[str, float]:
     """Returns metrics of a set of rollouts; averages rewards over the scored ones.
 
-    `environments`: the entries of the task mixture. If there are several, each has metrics of its own too.
+    Args:
+      environments: the entries of the task mixture. If there are several, each has metrics of its own too.
+      samples: rollouts per task, the most for pass@k; 0: none.
     """
-    metrics = _metrics(rollouts)
+    metrics = _metrics(rollouts, samples)
     for environment in environments if len(environments) > 1 else ():
         if members := [r for r in rollouts if r.environment == environment]:
-            found = _metrics(members)
-            metrics |= {f"{name}_env_{environment}": found[name] for name in PER_ENVIRONMENT if name in found}
+            found = _metrics(members, samples)
+            chosen = [name for name in found if name.startswith(PER_ENVIRONMENT)]
+            metrics |= {f"{name}_env_{environment}": found[name] for name in chosen}
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
-def _metrics(rollouts: Sequence[Summary]) -> dict[str, float]:
+def pass_rates(rollouts: Sequence[Summary], k: int) -> list[float]:
+    """Returns, for each task with k scored rollouts or more, the chance that one of k solves it, without bias:
+    1 - C(n - c, k) / C(n, k), if c of n did (Codex, arXiv 2107.03374, eq. 1)."""
+    tasks: dict[int, list[bool]] = {}
+    for rollout in rollouts:
+        if rollout.scored:
+            tasks.setdefault(rollout.group, []).append(rollout.solved)
+    return [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
+
+
+def _metrics(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
     scored = [r.reward for r in rollouts if r.scored]
     statuses = sum((collections.Counter(r.calls) for r in rollouts), collections.Counter())
     groups: dict[int, list[float]] = {}
@@ -105,6 +124,9 @@ def _metrics(rollouts: Sequence[Summary]) -> dict[str, float]:
         metrics["reward"] = float(np.mean(scored))
         if len(scored) > len(groups):  # else no group has two scores to compare
             metrics["mixed_groups"] = float(np.mean([len(set(rewards)) > 1 for rewards in groups.values()]))
+    for k in (2**i for i in range(samples.bit_length())):  # 1, 2, 4, … up to `samples`
+        if rates := pass_rates(rollouts, k):
+            metrics[f"pass_at_{k}"] = float(np.mean(rates))
     for status in (*Status, *MALFORMED, "submit"):
         metrics[f"calls_{status}"] = statuses[status]
     return metrics

@@ -14,7 +14,14 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.terminal import escaped
 from echo_jax.tokenizer import Tokenizer
 
-STYLES = {Role.ACTION: "bold green", Role.OBSERVATION: "cyan", Role.PROMPT: "bold", Role.SCAFFOLD: "dim"}
+STYLES = {
+    Role.ACTION: "bold green",
+    Role.OBSERVATION: "cyan",
+    Role.PROMPT: "bold",
+    Role.SCAFFOLD: "dim",
+    Role.USER: "magenta",
+    Role.SYSTEM: "blue",
+}
 OTHER_STYLE = "yellow"  # notices of the harness
 
 

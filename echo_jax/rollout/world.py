@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from echo_jax.roles import SPEAKERS
 from echo_jax.system import user_code
 from echo_jax.tasks.task import CannotScore, FinishedEpisode, Message, Task
 from echo_jax.tools.sandbox import (
@@ -41,6 +42,7 @@ _KINDS = {
     "seconds": float | int,
     "cwd": str,
     "limit": str,
+    "speaker": str,
 }  # of the fields of a CommandResult
 
 
@@ -203,5 +205,7 @@ def _check(result: CommandResult) -> None:
     for name, kind in _KINDS.items():
         if not isinstance(value := getattr(result, name), kind):
             raise TypeError(f"its result has {name} = {value!r:.60}; it must be {getattr(kind, '__name__', kind)}")
+    if result.speaker not in SPEAKERS:
+        raise ValueError(f"its result has speaker = {result.speaker!r}; choose one of {', '.join(SPEAKERS)}")
     if not 0 <= result.seconds < math.inf:
         raise ValueError(f"its result has seconds = {result.seconds}; it must be a finite number from 0")

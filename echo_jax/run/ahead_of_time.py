@@ -244,7 +244,7 @@ def lower_train_step(learner: Learner) -> jax.stages.Lowered:
     rows = sharding_of(learner.mesh, ("micro", "batch", "time"))
     shape = (learner.capacity(learner.rollouts_at_once), learner.rows, config.pack.length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows), batch_lib.empty(1, 1, 1))
-    optimizer, state = learner.make_optimizer(config.optimizer.learning_rate), learner.abstract_state()
+    optimizer, state = learner.make_optimizer(learner.schedule()), learner.abstract_state()
     step = make_train_step(learner.graphdef, state, optimizer, learner.mesh, learner.loss_options())
     return step.lower(state, lora.split(learner.abstract_params)[1], batch)
 

@@ -120,13 +120,18 @@ def _check_tasks(config: ml_collections.ConfigDict, renderer: Renderer, rules: R
     """
     needs_script = config.warm_start.num_steps > 0 and not config.warm_start.trajectories
     for task in tasks:
-        if unknown := [name for name in task.tools if name not in rules.tools]:
+        if unknown := [name for name in (*task.tools, task.listener) if name and name not in rules.tools]:
             raise ConfigError(
                 f"task {task.name} names unknown tools: {', '.join(unknown)}; choose from {', '.join(rules.tools)}, or "
                 "add yours to config.tools"
             )
+        if task.listener and len(arguments := rules.tools[task.listener].parameters["required"]) != 1:
+            raise ConfigError(
+                f"the listener {task.listener} of task {task.name} requires the arguments {', '.join(arguments)}; it "
+                "must require one, the text of the agent's turn"
+            )
         try:
-            episode = start(renderer, rules, task.prompt, task.tools)
+            episode = start(renderer, rules, task.prompt, task.tools, task.listener)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         with user_code.calling(f"the script of task {task.name}"):
@@ -285,7 +290,8 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
     if source and source.unread and peers.is_first:
         unread = ", ".join(source.unread)
         print(escaped(f"{config.model.weights}: reads {source.read}, not {unread}"), file=sys.stderr)
-    learner = build_learner(config, rows, jax.devices(), tuple(tools))
+    renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
+    learner = build_learner(config, rows, jax.devices(), tuple(tools), renderer.control_ids)
     if in_sandboxes:
         at_once = min(learner.rollouts_at_once, config.rollout.max_sandboxes or learner.rollouts_at_once)
         descriptors.allow_sandboxes(at_once, bubblewrap.DESCRIPTORS)
@@ -293,7 +299,6 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         engine_layout(learner, engine_mesh(learner.mesh, learner.model_config))
     if source is not None:
         check_tensors(source, Path(config.model.weights), learner.model_config)
-    renderer = make_renderer(tokenizer, grammar=config.rollout.grammar, **config.render)
     train_tasks = task_stream(mixture, families, split="train", seed=config.seed)
     rules = episode_rules(config, tools)
     _check_tasks(config, renderer, rules, [train_tasks[i] for i in range(CHECKED_TASKS)])

@@ -8,7 +8,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from echo_jax.rollout import trajectory as trajectory_lib
 from echo_jax.rollout.collector import Job
 from echo_jax.rollout.engine import Engine
 from echo_jax.rollout.engine.interface import sleep
-from echo_jax.rollout.summary import Summary, rollout_metrics, summaries
+from echo_jax.rollout.summary import Summary, pass_rates, rollout_metrics, summaries
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.joint_collector import JointCollector
@@ -136,16 +135,11 @@ class Evaluator:
 
 
 def pass_at_k(rollouts: Sequence[Summary], samples: int) -> dict[str, float]:
-    """Returns pass@1 and pass@`samples` with the standard error over tasks, by the unbiased estimator
-    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1); rollouts that were not scored are left out."""
-    tasks: dict[int, list[bool]] = {}
-    for rollout in rollouts:
-        if rollout.scored:
-            tasks.setdefault(rollout.group, []).append(rollout.solved)
+    """Returns pass@1 and pass@`samples` with the standard error over tasks, see `pass_rates`; rollouts that were not
+    scored are left out."""
     metrics = {}
     for k in sorted({1, samples}):
-        rates = [1.0 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in tasks.values() if len(s) >= k]
-        if rates:
+        if rates := pass_rates(rollouts, k):
             metrics[f"eval/pass@{k}"] = float(np.mean(rates))
             metrics[f"eval/pass@{k}_stderr"] = (
                 float(np.std(rates, ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else 0.0

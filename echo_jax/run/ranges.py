@@ -30,7 +30,7 @@ def check_float(name: str, value: float) -> None:
             f"config.{name} = {value}: it must be at least {LEAST_TEMPERATURE:g}; 0.001 already samples the likeliest "
             "token almost always"
         )
-    if name in ("optimizer.b1", "optimizer.b2") and value < 1 <= np.float32(value):
+    if name in ("optimizer.b1", "optimizer.b2", "optimizer.momentum") and value < 1 <= np.float32(value):
         raise ConfigError(f"config.{name} = {value}: it must be below 1 as a float32 too, such as 0.99999")
     least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     if name.startswith(FLOAT32) and value != 0 and not least <= abs(value) <= most:

@@ -16,7 +16,7 @@ import numpy as np
 
 from echo_jax.learner import parameters
 from echo_jax.learner.checkpoint import Checkpointer, check_free_space
-from echo_jax.learner.step import TrainState, init_state
+from echo_jax.learner.step import TrainState
 from echo_jax.learner.update import Update, UpdateError
 from echo_jax.models import lora
 from echo_jax.objective.advantages import groups_of
@@ -110,7 +110,7 @@ class Trainer:
         objective = learner.imitation_objective()
         stream = grain.MapDataset.source(demonstrations)
         stream = stream.seed(_fold(self.config.seed, DEMONSTRATION_ORDER_SEED)).shuffle().repeat()
-        update = Update(learner, learner.imitation_options(), warm.learning_rate, frozen=self.frozen)
+        update = Update(learner, learner.imitation_options(), learner.warm_start_schedule(), frozen=self.frozen)
         at_most = learner.share(warm.batch)
         with Progress("warm start", total=self.warm_steps, start=self.step, console=self.console) as progress:
             while self.step < self.warm_steps:
@@ -121,7 +121,8 @@ class Trainer:
                 # A demonstration drawn twice in a batch counts as two sequences, not as branches of one rollout.
                 chosen = [dataclasses.replace(stream[i], rollout=i) for i in indices]
                 weights = weigh(chosen, np.zeros(len(chosen)), objective)
-                metrics = self._updated(update, chosen, weights, at_most=at_most)
+                compare = _due(self.step, self.config.loss.gradient_metrics_every)
+                metrics = self._updated(update, chosen, weights, at_most=at_most, compare_gradients=compare)
                 metrics["time/step"] = time.perf_counter() - start
                 if self.step == self.warm_steps:
                     progress.log("evaluating the warm start on held-out tasks")
@@ -135,15 +136,14 @@ class Trainer:
         update = Update(
             learner,
             learner.loss_options(),
-            optimizer.learning_rate,
+            learner.schedule(),
             passes=optimizer.updates_per_batch,
             recompute=loss.old_logprobs == "recomputed",
             reference=self._reference() if loss.kl_weight else None,
             frozen=self.frozen,
         )
         if self.step == self.warm_steps:  # RL starts with a fresh optimizer, also when it starts by resuming
-            fresh = learner.make_optimizer(optimizer.learning_rate)
-            self.state = init_state(self.state.params, fresh, learner.mesh, self.step)
+            self.state = learner.init_state(self.state.params, self.step)
         done = self.step - self.warm_steps
         with Progress("ECHO", total=self.config.num_steps, start=done, console=self.console) as progress:
             while self.step < self.last_step:
@@ -153,7 +153,9 @@ class Trainer:
                 trajectories = self._rollouts()
                 everyone = summaries(trajectories, self.parts.renderer.observation_header, self.peers)
                 rollout_seconds = time.perf_counter() - start
-                metrics = rollout_metrics(everyone, "rollout", environments(self.config.task.mixture))
+                metrics = rollout_metrics(
+                    everyone, "rollout", environments(self.config.task.mixture), samples=rollout.group_size
+                )
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
                 metrics |= self._collection_metrics()
@@ -392,7 +394,7 @@ class Trainer:
         if self.config.init_from:
             return self._start_from_another_run()
         trained, frozen = parameters.begin(self.learner, self.parts.source, quiet=not self.peers.is_first)
-        return init_state(trained, self.learner.make_optimizer(0.0), self.learner.mesh), frozen
+        return self.learner.init_state(trained), frozen
 
     def _start_from_another_run(self) -> tuple[TrainState, dict]:
         """Returns the state after the warm start, or after some RL, of the run that config.init_from names, with a
@@ -401,8 +403,7 @@ class Trainer:
         with Checkpointer(workdir / "checkpoints") as saved:
             found = parameters.restore(saved, self.learner, self.parts.source, step=step, quiet=not self.peers.is_first)
         self.step = self.starts_at = found.step
-        fresh = self.learner.make_optimizer(self.config.optimizer.learning_rate)
-        return init_state(found.state.params, fresh, self.learner.mesh, self.step), found.frozen
+        return self.learner.init_state(found.state.params, self.step), found.frozen
 
 
 def nothing_trained(trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights]) -> int:

@@ -14,6 +14,7 @@ import ml_collections
 
 from echo_jax.config import OPEN_SECTIONS, default_config, flat
 from echo_jax.kernels import attention
+from echo_jax.learner import optimizer as optimizers
 from echo_jax.learner.learner import clips_set_by
 from echo_jax.models.rope import SCALINGS
 from echo_jax.models.transformer import ATTENTION, LINEAR, REMAT
@@ -46,6 +47,8 @@ CHOICES = {
     "loss.kl_estimator": KL_ESTIMATORS,
     "loss.observation_schedule": SCHEDULES,
     "loss.observation_normalizer": OBSERVATION_NORMALIZERS,
+    "optimizer.name": optimizers.OPTIMIZERS,
+    "optimizer.schedule": optimizers.SCHEDULES,
 }
 # Fields that may be 0; all other integers are at least 1.
 MAY_BE_ZERO = (
@@ -66,6 +69,7 @@ MAY_BE_ZERO = (
     "warm_start.num_steps",
     "warm_start.demonstrations",
     "optimizer.warmup_steps",
+    "optimizer.schedule_steps",
     "loss.observation_schedule_steps",
     "loss.policy_constant",
     "loss.observation_constant",
@@ -120,6 +124,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_sizes(config)
     _check_model(config)
     _check_loss(config)
+    _check_optimizer(config)
     find_engine(config.rollout.engine, config.rollout.engine_options)
 
 
@@ -182,7 +187,7 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
         )
     for name in POSITIVE:
         _require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
-    for name in ("optimizer.b1", "optimizer.b2"):
+    for name in ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "optimizer.end_share"):
         _require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must be at least 0 and below 1")
 
 
@@ -337,6 +342,35 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
         find_estimator(policy.advantage, {})
     else:
         find_estimator(loss.advantage, loss.advantage_options)
+
+
+def _check_optimizer(config: ml_collections.ConfigDict) -> None:
+    """Checks the optimizer's name and schedule against the fields that only some of them use."""
+    own, defaults = config.optimizer, default_config().optimizer
+    uses = optimizers.USES[own.name]
+    only_adapters = own.name == "muon" and config.lora.rank > 0
+    sometimes = {name for names in optimizers.USES.values() for name in names}
+    others = sometimes if only_adapters else sometimes - set(uses)
+    unused = {name: own[name] for name in others if own[name] != defaults[name]}
+    _require(
+        not unused,
+        f"config.optimizer sets {_listed(unused)}, which name = {own.name!r} does not use"
+        + (" for adapters, all of which are matrices" if only_adapters else "")
+        + ": remove these, or choose another optimizer",
+    )
+    unused = {name: own[name] for name in ("schedule_steps", "end_share") if own[name] != defaults[name]}
+    _require(
+        own.schedule != "constant" or not unused,
+        f"config.optimizer sets {_listed(unused)}, but schedule = 'constant' never changes the rate: set schedule to "
+        "linear or cosine, or remove these",
+    )
+    steps = own.schedule_steps or config.num_steps * own.updates_per_batch
+    _require(
+        own.schedule == "constant" or steps > own.warmup_steps,
+        f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, but the warm-up takes the first "
+        f"{own.warmup_steps}: lower optimizer.warmup_steps, or raise "
+        + ("optimizer.schedule_steps" if own.schedule_steps else "num_steps"),
+    )
 
 
 def check_tools(config: ml_collections.ConfigDict, tools: Mapping[str, Any]) -> None:

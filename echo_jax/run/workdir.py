@@ -42,6 +42,7 @@ STARTS_FROM = ("model.", "lora.", "tokenizer.", "warm_start.")
 # What the warm start does not depend on, besides what may change: arms of a sweep that share one may differ in it.
 AFTER_WARM_START = (
     *("num_steps", "init_from", "loss.", "optimizer.learning_rate", "optimizer.updates_per_batch"),
+    *("optimizer.schedule", "optimizer.end_share"),
     *("rollout.groups", "rollout.group_size", "rollout.temperature", "rollout.replay", "rollout.engine"),
 )
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
@@ -156,20 +157,27 @@ def starting_point(config: ml_collections.ConfigDict) -> tuple[Path, int]:
             f"{said} has made RL steps with other rollout.groups than this config's {config.rollout.groups}, so tasks "
             f"would be used twice; use the same, or start from step {warm_steps}"
         )
+    schedule = config.optimizer.schedule
+    if start > warm_steps and schedule != "constant" and not config.optimizer.schedule_steps:
+        raise ConfigError(
+            f"{said} has made {start - warm_steps} RL steps, so this run, whose optimizer is fresh, would end before "
+            f"its optimizer.schedule = {schedule!r} over num_steps steps; set optimizer.schedule_steps"
+        )
     return workdir, start
 
 
 def _check_length(config: ml_collections.ConfigDict, workdir: Path, before: int, after: int) -> None:
     """Checks that a run may end at another step than it was started with."""
     changed = f"  num_steps: the run has {before}, this config {after}"
-    loss = config.loss
-    if loss.observation_schedule != "constant" and not loss.observation_schedule_steps:
-        raise ConfigError(
-            f"workdir {workdir} holds a run of another length:\n{changed}\nIts loss.observation_schedule = "
-            f"{loss.observation_schedule!r} lasts num_steps steps, so the steps made so far would have been different. "
-            "Use the same num_steps, or another --workdir; with loss.observation_schedule_steps set, a run can be "
-            "extended."
-        )
+    for field in ("loss.observation_schedule", "optimizer.schedule"):
+        section, name = field.split(".")
+        kind, steps = config[section][name], config[section][f"{name}_steps"]
+        if kind != "constant" and not steps:
+            raise ConfigError(
+                f"workdir {workdir} holds a run of another length:\n{changed}\nIts {field} = {kind!r} lasts num_steps "
+                "steps, so the steps made so far would have been different. Use the same num_steps, or another "
+                f"--workdir; with {field}_steps set, a run can be extended."
+            )
     made = max((finished_steps(workdir) or 0, *_saved_steps(workdir)))
     if made > config.warm_start.num_steps + after:
         raise ConfigError(

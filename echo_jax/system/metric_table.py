@@ -33,7 +33,10 @@ _EPISODES = {
 
 _EPISODES |= {
     f"{name}_env_ENVIRONMENT": Metric(_EPISODES[name].unit, "the same for one environment of a mixture of several")
-    for name in ("submitted", "rejected", "solve_rate", "reward", "mixed_groups", "turns", "tokens")
+    for name in (
+        *("submitted", "rejected", "solve_rate", "reward", "mixed_groups", "turns", "tokens"),
+        "imagined_observations",
+    )
 }
 
 METRICS = {
@@ -56,6 +59,8 @@ METRICS = {
     "policy/mismatch_kl": Metric(_NATS, "mean of ratio - log ratio - 1 over actions; ratio: trainer over sampler"),
     "policy/reference_kl": Metric(_NATS, "mean estimate of the KL to the policy that RL started from"),
     "policy/reference_tokens": Metric(_TOKENS, "action tokens in the KL"),
+    "policy/control_share": Metric(_SHARE, "action tokens that end a turn or mark a call, see Renderer.control_ids"),
+    "policy/control_probability": Metric(_SHARE, "mean probability of these tokens where one was sampled, as sampled"),
     "policy/gradient_norm": Metric("norm", "of the policy term's gradient alone, with loss.gradient_metrics_every"),
     "policy/LOSS": Metric("as reported", "mean over actions of a metric that your policy loss reports"),
     # The observation term.
@@ -72,6 +77,8 @@ METRICS = {
     "observation/gradient_norm": Metric("norm", "of the observation term's gradient alone"),
     # Rollouts of the step, and evaluations.
     **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
+    "rollout/pass_at_K": Metric(_SHARE, "tasks solved by at least one of K rollouts, estimated without bias"),
+    "rollout/pass_at_K_env_ENVIRONMENT": Metric(_SHARE, "the same for one environment of a mixture of several"),
     "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
     "rollout/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
     "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed or their sandbox broke"),
@@ -99,6 +106,7 @@ METRICS = {
     "pack/efficiency": Metric(_SHARE, "pack/tokens over pack/slots"),
     "pack/pairs": Metric(_COUNT, "pairs of a token and a token it attends to"),
     # The update.
+    "train/learning_rate": Metric("rate", "of this update; the mean of several updates on one batch"),
     "train/gradient_norm": Metric("norm", "of the whole gradient, before clipping"),
     "train/update_norm": Metric("norm", "of the parameter change"),
     "train/tokens_per_second": Metric("tokens/s", "pack/tokens over time/train"),

@@ -56,6 +56,9 @@ class Task(abc.ABC):
     name: str  # "family/split/index": unique, stable
     prompt: str  # what the agent reads
     tools: tuple[str, ...] = ("bash",)  # names of the agent's tools, besides `submit`
+    # Name of the tool that gets the text of a turn without a call, as its only argument, and may answer as a user:
+    # `CommandResult.speaker`. The agent is not told of it. "": such a turn is a format error.
+    listener: str = ""
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # path below /work -> content
     symlinks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # path below /work -> target
     setup: str = ""  # a shell command run before the agent starts; its changes to the directory stay

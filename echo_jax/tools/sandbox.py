@@ -93,6 +93,8 @@ class CommandResult:
     seconds: float
     cwd: str  # after the call
     limit: str = ""  # with LIMIT: cpu, file_size, processes, open_files, disk or inodes
+    # Whose message it is to the agent, a key of `roles.SPEAKERS`: a world may answer as a user or as the system.
+    speaker: str = "tool"
 
 
 class Sandbox:

@@ -25,7 +25,6 @@ from tables import emit
 from echo_jax.config import default_config
 from echo_jax.kernels.attention import packed_attention
 from echo_jax.learner.learner import Learner, build_learner
-from echo_jax.learner.step import init_state
 from echo_jax.models.flops import train_flops, utilisation
 from echo_jax.models.transformer import init_params
 from echo_jax.objective.batch import to_mesh
@@ -129,7 +128,7 @@ def measure(learner: Learner) -> str:
     weights = weigh(rollouts, learner.advantages(rollouts), learner.objective(0))
     batch = to_mesh(learner.pack(rollouts, weights, at_most=len(rollouts)).batch, learner.mesh)
     _, params = init_params(learner.model_config, 0, learner.mesh)
-    state = init_state(params, learner.make_optimizer(learner.config.optimizer.learning_rate), learner.mesh)
+    state = learner.init_state(params)
     del params
     times = []
     for _ in range(REPEATS.value + 1):  # the first warms up

@@ -22,7 +22,7 @@ from synthetic import (
     trajectories,
 )
 
-from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.optimizer import make_optimizer, make_schedule
 from echo_jax.learner.step import abstract_state, init_state, make_train_step
 from echo_jax.models.transformer import abstract_params, bind
 from echo_jax.objective.advantages import advantages_of
@@ -215,7 +215,7 @@ def test_imitation_is_the_mean_cross_entropy_of_the_actions():
 
 def three_updates(batches):
     """Returns the jitted step, the state after each of these (trajectories, advantages), and the losses."""
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_steps=1, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
+    optimizer = make_optimizer(make_schedule(1e-2, warmup_steps=1), b2=0.99, weight_decay=0.01, clip_norm=1.0)
     step = make_train_step(GRAPHDEF, abstract_state(ABSTRACT_PARAMS, optimizer, MESH), optimizer, MESH, OPTIONS)
     params = jax.tree.map(jnp.copy, initial(TINY, MESH)[1])  # the step donates it
     state = init_state(params, optimizer, MESH)
@@ -237,7 +237,7 @@ def test_the_update_compiles_once_whatever_the_batch_holds():
 
 def test_the_abstract_state_is_the_real_states_shape_and_sharding():
     mesh = make_mesh(2, 2, 2)
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_steps=1, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
+    optimizer = make_optimizer(make_schedule(1e-2, warmup_steps=1), b2=0.99, weight_decay=0.01, clip_norm=1.0)
     real = init_state(initial(TINY, mesh)[1], optimizer, mesh)
     abstract = abstract_state(abstract_params(TINY, mesh)[1], optimizer, mesh)
     described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree)  # noqa: E731

@@ -8,7 +8,6 @@ from synthetic import varied
 
 from configs import tiny
 from echo_jax.learner import update as update_lib
-from echo_jax.learner.step import init_state
 from echo_jax.learner.update import Update, UpdateError, mean_of_passes
 from echo_jax.models.transformer import init_params
 from echo_jax.objective.weights import weigh
@@ -27,10 +26,10 @@ def test_non_finite_update_is_an_error_with_its_numbers(name, monkeypatch):
     config.pack.length = 128
     learner = build(config).learner
     _, params = init_params(learner.model_config, 0, learner.mesh)
-    state = init_state(params, learner.make_optimizer(0.0), learner.mesh)
+    state = learner.init_state(params)
     chosen = [dataclasses.replace(t, ids=t.ids % learner.vocab_size) for t in varied()[:4]]
     weights = weigh(chosen, np.zeros(4), learner.objective(0))
     finish = update_lib.finish_metrics
     monkeypatch.setattr(update_lib, "finish_metrics", lambda sums: finish(sums) | {name: float("nan")})
     with pytest.raises(UpdateError, match="nan"):
-        Update(learner, learner.loss_options(), 0.0)(state, chosen, weights, at_most=4)
+        Update(learner, learner.loss_options(), learner.schedule())(state, chosen, weights, at_most=4)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from synthetic import ECHO, MESH, OPTIONS, SPARSE, TINY, initial, relative_difference, trajectories
 
-from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.optimizer import make_optimizer, make_schedule
 from echo_jax.learner.step import abstract_state, init_state, loss_and_grads, make_train_step
 from echo_jax.models import lora
 from echo_jax.models.flops import train_flops
@@ -106,7 +106,7 @@ def test_training_moves_every_declared_parameter_and_no_other(config, dtype):
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {dtype}
     assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {"float32"}
     before = jax.device_get(params)
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
+    optimizer = make_optimizer(make_schedule(1e-2, warmup_steps=0), b2=0.99, weight_decay=0.01, clip_norm=1.0)
     state = init_state(jax.tree.map(jnp.copy, trained), optimizer, MESH)
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
@@ -186,7 +186,7 @@ def test_bfloat16_parameters_have_float32_gradients_and_moments():
     config = dataclasses.replace(TINY, param_dtype="bfloat16")
     graphdef, params = initial(config, MESH)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
+    optimizer = make_optimizer(make_schedule(1e-2, warmup_steps=0), b2=0.99, weight_decay=0.01, clip_norm=1.0)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, MESH)
     step = make_train_step(graphdef, abstract_state(params, optimizer, MESH), optimizer, MESH, OPTIONS)
     state, _ = step(state, {}, packed())

@@ -228,13 +228,15 @@ def test_head_options_reach_the_kernel(monkeypatch):
 def test_metrics_equal_their_definitions():
     """Per token, in float64, over every predicted token."""
     low, high = 0.05, 0.1
-    options = dataclasses.replace(OPTIONS, policy_options=(("clip_low", low), ("clip_high", high)))
+    control = tuple(range(0, 64, 3))
+    bounds = (("clip_low", low), ("clip_high", high))
+    options = dataclasses.replace(OPTIONS, policy_options=bounds, control_ids=control)
     advantages = advantages_of(CHOSEN)
     sums, _, _ = gradient(CHOSEN, advantages, objective=dataclasses.replace(BASE, kl_weight=0.1), options=options)
     metrics = finish_metrics(sums)
     entropies, gaps, kls, stopped, reference_kls = [], [], [], [], []
     ce = {role: [] for role in range(4, 9)}
-    correct = []
+    correct, controls = [], []
     for t, z, advantage in zip(CHOSEN, logits_and_pullback()[0], advantages, strict=True):
         for p in range(1, len(t.ids)):
             row = reference.log_softmax(z[p - 1] / (TEMPERATURE if t.role[p] == 3 else 1.0))
@@ -245,6 +247,8 @@ def test_metrics_equal_their_definitions():
             if t.role[p] != 3:
                 continue
             difference = row[t.ids[p]] - t.logprob[p]
+            if t.ids[p] in control:
+                controls.append(np.exp(row[t.ids[p]]))
             entropies.append(-(np.exp(row) * row).sum())
             gaps.append(abs(difference))
             kls.append(np.exp(difference) - 1 - difference)
@@ -254,6 +258,8 @@ def test_metrics_equal_their_definitions():
                 reference_kls.append(np.exp(-row[t.ids[p]]) - 1 + row[t.ids[p]])  # k3 to log-probs of 0
     expected = {
         "policy/entropy": np.mean(entropies),
+        "policy/control_share": len(controls) / len(entropies),
+        "policy/control_probability": np.mean(controls),
         "policy/sampler_gap": np.mean(gaps),
         "policy/sampler_gap_max": np.max(gaps),
         "policy/mismatch_kl": np.mean(kls),

@@ -18,7 +18,7 @@ from echo_jax import tokenizer as tokenizers
 from echo_jax.render import Part, RenderError, make_renderer
 from echo_jax.render.calls import GRAMMARS, Call
 from echo_jax.render.marks import Marks
-from echo_jax.roles import ENVIRONMENT_ROLES, Role
+from echo_jax.roles import ENVIRONMENT_ROLES, SPEAKERS, Role
 from echo_jax.rollout.episode import Outcome, Phase, Rules, advance, start, to_trajectory
 from echo_jax.rollout.trajectory import Sampled
 from echo_jax.tools.sandbox import CommandResult, Status
@@ -396,6 +396,42 @@ def test_reasoning_that_the_template_opens_holds_no_call(tmp_path, kind, opening
         assert after(drafted).call == Call("bash", {"command": "rm *"})
     by_script = advance(episode, sampled(renderer, meant))
     assert by_script.call == Call("bash", {"command": "ls"})
+
+
+@pytest.mark.parametrize("speaker", ["user", "system"])
+@pytest.mark.parametrize("said", ["no, higher", " two\nlines \n", *SPELLED])
+def test_a_message_of_a_user_or_the_system_is_a_turn_of_its_own(format, folder, renderer, speaker, said):
+    """Its pieces add up to what the format renders in one pass, and its body is its writer's, whatever it spells."""
+    role = SPEAKERS[speaker]
+    rendered = renderer.observation([Part(said, role)], speaker=speaker)
+    own = [i for i, writer in zip(rendered.ids, rendered.roles, strict=True) if writer is role]
+    assert renderer.tokenizer.decode(own) == said
+    assert set(rendered.roles) == {role, Role.SCAFFOLD}
+    scaffold = [i for i, writer in zip(rendered.ids, rendered.roles, strict=True) if writer is Role.SCAFFOLD]
+    assert speaker in renderer.tokenizer.decode(scaffold)
+    if said == "no, higher":
+        pieces = renderer.prompt("guess") + renderer.generation_prompt() + renderer.action("5")
+        pieces += rendered + renderer.generation_prompt()
+        turns = [("user", "guess"), ("assistant", "5"), (speaker, said)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        expected = oracle(format, folder).render(messages, add_generation_prompt=True).token_ids
+        assert list(pieces.ids) == list(expected)
+
+
+def test_control_tokens_end_turns_and_mark_calls(renderer, format):
+    names = {
+        "qwen3": {"<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"},
+        "llama_3": {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"},
+        "template": {"<|im_end|>"},  # it spells the markers of calls in plain pieces
+    }[format]
+    assert {renderer.tokenizer.decode([i]) for i in renderer.control_ids} == names
+
+
+def test_a_notice_beside_a_users_message_is_in_brackets(renderer):
+    rendered = renderer.observation([Part("no", Role.USER), Part("last turn", Role.WARNING)], speaker="user")
+    for role, text in ((Role.USER, "no"), (Role.WARNING, "\n[last turn]")):
+        own = [i for i, writer in zip(rendered.ids, rendered.roles, strict=True) if writer is role]
+        assert renderer.tokenizer.decode(own) == text
 
 
 def test_tool_output_cannot_exhaust_the_marks(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from echo_jax.render import BuiltinRenderer, Part, Rendered
-from echo_jax.roles import Role
+from echo_jax.roles import SPEAKERS, Role
 from echo_jax.tokenizer import CONTROL_SYMBOLS, SentencePieces
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -108,3 +108,14 @@ def test_tokens_that_the_harness_adds_to_a_turn_are_scaffold():
     assert RENDERER.generation_prompt() == Rendered((TOKENIZER.assistant,), (Role.SCAFFOLD,))
     assert RENDERER.close_turn() == Rendered((TOKENIZER.end,), (Role.SCAFFOLD,))
     assert RENDERER.prompt("oak").roles[0] == Role.SCAFFOLD
+
+
+@PATIENT
+@given(bodies, st.sampled_from(["user", "system"]))
+def test_a_message_of_a_user_or_the_system_is_a_turn_of_its_own(body, speaker):
+    opening = {"user": TOKENIZER.task, "system": TOKENIZER.note}[speaker]
+    role = SPEAKERS[speaker]
+    rendered = RENDERER.observation([Part(body, role), Part("last turn", Role.WARNING)], speaker=speaker)
+    assert read_back(rendered.ids) == [(opening, body), (TOKENIZER.note, "last turn")]
+    assert bytes_by(rendered, role) == bytes_of(body)
+    assert set(rendered.roles) <= {role, Role.WARNING, Role.SCAFFOLD}

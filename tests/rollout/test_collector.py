@@ -902,9 +902,12 @@ def test_metrics_by_hand():
 
 
 def test_each_environment_of_a_mixture_has_its_metrics():
+    ids, role = np.zeros(10), np.repeat([Role.PROMPT, Role.ACTION], 5)
+    ids[5:7] = HEADER
+    imagining = make_trajectory(ids, role)
     chosen = [
         trajectory(group=0, environment="maze", reward=1.0, turns=2),
-        trajectory(group=0, environment="maze", reward=0.0, turns=4),
+        dataclasses.replace(imagining, group=0, environment="maze", reward=0.0, turns=4),
         trajectory(group=1, environment="rooms", scored=False, turns=1),
     ]
     everyone = summaries(chosen, HEADER, Peers())
@@ -914,8 +917,32 @@ def test_each_environment_of_a_mixture_has_its_metrics():
         "x/submitted_env_maze": 2, "x/rejected_env_maze": 0, "x/turns_env_maze": 3.0, "x/tokens_env_maze": 10.0,
         "x/solve_rate_env_maze": 0.5, "x/reward_env_maze": 0.5, "x/mixed_groups_env_maze": 1.0,
         "x/submitted_env_rooms": 1, "x/rejected_env_rooms": 1, "x/turns_env_rooms": 1.0, "x/tokens_env_rooms": 10.0,
+        "x/imagined_observations_env_maze": 2 / 5, "x/imagined_observations_env_rooms": 0.0,
     }  # fmt: skip
     assert rollout_metrics(everyone, "x", ["maze"]) == whole
+
+
+def test_pass_at_k_of_the_rollouts_of_a_step_by_hand():
+    """Groups of four, of which one lost two rollouts; K doubles up to the size of a group."""
+    rewards = {0: [1.0, 0.0, 0.0, 1.0], 1: [0.0] * 4, 2: [1.0, 0.0]}
+    chosen = [
+        trajectory(group=group, reward=reward, environment="maze" if group else "rooms")
+        for group, members in rewards.items()
+        for reward in members
+    ]
+    chosen += [trajectory(group=2, scored=False, environment="maze")] * 2
+    everyone = summaries(chosen, HEADER, Peers())
+    metrics = rollout_metrics(everyone, "x", ["maze", "rooms"], samples=5)
+    assert {name: value for name, value in metrics.items() if "pass" in name} == pytest.approx(
+        {
+            "x/pass_at_1": (0.5 + 0 + 0.5) / 3,
+            "x/pass_at_2": (5 / 6 + 0 + 1) / 3,
+            "x/pass_at_4": (1 + 0) / 2,
+            **{"x/pass_at_1_env_maze": 0.25, "x/pass_at_2_env_maze": 0.5, "x/pass_at_4_env_maze": 0.0},
+            **{"x/pass_at_1_env_rooms": 0.5, "x/pass_at_2_env_rooms": 5 / 6, "x/pass_at_4_env_rooms": 1.0},
+        }
+    )
+    assert not [name for name in rollout_metrics(everyone, "x") if "pass" in name]
 
 
 def test_counts_include_every_attempt(collector, engine, monkeypatch):

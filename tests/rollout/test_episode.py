@@ -25,11 +25,20 @@ from echo_jax.rollout.trajectory import Attempt, Sampled
 from echo_jax.tokenizer import CONTROL_SYMBOLS, SentencePieces
 from echo_jax.tools import TOOLS
 from echo_jax.tools.sandbox import CommandResult, Status
+from echo_jax.tools.tool import strings
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 TOKENIZER = SentencePieces()
 RENDERER = BuiltinRenderer(TOKENIZER)
 STOP = RENDERER.stop_ids[0]
+
+
+class Listen:
+    """A tool that a task names as its listener."""
+
+    description, parameters = "Hears the agent.", strings("text")
+
+
 ROOMY = Rules(max_turns=4, max_tokens=400, max_turn_tokens=100)
 
 
@@ -459,3 +468,54 @@ def test_output_and_its_notices_record_the_tool_and_feedback_none():
     by_role = {role: {t for t, r in zip(episode.tools, episode.roles, strict=True) if r == role} for role in Role}
     assert by_role[Role.OBSERVATION] == by_role[Role.BOILERPLATE] == {list(TOOLS).index("bash") + 1}
     assert by_role[Role.FEEDBACK] == by_role[Role.ACTION] == by_role[Role.SCAFFOLD] == {0}
+
+
+# -- a user or the system that answers -------------------------------------------------------------------------------
+
+LISTENING = {**TOOLS, "listen": Listen()}
+
+
+def spoken(text, speaker):
+    return dataclasses.replace(result(text), speaker=speaker)
+
+
+@pytest.mark.parametrize(("speaker", "role"), [("user", Role.USER), ("system", Role.SYSTEM)])
+def test_a_turn_without_a_call_goes_to_the_listener_and_its_answer_is_no_tools(speaker, role):
+    rules = dataclasses.replace(ROOMY, tools=LISTENING, max_format_errors=1)
+    asked = advance(start(RENDERER, rules, "guess", (), "listen"), turn("is it\n5?"))
+    assert (asked.phase, asked.call) == (Phase.CALL, Call("listen", {"text": "is it\n5?"}))
+    told = advance(asked, spoken(b"no, higher", speaker))
+    assert (told.phase, told.format_errors) == (Phase.GENERATE, 0)
+    assert text_by(told, role) == "no, higher"
+    assert not {Role.FEEDBACK, Role.OBSERVATION} & set(told.roles)
+    number = list(LISTENING).index("listen") + 1
+    assert {t for t, r in zip(told.tools, told.roles, strict=True) if r is role} == {number}
+    assert told.attempts == (Attempt(1, "listen", "ok", 0),)
+    marker = {"user": TOKENIZER.task, "system": TOKENIZER.note}[speaker]
+    assert told.ids[len(asked.ids)] == marker
+    # Without a listener the same turn is a format error, and one of them ends this episode.
+    unheard = advance(start(RENDERER, rules, "guess", ()), turn("is it 5?"))
+    assert unheard.outcome is Outcome.FORMAT_ERRORS
+
+
+def test_a_call_or_a_failed_one_does_not_go_to_the_listener():
+    rules = dataclasses.replace(ROOMY, tools=LISTENING, grammar="json")
+    episode = start(RENDERER, rules, "guess", ("bash",), "listen")
+    for text, status in (
+        ('<tool_call>{"name": "nope", "arguments": {}}</tool_call>', "unknown_tool"),
+        ('<tool_call>{"name": "bash"', "unclosed"),
+        ("<think>is it 5?", "no_call"),  # it says nothing
+    ):
+        assert [a.status for a in advance(episode, turn(text)).attempts] == [status]
+    heard = advance(episode, turn("<think>4 or 5?</think>\n\n5\n"))
+    assert heard.call == Call("listen", {"text": "5"})
+
+
+def test_among_several_answers_a_users_stands_in_the_wrapper_of_a_tools():
+    rules = dataclasses.replace(ROOMY, tools=LISTENING, grammar="json", max_turn_tokens=200)
+    call = GRAMMARS["json"].write(Call("bash", {"command": "ls"}), TOOLS)
+    episode = advance(start(RENDERER, rules, "guess", ("bash",)), turn(call + call))
+    first = advance(episode, spoken(b"one", "user"))
+    both = advance(first, spoken(b"two", "user"))
+    assert text_by(both, Role.USER) == "onetwo"
+    assert [both.ids[len(e.ids)] for e in (episode, first)] == [TOKENIZER.tool] * 2

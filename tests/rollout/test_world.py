@@ -310,6 +310,10 @@ def test_half_an_emoji_as_a_path_is_refused(lasting):
         (CommandResult(Status.OK, 0, b"", b"", None, 0.0, ""), b"its result has dropped_bytes = None; it must be int"),
         (CommandResult(Status.OK, 0, b"", b"", 0, None, ""), b"its result has seconds = None; it must be float | int"),
         (CommandResult(Status.OK, 0, b"", b"", 0, math.nan, ""), b"its result has seconds = nan; it must be a finite"),
+        (
+            CommandResult(Status.OK, 0, b"", b"", 0, 0.0, "", speaker="oak"),
+            b"its result has speaker = 'oak'; choose one of tool, user, system",
+        ),
         (SandboxError("f: not a file"), b"f: not a file\n"),
         (ValueError("x" * 4096), b"x" * 100),
     ],

@@ -256,6 +256,7 @@ def test_a_run_from_anothers_warm_start_has_the_lines_of_one_that_made_it_itself
             "its checkpoint is of step 34, but this run has a warm start of 30 steps and ends at step 32",
         ),
         ({"num_steps": 9, "rollout.groups": 3}, "other rollout.groups"),
+        ({"num_steps": 9, "optimizer.schedule": "linear", "optimizer.warmup_steps": 1}, "set optimizer.schedule_steps"),
         ({"init_from": "STEP 99"}, r"no such checkpoint; .* has steps \[.*30, 34\]"),
         ({"init_from": "nowhere"}, "nowhere holds no run"),
     ],
@@ -787,7 +788,7 @@ def recorded_run(tmp_path_factory):
     # Enables every option that compiles another program, or runs one more often.
     config.loss.update(old_logprobs="recomputed", gradient_metrics_every=2)
     config.loss.update(observation_schedule="linear", mode_changes=((2, "grpo"),))
-    config.optimizer.updates_per_batch = 2
+    config.optimizer.update(updates_per_batch=2, warmup_steps=1, schedule="linear", end_share=0.5)
     config.pack.rows = 4
     config.task.mixture = {"lookup": 1.0, "maze": 1.0}
     config.model.num_kv_heads = 2
@@ -865,6 +866,15 @@ def test_metrics_and_metric_table_match(recorded_run, finished):
     assert unseen <= {"policy/LOSS", "train/mfu"}
 
 
+def test_the_rate_falls_over_the_updates_of_rl_and_not_in_the_warm_start(recorded_run):
+    optimizer, warm = recorded_run.config.optimizer, recorded_run.config.warm_start
+    rates = [record["train/learning_rate"] for record in read_metrics(recorded_run.workdir / "metrics.jsonl")]
+    falling = [0.5, *(1.0 - 0.5 * n / 7 for n in range(7))]  # of eight updates, two a step
+    expected = [optimizer.learning_rate * (a + b) / 2 for a, b in zip(falling[::2], falling[1::2], strict=True)]
+    np.testing.assert_allclose(rates[:4], [warm.learning_rate * share for share in (0.5, 1.0, 1.0, 1.0)], rtol=1e-5)
+    np.testing.assert_allclose(rates[4:], expected, rtol=1e-5)
+
+
 def test_nothing_compiles_after_the_first_step_checkpoint_and_evaluation(recorded_run):
     # Steps 0 and 4 start the phases, 2 is the first checkpoint, 4 the first evaluation; the run continues to 8.
     assert set(recorded_run.compiled) <= {-1, 0, 2, 4}
@@ -873,7 +883,8 @@ def test_nothing_compiles_after_the_first_step_checkpoint_and_evaluation(recorde
 def test_a_sharded_run_reports_the_same_kind_of_numbers(recorded_run):
     records = read_metrics(recorded_run.workdir / "metrics.jsonl")
     assert len(records) == 8
-    assert ["loss/gradient_cosine" in record for record in records] == [False] * 4 + [True, False] * 2
+    assert ["loss/gradient_cosine" in record for record in records] == [True, False] * 4
+    assert records[0]["loss/gradient_ratio"] > 0
     assert [record["loss/observation_weight"] for record in records[4:]] == pytest.approx([0.05, 0.0375, 0, 0])
     assert all(record["policy/sampler_gap_max"] < 1e-4 for record in records[4:])
 

@@ -59,17 +59,22 @@ def test_the_table_names_only_fields_that_exist():
         assert any(name.startswith(key) if key.endswith(".") else name == key for name in fields), key
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_run_whose_schedule_depends_on_its_length_is_not_extended(schedule, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "schedule"),
+    [
+        ("loss.observation_schedule", "linear"),
+        ("loss.observation_schedule", "cosine"),
+        ("optimizer.schedule", "cosine"),
+    ],
+)
+def test_a_run_whose_schedule_depends_on_its_length_is_not_extended(field, schedule, tmp_path):
     config = default_config()
-    config.loss.observation_schedule = schedule
+    config.update_from_flattened_dict({field: schedule})
     claim_workdir(config, tmp_path)
     config.num_steps = 150
-    with pytest.raises(
-        ConfigError, match=r"num_steps: the run has 100, this config 150\nIts loss.observation_schedule"
-    ):
+    with pytest.raises(ConfigError, match=rf"num_steps: the run has 100, this config 150\nIts {field} = '{schedule}'"):
         claim_workdir(config, tmp_path)
-    config.num_steps, config.loss.observation_schedule_steps = 100, 50
+    config.update_from_flattened_dict({"num_steps": 100, f"{field}_steps": 50})
     shutil.rmtree(tmp_path)
     claim_workdir(config, tmp_path)
     config.num_steps = 150

@@ -37,8 +37,8 @@ OF_AN_ENVIRONMENT = (
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns the default config, locked: assigning a field that does not exist raises. Only `task` and `environments` are
-    open, so that a config can add sections for entries of the mixture."""
+    """Returns the default config, locked: assigning a field that does not exist raises. Only `task` and `environments`
+    are open, so that a config can add sections for entries of the mixture."""
     c = ml_collections.ConfigDict()
     c.seed = 0  # root of every random key: weights, tasks, sampling
     c.num_steps = 100  # RL steps after the warm start
@@ -199,8 +199,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.kl_clamp = 0.0  # bound a token's KL to [-kl_clamp, kl_clamp] (verl and SkyRL: 10); 0: off
     # The observation term.
     c.loss.observation_weight = 0.05  # lambda; not transferable between normalisers
-    # constant | linear, cosine, step (from 1 to observation_schedule_end) | warmup (from observation_schedule_end to 1):
-    # the share of lambda at a step; piecewise: through observation_schedule_points.
+    # The share of lambda at a step: constant | linear, cosine, step (from 1 to observation_schedule_end) | warmup (from
+    # there to 1) | piecewise (through observation_schedule_points).
     c.loss.observation_schedule = "constant"
     c.loss.observation_schedule_steps = 0  # length of the schedule in RL steps; 0: num_steps
     c.loss.observation_schedule_end = 0.0

@@ -172,11 +172,9 @@ def loss(
 
     # The policy term: a list of (coefficient, rollout, trajectory, position), without the batch's denominator.
     all_advantages = [0.0] * len(trajectories)
-    for own in {t.environment if t.environment in (environments or {}) else None for t in trajectories}:
-        members = [
-            i for i, t in enumerate(trajectories) if (t.environment in (environments or {})) == (own is not None)
-        ]
-        members = [i for i in members if own is None or trajectories[i].environment == own]
+    of = [t.environment if t.environment in (environments or {}) else "" for t in trajectories]
+    for environment in set(of):
+        members = [i for i in range(len(trajectories)) if of[i] == environment]
         estimator = settings[members[0]]["advantage"]
         found = advantages([trajectories[i] for i in members], estimator, **dict(advantage_options))
         for i, value in zip(members, found, strict=True):

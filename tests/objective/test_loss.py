@@ -24,8 +24,12 @@ from echo_jax.objective.selection import Selection
 from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective, weigh
 from echo_jax.system.sharding import make_mesh
 
-ENVIRONMENTS = "abc"
-CHOSEN = [dataclasses.replace(t, environment=ENVIRONMENTS[t.group % 3]) for t in varied()]
+CHOSEN = varied()
+# The same tokens in three environments, of which each has rollouts with an advantage.
+IN_ENVIRONMENTS = [
+    dataclasses.replace(t, environment={0: "a", 1: "b", 9: "c"}[t.group], reward=1.0 if t.rollout == 7 else t.reward)
+    for t in CHOSEN
+]
 LOW, HIGH, TEMPERATURE, WEIGHT, CONSTANT = 0.2, 0.28, 0.8, 0.3, 17.0
 CLASS_WEIGHTS = {"body": 1.0, "boilerplate": 0.5, "truncation": 0.0, "feedback": 0.25, "warning": 0.0}
 BASE = Objective(
@@ -82,18 +86,24 @@ def check(
     layout=ONE_DEVICE,
     arguments=None,
     advantages=None,
+    chosen=CHOSEN,
     **written_out,
 ):
-    """Compares loss and gradient with the equations. `objective`: one, or {environment of ENVIRONMENTS: its own}."""
+    """Compares loss and gradient with the equations.
+
+    Args:
+      objective: one, or {environment: its own}.
+      chosen: trajectories with the tokens of CHOSEN.
+    """
     arguments = arguments or {}
     logits, to_parameters = logits_and_pullback()
     shared = dict(advantage=advantage, weight=WEIGHT, temperature=TEMPERATURE, low=LOW, high=HIGH, constant=CONSTANT)
     shared |= {"class_weights": tuple(CLASS_WEIGHTS.values()), "policy": options.policy}
-    loss, by_logits = reference.loss(CHOSEN, logits, **shared | arguments | written_out)
+    loss, by_logits = reference.loss(chosen, logits, **shared | arguments | written_out)
     expected = to_parameters(by_logits)
     if advantages is None:
-        advantages = advantages_of(CHOSEN, ADVANTAGES[advantage])
-    sums, grads, _ = gradient(CHOSEN, advantages, objective=objective, options=options, **layout, **arguments)
+        advantages = advantages_of(chosen, ADVANTAGES[advantage])
+    sums, grads, _ = gradient(chosen, advantages, objective=objective, options=options, **layout, **arguments)
     np.testing.assert_allclose(sums["loss/total"], loss, rtol=CLOSE, atol=1e-7)
     assert relative_difference(grads, expected) < CLOSE
 
@@ -202,7 +212,7 @@ def test_cross_entropy_at_the_sampling_temperature_over_a_length_with_an_epsilon
     check(objective, options, "group", observation_temperature=TEMPERATURE, observation_epsilon=0.5)
 
 
-MIXED_LOSSES = (("cispo", ()), ("gspo", CLIP), ("dppo", ()))
+MIXED_LOSSES = (("cispo", CLIP), ("gspo", CLIP), ("dppo", ()))
 
 
 @pytest.mark.parametrize(
@@ -233,12 +243,11 @@ def test_environments_with_their_own_objectives_in_one_batch(policies, layout):
     of_c = dataclasses.replace(
         BASE, policy=2, mode="grpo", kl_weight=0.4, every_action=POLICY_LOSSES[other].every_action
     )
-    chosen = {"b": "group_mean", "c": "mean"}
     advantages = np.zeros(len(CHOSEN))
-    for environment in ENVIRONMENTS:
-        members = [i for i, t in enumerate(CHOSEN) if t.environment == environment]
-        estimator = ADVANTAGES[chosen.get(environment, "group")]
-        advantages[members] = advantages_of([CHOSEN[i] for i in members], estimator)
+    for environment, estimator in (("a", "group"), ("b", "group_mean"), ("c", "mean")):
+        members = [i for i, t in enumerate(IN_ENVIRONMENTS) if t.environment == environment]
+        advantages[members] = advantages_of([IN_ENVIRONMENTS[i] for i in members], ADVANTAGES[estimator])
+        assert advantages[members].any()
     written = {
         "b": dict(policy=one, advantage="group_mean", weight=0.7, temperature=1.1, entropy_weight=0.2),
         "c": dict(policy=other, advantage="mean", use_observations=False, kl_weight=0.4),
@@ -250,6 +259,7 @@ def test_environments_with_their_own_objectives_in_one_batch(policies, layout):
         "group",
         layout=layout,
         advantages=advantages,
+        chosen=IN_ENVIRONMENTS,
         arguments={"reference": noisy_logprobs(2)},
         environments=written,
         kl_estimator="k2",
@@ -260,9 +270,8 @@ def test_the_kl_is_clamped():
     clamp = 0.05
     options = dataclasses.replace(OPTIONS, policy_options=CLIP, kl_clamp=clamp)
     arguments = {"reference": noisy_logprobs(2)}
-    check(
-        dataclasses.replace(BASE, kl_weight=0.3), options, "group", arguments=arguments, kl_weight=0.3, kl_clamp=clamp
-    )
+    objective = dataclasses.replace(BASE, kl_weight=0.3)
+    check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_clamp=clamp)
 
 
 @pytest.mark.parametrize(

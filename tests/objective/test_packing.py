@@ -52,7 +52,7 @@ def test_a_rollout_that_needs_more_than_a_micro_batch_is_an_error_with_the_numbe
 
 def test_number_of_a_rollout_is_its_own_in_a_micro_batch_of_several_processes():
     """Branches share it, also across rows; another process's numbers are others."""
-    chosen = [dataclasses.replace(t, rollout=i // 2) for i, t in enumerate(trajectories(5, 8))]
+    chosen = [dataclasses.replace(t, group=0, rollout=i // 2) for i, t in enumerate(trajectories(5, 8))]
     weights = weigh(chosen, np.ones(8), ECHO)
     packs = [pack(chosen, weights, length=40, rows=3, micro_batches=4, first_row=first).batch for first in (0, 3)]
     numbers = []
@@ -106,15 +106,8 @@ def test_padding_has_no_weight():
     packed, _ = packed_of(trajectories(3))
     padding = packed.batch.segment_ids == 0
     assert padding.any()
-    names = (
-        "policy_weight",
-        "observation_weight",
-        "denominators.policy",
-        "denominators.observation",
-        "role",
-        "targets",
-    )
-    for name in names:
+    terms = ("denominators.policy", "denominators.observation")
+    for name in ("policy_weight", "observation_weight", *terms, "rollout", "role", "targets"):
         assert not columns(packed.batch)[name][padding].any()
 
 
@@ -126,7 +119,8 @@ def test_trajectories_that_do_not_fit_are_an_error_with_the_numbers():
     with pytest.raises(ValueError, match="1 tokens"):
         pack([lone], weigh([long], [0.0], ECHO), length=40, rows=2, micro_batches=1)
     with pytest.raises(ValueError, match="3 rows"):
-        pack([long] * 3, weigh([long], [0.0], ECHO) * 3, length=41, rows=2, micro_batches=1)
+        three = [dataclasses.replace(long, rollout=i) for i in range(3)]
+        pack(three, weigh(three, [0.0] * 3, ECHO), length=41, rows=2, micro_batches=1)
 
 
 def test_no_gradient_crosses_a_segment_through_the_real_attention():

@@ -246,7 +246,7 @@ def test_piecewise_schedule_joins_its_points_with_straight_lines():
 def test_rollouts_of_each_environment_are_weighed_by_its_own_objective():
     """As if each were alone, with the rules that look at a whole update too; an environment without settings of its own
     is under ""."""
-    made = [dataclasses.replace(t, environment="abc"[t.group % 3]) for t in varied()]
+    made = [dataclasses.replace(t, environment={0: "a", 1: "b", 9: "c"}[t.group]) for t in varied()]
     uncertain = Selection(top_entropy=0.5, dedupe=True, class_weights={"body": 1.0, "warning": 0.5})
     objectives = {
         "": ECHO,

@@ -118,9 +118,10 @@ def test_trajectories_that_do_not_fit_are_an_error_with_the_numbers():
     lone = dataclasses.replace(long, **{name: getattr(long, name)[:1] for name in DTYPES})
     with pytest.raises(ValueError, match="1 tokens"):
         pack([lone], weigh([long], [0.0], ECHO), length=40, rows=2, micro_batches=1)
+    three = [dataclasses.replace(long, rollout=i) for i in range(3)]
+    weights = weigh(three, [0.0] * 3, ECHO)
     with pytest.raises(ValueError, match="3 rows"):
-        three = [dataclasses.replace(long, rollout=i) for i in range(3)]
-        pack(three, weigh(three, [0.0] * 3, ECHO), length=41, rows=2, micro_batches=1)
+        pack(three, weights, length=41, rows=2, micro_batches=1)
 
 
 def test_no_gradient_crosses_a_segment_through_the_real_attention():

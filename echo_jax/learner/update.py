@@ -123,11 +123,11 @@ class Update:
             raise UpdateError(f"loss {loss}, gradient norm {norm}")
         metrics |= held
         if compare_gradients:
+            norms = {name: float(value) for name, value in norms.items()}
             norms["observation/gradient_norm"] *= observation_factor if self.control else 1.0
-            metrics |= {name: float(value) for name, value in norms.items()}
+            metrics |= norms
             if norms["policy/gradient_norm"] > 0:
-                ratio = norms["observation/gradient_norm"] / norms["policy/gradient_norm"]
-                metrics["loss/gradient_ratio"] = float(ratio)
+                metrics["loss/gradient_ratio"] = norms["observation/gradient_norm"] / norms["policy/gradient_norm"]
         seconds = time.perf_counter() - start
         metrics |= {"time/train": seconds, "train/tokens_per_second": metrics["pack/tokens"] / seconds}
         metrics |= self._speed(metrics["pack/tokens"], metrics["pack/pairs"], seconds)

@@ -393,9 +393,9 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
                 is_allowed and is_known,
                 f"{where}.{name}: an environment can have values of its own for {', '.join(OF_AN_ENVIRONMENT)}",
             )
+            default = known.get(name, value)
             _require(
-                name not in known or _is_of_kind(value, known[name]),
-                f"{where}.{name} = {value!r}: it must be like its default, {known[name]!r}",
+                _is_of_kind(value, default), f"{where}.{name} = {value!r}: it must be like its default, {default!r}"
             )
         merged = of_environment(config, entry)
         try:

@@ -99,8 +99,10 @@ class Update:
             norms = jax.device_get(self._term_gradients(state.params, self.frozen, batches[0]))
         held = {}
         if self.control:
-            measures = norms and {term: norms[f"{term}/gradient_norm"] for term in TERMS}
-            measures = measures or jax.device_get(self._term_values(state.params, self.frozen, batches[0]))
+            if self.control.measure == "gradients":
+                measures = {term: norms[f"{term}/gradient_norm"] for term in TERMS}
+            else:
+                measures = jax.device_get(self._term_values(state.params, self.frozen, batches[0]))
             policy, observation = (abs(float(measures[term])) for term in TERMS)
             observation_factor = self.control.factor(observation_factor, policy, observation)
             held = {"loss/observation_factor": observation_factor}

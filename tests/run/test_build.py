@@ -116,7 +116,7 @@ def test_an_environment_has_an_objective_of_its_own_and_the_others_the_runs():
             "observation_weight": 0.3,
             "class_weights": {"warning": 0.5},
             "advantage": "group_mean",
-            "entropy_weight": 0.0,
+            "kl_weight": 0.0,
             "min_valid_calls": 0.25,
         },
         rollout={"temperature": 0.7},
@@ -133,6 +133,7 @@ def test_an_environment_has_an_objective_of_its_own_and_the_others_the_runs():
         mode="env_only",
         observation_weight=0.3,
         temperature=0.7,
+        kl_weight=0.0,
         min_valid_calls=0.25,
         selection=dataclasses.replace(
             run.selection, class_weights=dict(run.selection.class_weights) | {"warning": 0.5}

@@ -1,14 +1,19 @@
-"""Qwen3-8B (huggingface.co/Qwen/Qwen3-8B) with the paper's setup; give the folder of its weights after a colon.
+"""Qwen3-8B (huggingface.co/Qwen/Qwen3-8B) with the setup of ECHO's paper, or that of its release. After a colon comes
+the folder of the weights, then, if it is not the paper's, the setup: a name in echo_jax/presets.py.
 
 python -m echo_jax.train --config=configs/qwen3_8b.py:/data/Qwen3-8B --workdir=runs/qwen3_8b
+python -m echo_jax.train --config=configs/qwen3_8b.py:/data/Qwen3-8B:released --workdir=runs/qwen3_8b_released
 python -m echo_jax.compile --config=configs/qwen3_8b.py --topology=v5p:4x4x4
 """
 
+from echo_jax import presets
 from echo_jax.config import default_config
 
 
-def get_config(weights=""):
+def get_config(argument=""):
+    weights, preset = presets.parse(argument)
     c = default_config()
+    presets.PRESETS[preset](c)
     c.model.weights = weights
     c.model.vocab_size = 151_936
     c.model.num_layers = 36
@@ -24,18 +29,7 @@ def get_config(weights=""):
     c.model.attention = "splash"
     c.render.format = "qwen3"
     c.task.mixture = {"shell": 1.0}
-    # The paper's setup (arXiv 2605.24517).
-    c.num_steps = 500
-    c.rollout.groups = 16
-    c.rollout.group_size = 16
     c.rollout.grammar = "json"
-    c.rollout.max_turns = 16
-    c.rollout.max_tokens = 16_384
-    c.rollout.max_turn_tokens = 2_048
-    c.rollout.temperature = 0.8
-    c.optimizer.learning_rate = 1e-6
-    c.optimizer.clip_norm = 0.2
-    c.warm_start.num_steps = 0
     # The pod.
     c.sandbox.output_bytes = 8_192
     c.pack.length = 16_384

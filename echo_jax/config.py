@@ -23,12 +23,22 @@ OPEN_SECTIONS = (
     "loss.class_weights",
     "loss.tool_weights",
     "loss.observation_filter_options",
+    "environments",
+)
+# The fields that an entry of the task mixture may have a value of its own for, in `environments`.
+OF_AN_ENVIRONMENT = (
+    *("loss.mode", "loss.policy", "loss.policy_options", "loss.clip_low", "loss.clip_high", "loss.dual_clip"),
+    *("loss.advantage", "loss.advantage_options", "loss.length_penalty", "loss.filter_zero_variance"),
+    *("loss.mask_overlong", "loss.kl_weight", "loss.entropy_weight", "loss.observation_weight", "loss.class_weights"),
+    *("loss.tool_weights", "loss.observation_filter", "loss.observation_filter_options", "loss.top_entropy"),
+    *("loss.reward_adaptive", "loss.dedupe", "loss.min_valid_calls", "loss.clean_parse"),
+    *("rollout.temperature", "rollout.group_size"),
 )
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns the default config, locked: assigning a field that does not exist raises. Only `task` is open, so that a
-    config can add sections for new entries of the mixture."""
+    """Returns the default config, locked: assigning a field that does not exist raises. Only `task` and `environments`
+    are open, so that a config can add sections for entries of the mixture."""
     c = ml_collections.ConfigDict()
     c.seed = 0  # root of every random key: weights, tasks, sampling
     c.num_steps = 100  # RL steps after the warm start
@@ -54,6 +64,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.task.rooms.width = 3  # rooms from west to east
     c.task.rooms.height = 3  # rooms from north to south
     c.task.rooms.map_seed = 0  # each seed gives one fixed map; tasks are start/goal pairs on it
+
+    # What differs for an entry of the mixture: c.environments.ENTRY = {"loss": {…}, "rollout": {…}}, with fields of
+    # OF_AN_ENVIRONMENT, such as c.environments.maze = {"loss": {"policy": "cispo", "observation_weight": 0.1}}.
+    c.environments = ml_collections.ConfigDict()
 
     # Your tools, for tasks to name: name -> "module:Class" or {"tool": "module:Class", **keyword arguments}.
     c.tools = ml_collections.ConfigDict()
@@ -163,21 +177,42 @@ def default_config() -> ml_collections.ConfigDict:
     # group | group_mean | leave_one_out | reward, see advantages.py; auto: as in the policy loss's paper; or yours.
     c.loss.advantage = "auto"
     c.loss.advantage_options = ml_collections.ConfigDict()  # keyword arguments of the advantage
+    # Subtract from each reward the group's mean reward times the sum of these, each times its share of the largest
+    # possible: sampled tokens and tokens of the environment of rollout.max_tokens, turns of rollout.max_turns.
+    c.loss.length_penalty = ml_collections.ConfigDict({"output": 0.0, "input": 0.0, "turns": 0.0})
+    # Groups of equal rewards leave the policy term and its denominator; None: as in the policy loss's paper.
+    c.loss.filter_zero_variance = config_dict.placeholder(bool)
     c.loss.policy_normalizer = "auto"  # sequence | token | constant; auto: as in the policy loss's paper
     # Clip the importance ratio to [1 - clip_low, 1 + clip_high]; None: as in the policy loss's paper (grpo .2, .2).
     c.loss.clip_low = config_dict.placeholder(float)
     c.loss.clip_high = config_dict.placeholder(float)
     c.loss.dual_clip = 0.0  # for a negative advantage A the loss is at most -dual_clip A (3 is usual); 0: off
     c.loss.old_logprobs = "sampler"  # sampler | recomputed: denominator of the importance ratio
-    c.loss.importance_cap = 2.0  # of truncated importance sampling, for recomputed old log-probs; 0: off
+    # What the ratio of recomputed old probabilities to the sampler's does to a token's policy loss, see `echo_loss`:
+    # token_truncate | token_mask | sequence_truncate | sequence_mask.
+    c.loss.importance_correction = "token_truncate"
+    c.loss.importance_cap = 2.0  # of that ratio; 0: no correction
+    c.loss.entropy_weight = 0.0  # of the entropy bonus, on the tokens of the policy term
     c.loss.mask_overlong = False  # exclude rollouts that hit a budget from the policy term
     c.loss.kl_weight = 0.0  # weight of the KL to the policy at the start of RL; 0: off
     c.loss.kl_estimator = "k3"  # k1 | k2 | k3
+    c.loss.kl_clamp = 0.0  # bound a token's KL to [-kl_clamp, kl_clamp] (verl and SkyRL: 10); 0: off
     # The observation term.
     c.loss.observation_weight = 0.05  # lambda; not transferable between normalisers
-    c.loss.observation_schedule = "constant"  # constant | linear (to 0) | step (to 0) | warmup (from 0)
+    # The share of lambda at a step: constant | linear, cosine, step (from 1 to observation_schedule_end) | warmup (from
+    # there to 1) | piecewise (through observation_schedule_points).
+    c.loss.observation_schedule = "constant"
     c.loss.observation_schedule_steps = 0  # length of the schedule in RL steps; 0: num_steps
+    c.loss.observation_schedule_end = 0.0
+    c.loss.observation_schedule_points = ()  # pairs (RL step from 0, share of lambda), joined by straight lines
+    # Hold the ratio of the observation term to the policy term at this value, by a factor on lambda; 0: off.
+    c.loss.observation_target_ratio = 0.0
+    c.loss.observation_target_of = "gradients"  # gradients (ratio of their norms) | terms (of their absolute values)
+    c.loss.observation_target_gain = 0.5  # share of the error, in logarithms, that each step corrects
+    # Of its cross-entropy: "1" (the paper's eq. 3), or "sampling": rollout.temperature, as in the authors' release.
+    c.loss.observation_temperature = "1"
     c.loss.observation_normalizer = "observation"  # observation | selected | token | constant
+    c.loss.observation_epsilon = 0.0  # added to the length that "observation" and "selected" divide by
     # Weight of each class of environment tokens; see roles.py for the classes.
     c.loss.class_weights = ml_collections.ConfigDict(
         {
@@ -197,8 +232,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.top_entropy = 1.0  # train only observations after this share of turns, the most uncertain (PaW: 0.75)
     c.loss.reward_adaptive = False  # multiply lambda by (1 - mean reward) of each group (PaW)
     c.loss.dedupe = False  # train an observation only once if it repeats within a group
-    c.loss.min_valid_calls = 0.0  # env_only: skip rollouts whose share of valid call attempts is smaller
-    c.loss.clean_parse = False  # env_only: skip rollouts with a turn cut off or a call left open
+    # Both leave a rollout out of the observation term, and its denominator:
+    c.loss.min_valid_calls = 0.0  # if its share of valid call attempts is smaller than this
+    c.loss.clean_parse = False  # if a turn was cut off or a call left open
     # Both terms.
     c.loss.policy_constant = 0  # divisor in tokens of the normaliser "constant"; 0: rollout.max_tokens
     c.loss.observation_constant = 0  # the same for the observation term
@@ -212,9 +248,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 3e-4  # of RL
     c.optimizer.updates_per_batch = 1  # passes over each RL batch
+    c.optimizer.mini_batches = 1  # updates in a pass, each on a part of the rollouts (PPO's mini-batches)
     c.optimizer.warmup_steps = 10  # updates of either phase whose rate rises
     c.optimizer.schedule = "constant"  # of RL's rate after the warm-up: constant | linear | cosine
-    c.optimizer.schedule_steps = 0  # RL updates until it ends, warm-up included; 0: num_steps * updates_per_batch
+    c.optimizer.schedule_steps = 0  # RL updates until it ends, warm-up included; 0: all
     c.optimizer.end_share = 0.0  # share of the learning rate at the end of the schedule
     c.optimizer.b1 = 0.9  # of AdamW's moments
     c.optimizer.b2 = 0.999
@@ -251,6 +288,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.lock()
     families = [section for name, section in c.task.items() if name != "mixture"]
     c.task.unlock()
+    c.environments.unlock()
     for section in families:
         section.lock()
     return c
@@ -269,6 +307,24 @@ def load_config_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def of_environment(config: ml_collections.ConfigDict, entry: str) -> ml_collections.ConfigDict:
+    """Returns a config as it is for an entry of the task mixture: with the values of `environments.ENTRY`, field by
+    field, in place of those of the run. The config itself, if the entry has none.
+    """
+    own = config.environments.get(entry)
+    if not own:
+        return config
+    merged = config.copy_and_resolve_references()
+    with merged.ignore_type(), merged.unlocked():  # run/validate.py checks the types
+        for name, value in flat(own).items():
+            *sections, leaf = name.split(".")
+            section = merged
+            for part in sections:
+                section = section[part]
+            section[leaf] = value
+    return merged
 
 
 def may_add(name: str) -> bool:

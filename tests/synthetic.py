@@ -11,7 +11,7 @@ from echo_jax.models.transformer import ModelConfig, abstract_params, init_param
 from echo_jax.objective.batch import to_mesh
 from echo_jax.objective.loss import HeadOptions, LossOptions
 from echo_jax.objective.packing import capacity, pack
-from echo_jax.objective.weights import Objective, weigh
+from echo_jax.objective.weights import Objective, weigh_each
 from echo_jax.roles import ENVIRONMENT_ROLES, Role
 from echo_jax.rollout.trajectory import DTYPES, Attempt, Trajectory
 from echo_jax.system.sharding import make_mesh
@@ -110,6 +110,13 @@ def varied(seed: int = 0) -> list[Trajectory]:
     return made
 
 
+def columns(fields) -> dict[str, np.ndarray]:
+    """Returns the fields of a `Batch` or of `TokenWeights`, each term's denominator as "denominators.TERM"."""
+    found = dict(vars(fields))
+    denominators = found.pop("denominators")
+    return found | {f"denominators.{term}": parts for term, parts in denominators.items()}
+
+
 def gradient(
     chosen,
     advantages,
@@ -125,11 +132,12 @@ def gradient(
 ):
     """Returns (metric sums, gradients, parameters) of one update over packed trajectories.
 
+    `objective`: one, or those of the environments as in `weigh_each`.
     `old` and `reference`: log-probs [T] of each trajectory under the old policy of the ratio and the KL's reference.
     """
     mesh = mesh or MESH
     _, params = initial(config, mesh)
-    weights = weigh(chosen, advantages, objective)
+    weights = weigh_each(chosen, advantages, objective if isinstance(objective, dict) else {"": objective})
     most = max(len(t.ids) for t in chosen)
     micro_batches = capacity(len(chosen), most, rows=rows, length=length)
 

@@ -14,6 +14,7 @@ ORDER = [
     "roles",
     "system",
     "config",
+    "presets",
     "tokenizer",
     "tools",
     "render",

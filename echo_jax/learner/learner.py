@@ -5,6 +5,7 @@ uses no device memory.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,18 +14,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from echo_jax.config import ConfigError
+from echo_jax.config import ConfigError, of_environment
 from echo_jax.learner.optimizer import make_optimizer, make_schedule
 from echo_jax.learner.step import TrainState, abstract_state, init_state
 from echo_jax.models import lora
 from echo_jax.models.rope import RopeScaling
 from echo_jax.models.transformer import ModelConfig, abstract_params
 from echo_jax.objective import packing
-from echo_jax.objective.advantages import Pool, advantages_of, alone, find_estimator
-from echo_jax.objective.loss import HeadOptions, LossOptions
-from echo_jax.objective.policy_losses import POLICY_LOSSES, PolicyLoss, find_policy_loss
+from echo_jax.objective.advantages import LengthPenalty, Pool, advantages_of, alone, find_estimator
+from echo_jax.objective.control import Control
+from echo_jax.objective.loss import HeadOptions, LossOptions, PolicyOptions
+from echo_jax.objective.policy_losses import POLICY_LOSSES, find_policy_loss
 from echo_jax.objective.selection import Selection, find_filter
-from echo_jax.objective.weights import Objective, mode_at, scheduled_weight
+from echo_jax.objective.weights import Objective, TokenWeights, by_environment, mode_at, scheduled_weight, weigh_each
+from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.sharding import bytes_a_device, make_mesh, processes_of
 
 GROUPED_GRADIENT = (0, 12)  # jax version since which the TPU compiler groups the gradient of experts by expert
@@ -50,11 +53,31 @@ class Learner:
     @property
     def reference_bytes(self) -> int:
         """Memory on a device of the policy that the KL refers to; 0 without a KL."""
-        return bytes_a_device(self.abstract_trained) if self.config.loss.kl_weight else 0
+        return bytes_a_device(self.abstract_trained) if self.has_kl else 0
+
+    @functools.cached_property
+    def configs(self) -> dict[str, ml_collections.ConfigDict]:
+        """The config of each entry of the task mixture that has settings of its own; that of all others under ""."""
+        entries = sorted(entry for entry, weight in self.config.task.mixture.items() if weight > 0)
+        own = {entry: of_environment(self.config, entry) for entry in entries if entry in self.config.environments}
+        return {"": self.config} | own
 
     @property
-    def policy_loss(self) -> PolicyLoss:
-        return find_policy_loss(self.config.loss.policy)
+    def has_kl(self) -> bool:
+        return any(config.loss.kl_weight for config in self.configs.values())
+
+    @property
+    def control(self) -> Control | None:
+        """The controller of lambda; None if lambda follows its schedule alone."""
+        loss = self.config.loss
+        if not loss.observation_target_ratio:
+            return None
+        return Control(loss.observation_target_ratio, loss.observation_target_of, loss.observation_target_gain)
+
+    @functools.cached_property
+    def policies(self) -> tuple[tuple[str, PolicyOptions], ...]:
+        """(name, hyperparameters) of each policy loss in use, the run's first."""
+        return tuple(dict.fromkeys(policy_of(config.loss) for config in self.configs.values()))
 
     @property
     def vocab_size(self) -> int:
@@ -100,7 +123,7 @@ class Learner:
     def schedule(self) -> optax.Schedule:
         """Returns the learning rate of each update of RL, counted from 0."""
         o = self.config.optimizer
-        steps = o.schedule_steps or self.config.num_steps * o.updates_per_batch
+        steps = o.schedule_steps or self.config.num_steps * o.updates_per_batch * o.mini_batches
         return make_schedule(
             o.learning_rate, warmup_steps=o.warmup_steps, kind=o.schedule, steps=steps, end_share=o.end_share
         )
@@ -136,15 +159,19 @@ class Learner:
             every_action=True,
         )
 
-    def objective(self, step: int) -> Objective:
-        """Returns the objective of an RL step, from 0."""
-        loss = self.config.loss
-        policy = self.policy_loss
-        steps = loss.observation_schedule_steps or self.config.num_steps
+    def objective(self, step: int, environment: str = "") -> Objective:
+        """Returns the objective of an RL step, from 0, for the rollouts of an entry of the task mixture."""
+        config = self.configs.get(environment, self.config)
+        loss = config.loss
+        policy = find_policy_loss(loss.policy)
+        steps = loss.observation_schedule_steps or config.num_steps
+        schedule = (loss.observation_schedule, step, steps, loss.observation_schedule_end)
         return Objective(
             mode=mode_at(step, loss.mode, loss.mode_changes),
-            observation_weight=scheduled_weight(loss.observation_weight, loss.observation_schedule, step, steps),
-            temperature=self.config.rollout.temperature,
+            observation_weight=scheduled_weight(
+                loss.observation_weight, *schedule, points=loss.observation_schedule_points
+            ),
+            temperature=config.rollout.temperature,
             selection=Selection(
                 class_weights=dict(loss.class_weights),
                 tool_weights=dict(loss.tool_weights),
@@ -153,22 +180,42 @@ class Learner:
                 dedupe=loss.dedupe,
             ),
             observation_normalizer=loss.observation_normalizer,
-            observation_constant=loss.observation_constant or self.config.rollout.max_tokens,
+            observation_constant=loss.observation_constant or config.rollout.max_tokens,
+            observation_epsilon=loss.observation_epsilon,
+            observation_temperature=config.rollout.temperature if loss.observation_temperature == "sampling" else 1.0,
             reward_adaptive=loss.reward_adaptive,
             min_valid_calls=loss.min_valid_calls,
             clean_parse=loss.clean_parse,
-            policy_normalizer=policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer,
-            policy_constant=loss.policy_constant or self.config.rollout.max_tokens,
-            filter_zero_variance=policy.filter_zero_variance,
+            policy_normalizer=policy_normalizer_of(loss),
+            policy_constant=loss.policy_constant or config.rollout.max_tokens,
+            filter_zero_variance=filters_zero_variance(loss),
             mask_overlong=loss.mask_overlong,
             every_action=policy.every_action,
             kl_weight=loss.kl_weight,
+            entropy_weight=loss.entropy_weight,
+            policy=self.policies.index(policy_of(loss)),
         )
 
-    def advantages(self, trajectories, pool: Pool = alone) -> np.ndarray:
-        loss = self.config.loss
-        name = self.policy_loss.advantage if loss.advantage == "auto" else loss.advantage
-        return advantages_of(trajectories, find_estimator(name, loss.advantage_options), pool)
+    def advantages(self, trajectories: Sequence[Trajectory], pool: Pool = alone) -> np.ndarray:
+        """Returns f32 [R]; the groups of each environment that has settings of its own are an update of their own to
+        its estimator."""
+        advantages = np.zeros(len(trajectories), np.float32)
+        for environment, members in by_environment(trajectories, self.configs).items():
+            loss, rollout = self.configs[environment].loss, self.config.rollout
+            name = find_policy_loss(loss.policy).advantage if loss.advantage == "auto" else loss.advantage
+            estimator = find_estimator(name, loss.advantage_options)
+            penalty = None
+            if any(loss.length_penalty.values()):
+                penalty = LengthPenalty(
+                    **loss.length_penalty, max_tokens=rollout.max_tokens, max_turns=rollout.max_turns
+                )
+            advantages[members] = advantages_of([trajectories[i] for i in members], estimator, pool, penalty)
+        return advantages
+
+    def weigh(self, trajectories: Sequence[Trajectory], step: int, pool: Pool = alone) -> list[TokenWeights]:
+        """Returns the weights of an RL step, from 0, for this process's share of its rollouts."""
+        objectives = {environment: self.objective(step, environment) for environment in self.configs}
+        return weigh_each(trajectories, self.advantages(trajectories, pool), objectives, pool)
 
     def head_options(self) -> HeadOptions:
         loss = self.config.loss
@@ -181,23 +228,49 @@ class Learner:
     def loss_options(self) -> LossOptions:
         """Returns the options of the RL steps."""
         loss = self.config.loss
+        (policy, policy_options), *others = self.policies
         return LossOptions(
-            policy=loss.policy,
+            policy=policy,
             head=self.head_options(),
-            policy_options=tuple(sorted((clips_set_by(loss) | dict(loss.policy_options)).items())),
+            policy_options=policy_options,
+            other_policies=tuple(others),
             tools=self.tools,
             importance_cap=loss.importance_cap if loss.old_logprobs == "recomputed" else 0.0,
+            importance_correction=loss.importance_correction,
             observation_clip=loss.observation_clip,
             kl_estimator=loss.kl_estimator,
             control_ids=self.control_ids,
+            kl_clamp=loss.kl_clamp,
+            entropy_bonus=any(config.loss.entropy_weight for config in self.configs.values()),
         )
 
     def pack(self, trajectories, weights, *, at_most: int) -> packing.Packed:
         """Packs one process's trajectories into the fixed shape that holds any `at_most` of them."""
         length, capacity = self.config.pack.length, self.capacity(at_most)
         return packing.pack(
-            trajectories, weights, length=length, rows=self.own_rows, micro_batches=capacity, tools=self.tools
+            trajectories,
+            weights,
+            length=length,
+            rows=self.own_rows,
+            micro_batches=capacity,
+            tools=self.tools,
+            first_row=jax.process_index() * self.own_rows if self.processes > 1 else 0,
         )
+
+
+def policy_of(loss: ml_collections.ConfigDict) -> tuple[str, PolicyOptions]:
+    """Returns the name and the hyperparameters of the policy loss that a section `loss` chooses."""
+    return loss.policy, tuple(sorted((clips_set_by(loss) | dict(loss.policy_options)).items()))
+
+
+def policy_normalizer_of(loss: ml_collections.ConfigDict) -> str:
+    policy = find_policy_loss(loss.policy)
+    return policy.normalizer if loss.policy_normalizer == "auto" else loss.policy_normalizer
+
+
+def filters_zero_variance(loss: ml_collections.ConfigDict) -> bool:
+    policy = find_policy_loss(loss.policy)
+    return policy.filter_zero_variance if loss.filter_zero_variance is None else loss.filter_zero_variance
 
 
 def clips_set_by(loss: ml_collections.ConfigDict) -> dict[str, float]:

@@ -43,14 +43,18 @@ class Restored(NamedTuple):
     state: TrainState
     frozen: dict
     step: int
+    observation_factor: float = 1.0  # of the controller, see objective/control.py
 
     @property
     def params(self) -> dict:
         return lora.join(self.state.params, self.frozen)
 
 
-def save(checkpointer: Checkpointer, step: int, state: TrainState, frozen: dict) -> None:
-    checkpointer.save(step, state, {"step": step, "frozen": fingerprint(frozen)})
+def save(
+    checkpointer: Checkpointer, step: int, state: TrainState, frozen: dict, observation_factor: float = 1.0
+) -> None:
+    record = {"step": step, "frozen": fingerprint(frozen), "observation_factor": observation_factor}
+    checkpointer.save(step, state, record)
 
 
 def restore(
@@ -82,4 +86,4 @@ def restore(
             f"the weights of {learner.config.model.weights or 'the seed'} are not those that the adapters of step "
             f"{saved['step']} were trained on; restore those"
         )
-    return Restored(state, frozen, saved["step"])
+    return Restored(state, frozen, saved["step"], saved.get("observation_factor", 1.0))

@@ -131,7 +131,7 @@ def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[
         nothing = jnp.zeros_like(batch.policy_weight)
         parts = {
             "policy": batch.replace(observation_weight=nothing),
-            "observation": batch.replace(policy_weight=nothing, kl_weight=nothing),
+            "observation": batch.replace(policy_weight=nothing, kl_weight=nothing, entropy_weight=nothing),
         }
         grads = {name: loss_and_grads(graphdef, params, frozen, part, mesh, options)[1] for name, part in parts.items()}
         norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}
@@ -141,6 +141,27 @@ def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[
         return {f"{name}/gradient_norm": norm for name, norm in norms.items()} | {"loss/gradient_cosine": cosine}
 
     return jax.jit(term_gradients, out_shardings=replicated(mesh))
+
+
+def make_term_values(graphdef, mesh: Mesh, options: LossOptions) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted (params, frozen parameters, batch) -> values of the two terms; it has no backward pass."""
+
+    def term_values(params, frozen, batch: Batch):
+        inverse_denominators = denominators(batch)
+
+        def add(i, values):
+            micro = micro_batch(batch, i, mesh)
+            hidden, head_weights = _forward(graphdef, lora.join(params, frozen), micro, options.head.mesh)
+            sums = echo_loss(hidden, head_weights, micro, inverse_denominators, options)[1]
+            return {
+                "policy": values["policy"] + sums["policy/loss"],
+                "observation": values["observation"] + sums["loss/observation"],
+            }
+
+        zero = jnp.float32(0.0)
+        return jax.lax.fori_loop(0, micro_batches_in_use(batch), add, {"policy": zero, "observation": zero})
+
+    return jax.jit(term_values, out_shardings=replicated(mesh))
 
 
 def make_logprobs(graphdef, mesh: Mesh, head: HeadOptions) -> Callable[[dict, Batch], jax.Array]:
@@ -166,7 +187,7 @@ def make_score(graphdef, mesh: Mesh, head: HeadOptions, tools: tuple[str, ...] =
 
     def metric_sums(params, micro: Batch):
         hidden, head_weights = _forward(graphdef, params, micro, head.mesh)
-        one = jnp.float32(1.0)
-        return echo_loss(hidden, head_weights, micro, (one, one), options)[1]
+        ones = dict.fromkeys(micro.denominators, jnp.float32(1.0))
+        return echo_loss(hidden, head_weights, micro, ones, options)[1]
 
     return jax.jit(metric_sums, out_shardings=replicated(mesh))

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from echo_jax.system.sharding import sharding_of
 
+TERMS = ("policy", "observation")  # of the loss; each has one denominator, which no other shares
+
 
 @flax.struct.dataclass
 class Batch:
@@ -19,6 +21,7 @@ class Batch:
     tokens: jax.Array  # int32 [M, B, T] the input token
     targets: jax.Array  # int32 [M, B, T] the token predicted from it: the next of the same trajectory
     segment_ids: jax.Array  # int32 [M, B, T] trajectory within the row, from 1; 0 is padding
+    rollout: jax.Array  # int32 [M, B, T] rollout within the micro-batch, from 1 to B T, all branches; 0: padding
     positions: jax.Array  # int32 [M, B, T] of `tokens` within its trajectory
     role: jax.Array  # int8 [M, B, T] Role of `targets`
     tool: jax.Array  # int8 [M, B, T] number of the tool that wrote `targets`, from 1; 0: none
@@ -26,14 +29,15 @@ class Batch:
     observation_weight: jax.Array  # f32 [M, B, T] >= 0, includes lambda
     observation_share: jax.Array  # f32 [M, B, T] observation_weight without lambda, for the metric
     kl_weight: jax.Array  # f32 [M, B, T] >= 0
-    policy_denominator: jax.Array  # f32 [M, B, T] this token's part of the batch-wide denominator
-    observation_denominator: jax.Array  # f32 [M, B, T]
+    entropy_weight: jax.Array  # f32 [M, B, T] >= 0
+    denominators: dict[str, jax.Array]  # term of TERMS -> f32 [M, B, T], this token's part of its denominator
+    policy: jax.Array  # int8 [M, B, T] number of the token's policy loss, from 0, in `LossOptions.policies`
     advantage: jax.Array  # f32 [M, B, T]
     active: jax.Array  # f32 [M, B, T] 1 where a term reads the log-probability, else 0
     sampler_logprob: jax.Array  # f32 [M, B, T] log-prob of `targets` when it was sampled; 0 elsewhere
     old_logprob: jax.Array  # f32 [M, B, T] in the importance ratio: the sampler's, or recomputed
     reference_logprob: jax.Array  # f32 [M, B, T] under the reference policy of the KL; 0 without a KL
-    temperature: jax.Array  # f32 [M, B, T] the sampling temperature on actions, 1 for a cross-entropy
+    temperature: jax.Array  # f32 [M, B, T] that of sampling on actions; of a cross-entropy 1, unless the config says so
 
 
 def to_mesh(batch: Batch, mesh: Mesh) -> Batch:
@@ -56,9 +60,10 @@ def micro_batches_in_use(batch: Batch) -> jax.Array:
 def empty(micro_batches: int, rows: int, length: int) -> Batch:
     """Returns a numpy batch of padding, for packing to fill."""
     shape = (micro_batches, rows, length)
-    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | dict.fromkeys(
-        ("role", "tool"), np.int8
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "rollout", "positions"), np.int32) | dict.fromkeys(
+        ("role", "tool", "policy"), np.int8
     )
     fields = {name: np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch.__dataclass_fields__}
+    fields["denominators"] = {term: np.zeros(shape, np.float32) for term in TERMS}
     fields["temperature"] += 1.0
     return Batch(**fields)

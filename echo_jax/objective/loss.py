@@ -13,12 +13,15 @@ from jax.sharding import Mesh
 
 from echo_jax.kernels.fused_logprobs import Axes, LogProbs, fused_logprobs
 from echo_jax.objective.batch import Batch
-from echo_jax.objective.policy_losses import KL_ESTIMATORS, TokenLoss, Tokens, find_policy_loss
+from echo_jax.objective.policy_losses import KL_ESTIMATORS, TokenLoss, Tokens, bounded_exp, find_policy_loss
 from echo_jax.roles import ENVIRONMENT_CLASSES, ENVIRONMENT_ROLES, Role
 from echo_jax.system import user_code
 from echo_jax.system.errors import ConfigError
 from echo_jax.system.sharding import MESH_AXIS_OF
 
+# How an action's policy loss is corrected by the ratio of the old policy's probability to the sampler's: that of the
+# token or of the whole rollout; above the cap it is cut to the cap, or the token leaves the term.
+IMPORTANCE_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 MAXIMA = ("policy/sampler_gap_max",)  # metric sums that hold the largest value, not a sum
 
 
@@ -55,27 +58,40 @@ class HeadOptions:
         return Axes(tokens=on("batch") or (), vocab=on("vocab"), embed=on("embed"))
 
 
+PolicyOptions = tuple[tuple[str, Any], ...]  # hyperparameters of a policy loss that differ from its defaults
+
+
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """The options that are the same for every token."""
+    """The options that are the same for every token, and the policy losses that `Batch.policy` chooses from."""
 
     policy: str  # see `find_policy_loss`
     head: HeadOptions
-    policy_options: tuple[tuple[str, Any], ...] = ()  # hyperparameters of the policy loss that differ from its defaults
+    policy_options: PolicyOptions = ()
+    other_policies: tuple[tuple[str, PolicyOptions], ...] = ()  # those of environments with their own, from number 1
     tools: tuple[str, ...] = ()  # names, in the order of `Batch.tool`; each gets observation metrics
-    importance_cap: float = 0.0  # of truncated importance sampling, see `echo_loss`; 0: off
+    importance_cap: float = 0.0  # of the importance correction, see `echo_loss`; 0: off
+    importance_correction: str = "token_truncate"  # of IMPORTANCE_CORRECTIONS
     observation_clip: float = 1.0  # cross-entropy trains a token up to this probability; 1: always
     kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
     control_ids: tuple[int, ...] = ()  # see `Renderer.control_ids`; with any, metrics of these tokens
+    kl_clamp: float = 0.0  # bounds a token's KL to [-kl_clamp, kl_clamp]; 0: off
+    entropy_bonus: bool = False  # whether `Batch.entropy_weight` is used
+
+    @property
+    def policies(self) -> tuple[tuple[str, PolicyOptions], ...]:
+        """(name, hyperparameters) of each policy loss, in the order of `Batch.policy`."""
+        return ((self.policy, self.policy_options), *self.other_policies)
 
 
-def denominators(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns 1 / Σ of both terms over a whole update (before the micro-batch loop); 0 for a term without tokens."""
+def denominators(batch: Batch) -> dict[str, jax.Array]:
+    """Returns {term: 1 / Σ of its denominator} over a whole update (before the micro-batch loop); 0 for a term without
+    tokens."""
 
     def inverse(total):
         return jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
 
-    return inverse(batch.policy_denominator.sum()), inverse(batch.observation_denominator.sum())
+    return {term: inverse(parts.sum()) for term, parts in batch.denominators.items()}
 
 
 def scored_tokens(batch: Batch, options: HeadOptions) -> jax.Array:
@@ -107,14 +123,16 @@ def echo_loss(
     hidden: jax.Array,
     head: jax.Array,
     batch: Batch,
-    inverse_denominators: tuple[jax.Array, jax.Array],
+    inverse_denominators: dict[str, jax.Array],
     options: LossOptions,
 ) -> tuple[jax.Array, Sums]:
     """Policy gradient on actions plus cross-entropy on observations (ECHO, arXiv 2605.24517, eqs. 1 to 3).
 
-    With `importance_cap` C each action's policy loss is multiplied by min(p_old / p_sampler, C), without a gradient:
-    truncated importance sampling for a sampler that differs from the trainer (Yao et al., "Your Efficient RL Framework
-    Secretly Brings You Off-Policy RL Training", 2025). It never touches a cross-entropy.
+    With `importance_cap` C each action's policy loss is multiplied by a weight without a gradient, which corrects for a
+    sampler that differs from the trainer and never touches a cross-entropy. "token_truncate": min(p_old / p_sampler, C)
+    (Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025). "sequence_truncate":
+    the same of the product of these ratios over the rollout's trained actions, all branches together. "token_mask" and
+    "sequence_mask": the ratio itself up to C, and 0 above (TRL's default is the second, with C = 3).
 
     Args:
       hidden: [B, T, D].
@@ -130,29 +148,27 @@ def echo_loss(
     scores = score(hidden, head, batch, options.head)
     logprob = scores.logprob
     scored = scored_tokens(batch, options.head)
-    tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids)
-    policy = find_policy_loss(options.policy)
-    with user_code.calling(f"the policy loss {options.policy!r}"):
-        returned = policy.surrogate(tokens, **(dict(policy.options) | dict(options.policy_options)))
-    if not isinstance(returned, TokenLoss):
-        raise ConfigError(
-            f"the policy loss {options.policy!r} returned a {type(returned).__name__}; it must return a TokenLoss"
-        )
-    surrogate, policy_metrics = returned
+    tokens = Tokens(logprob, batch.old_logprob, batch.advantage, batch.policy_weight, batch.segment_ids, batch.rollout)
+    surrogate, policy_metrics = _policy_losses(tokens, batch.policy, options)
     if options.importance_cap:
-        surrogate *= jnp.minimum(jnp.exp(batch.old_logprob - batch.sampler_logprob), options.importance_cap)
+        surrogate *= _importance_weights(tokens, batch.sampler_logprob, options)
     kl = KL_ESTIMATORS[options.kl_estimator](logprob, batch.reference_logprob)
+    if options.kl_clamp:
+        kl = jnp.clip(kl, -options.kl_clamp, options.kl_clamp)
     cross_entropy = -logprob
     # PaW (arXiv 2606.02388): tokens that are already this likely get no gradient.
     bounded = cross_entropy
     if options.observation_clip < 1:
         bounded = jnp.maximum(cross_entropy, -jnp.log(options.observation_clip))
 
-    per_policy, per_observation = inverse_denominators
+    per_policy, per_observation = inverse_denominators["policy"], inverse_denominators["observation"]
     policy_term = per_policy * jnp.sum(batch.policy_weight * surrogate)
     kl_term = per_policy * jnp.sum(batch.kl_weight * kl)
     observation_term = per_observation * jnp.sum(batch.observation_weight * bounded)
     total = policy_term + kl_term + observation_term
+    if options.entropy_bonus:
+        entropy_term = -per_policy * jnp.sum(batch.entropy_weight * scores.entropy)
+        total += entropy_term
 
     action = ((batch.role == Role.ACTION) & scored).astype(jnp.float32)
     actions = jnp.sum(action)
@@ -174,6 +190,8 @@ def echo_loss(
         # A token attends to itself and to all before it.
         "pack/pairs": jnp.sum(jnp.where(real, batch.positions + 1, 0), dtype=jnp.float32),
     }
+    if options.entropy_bonus:
+        sums["loss/entropy"] = entropy_term
     for split, (role, tool) in splits(options.tools).items():
         chosen = (batch.role == role) & scored
         chosen = chosen if tool is None else chosen & (batch.tool == tool)
@@ -196,9 +214,45 @@ def echo_loss(
             sums["policy/control_probability"] = Mean(jnp.sum(control * jnp.exp(logprob)), jnp.sum(control))
         for name, values in policy_metrics.items():
             if f"policy/{name}" in sums:
-                raise ConfigError(f"the policy loss {options.policy!r} reports a metric {name!r}: the name is taken")
+                names = ", ".join(repr(name) for name, _ in options.policies)
+                raise ConfigError(f"the policy loss {names} reports a metric {name!r}: the name is taken")
             sums[f"policy/{name}"] = Mean(jnp.sum(action * values), actions)
     return total, sums
+
+
+def _policy_losses(tokens: Tokens, policy: jax.Array, options: LossOptions) -> TokenLoss:
+    """Returns each token's loss under the policy loss of its number, and the metrics of all: 0 where a token's loss
+    does not report one."""
+    loss, metrics = None, {}
+    for number, (name, given) in enumerate(options.policies):
+        found = find_policy_loss(name)
+        own = policy == number
+        of_this = tokens
+        if len(options.policies) > 1:
+            of_this = tokens._replace(weight=jnp.where(own, tokens.weight, 0.0))
+        with user_code.calling(f"the policy loss {name!r}"):
+            returned = found.surrogate(of_this, **(dict(found.options) | dict(given)))
+        if not isinstance(returned, TokenLoss):
+            raise ConfigError(
+                f"the policy loss {name!r} returned a {type(returned).__name__}; it must return a TokenLoss"
+            )
+        if len(options.policies) == 1:
+            return returned
+        loss = returned.loss if loss is None else jnp.where(own, returned.loss, loss)
+        for metric, values in returned.metrics.items():
+            metrics[metric] = jnp.where(own, values, metrics.get(metric, 0.0))
+    return TokenLoss(loss, metrics)
+
+
+def _importance_weights(tokens: Tokens, sampler_logprob: jax.Array, options: LossOptions) -> jax.Array:
+    log_ratio = tokens.old_logprob - sampler_logprob
+    level, above = options.importance_correction.split("_")
+    if level == "sequence":
+        log_ratio = tokens.sum_of_rollout(log_ratio)
+    ratio = bounded_exp(log_ratio)
+    if above == "truncate":
+        return jnp.minimum(ratio, options.importance_cap)
+    return jnp.where(ratio > options.importance_cap, 0.0, ratio)
 
 
 def add_sums(a: Sums, b: Sums) -> Sums:
@@ -206,6 +260,11 @@ def add_sums(a: Sums, b: Sums) -> Sums:
     return {
         name: jnp.maximum(a[name], b[name]) if name in MAXIMA else jax.tree.map(jnp.add, a[name], b[name]) for name in a
     }
+
+
+def is_count(name: str) -> bool:
+    """Returns whether a metric sum counts tokens or slots, so that those of several updates add up."""
+    return name.startswith("pack/") or "/tokens" in name or name.endswith("_tokens")
 
 
 def finish_metrics(sums: Sums) -> dict[str, float]:

@@ -26,6 +26,13 @@ class Tokens(NamedTuple):
     advantage: jax.Array  # f32
     weight: jax.Array  # f32 >= 0, 0 for untrained tokens
     segment_ids: jax.Array  # int32, the trajectory within its row, from 1; 0 is padding
+    rollout: jax.Array  # int32, the rollout, from 1 to B T; 0 is padding. A rollout that branches has several segments
+
+    def sum_of_rollout(self, values: jax.Array) -> jax.Array:
+        """Returns f32 [B, T]: for each token the sum of `values` over the tokens of its rollout that count."""
+        counted = jnp.where(self.weight > 0, values, 0.0).reshape(-1)
+        ids = self.rollout.reshape(-1)
+        return jax.ops.segment_sum(counted, ids, len(ids) + 1)[ids].reshape(values.shape)
 
 
 class TokenLoss(NamedTuple):
@@ -47,28 +54,22 @@ def clipped_ratio(
     The ratio is clipped to [1 - clip_low, 1 + clip_high]; asymmetric bounds are DAPO's (arXiv 2503.14476, eq. 10). With
     `dual_clip` = c > 1 the loss of a negative advantage is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5).
     """
-    ratio = _ratio(tokens.logprob - tokens.old_logprob)
+    ratio = bounded_exp(tokens.logprob - tokens.old_logprob)
     return _clipped(ratio, tokens.advantage, clip_low, clip_high, dual_clip)
 
 
 def clipped_sequence_ratio(
     tokens: Tokens, *, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float = 0.0
 ) -> TokenLoss:
-    """GSPO (arXiv 2507.18071, eqs. 5 and 7): one ratio per sequence, the geometric mean of its tokens' ratios.
+    """GSPO (arXiv 2507.18071, eqs. 5 and 7): one ratio per rollout, the geometric mean of its tokens' ratios, over all
+    its branches.
 
-    Every token carries its sequence's loss, so with weights 1 / |A| a sequence counts once. The default bounds are the
+    Every token carries its rollout's loss, so with weights 1 / |A| a rollout counts once. The default bounds are the
     paper's.
     """
-    counted = (tokens.weight > 0).astype(jnp.float32)
-    log_ratio = counted * (tokens.logprob - tokens.old_logprob)
-    segments = tokens.segment_ids.shape[-1] + 1  # the most that a row can hold, and padding
-
-    def mean_of_segment(values, counts, ids):
-        total = jax.ops.segment_sum(values, ids, segments)
-        return (total / jnp.maximum(jax.ops.segment_sum(counts, ids, segments), 1.0))[ids]
-
-    log_ratio = jax.vmap(mean_of_segment)(log_ratio, counted, tokens.segment_ids)
-    return _clipped(_ratio(log_ratio), tokens.advantage, clip_low, clip_high, dual_clip)
+    total = tokens.sum_of_rollout(tokens.logprob - tokens.old_logprob)
+    mean = total / jnp.maximum(tokens.sum_of_rollout(jnp.ones_like(total)), 1.0)
+    return _clipped(bounded_exp(mean), tokens.advantage, clip_low, clip_high, dual_clip)
 
 
 def clipped_weight(tokens: Tokens, *, clip_low: float = 1.0, clip_high: float = 4.0) -> TokenLoss:
@@ -77,10 +78,43 @@ def clipped_weight(tokens: Tokens, *, clip_low: float = 1.0, clip_high: float = 
     The paper bounds the weight only from above (`clip_low` of 1 or more) and leaves the bound to be tuned; the default
     here is 5.
     """
-    ratio = _ratio(tokens.logprob - tokens.old_logprob)
+    ratio = bounded_exp(tokens.logprob - tokens.old_logprob)
     bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = -jax.lax.stop_gradient(bounded) * tokens.advantage * tokens.logprob
     return TokenLoss(loss, {"clip_fraction": bounded != ratio})
+
+
+def masked_ratio(
+    tokens: Tokens, *, mask_low: float = 0.2, mask_high: float = 0.2, sampler_kl: float = 1e-3
+) -> TokenLoss:
+    """DPPO with the total-variation mask (arXiv 2602.04879) and prime-rl's KL to the sampler:
+    -keep r A + sampler_kl log² r.
+
+    A token leaves the first term where its probability has moved too far in the direction in which its advantage
+    pushes it: up by more than `mask_high` if A > 0, else down by more than `mask_low`.
+    """
+    moved = jnp.exp(tokens.logprob) - jnp.exp(tokens.old_logprob)
+    masked = jnp.where(tokens.advantage > 0, moved > mask_high, moved < -mask_low)
+    return _masked(tokens, masked, sampler_kl)
+
+
+def symmetric_masked_ratio(tokens: Tokens, *, threshold: float = 0.1, sampler_kl: float = 1e-3) -> TokenLoss:
+    """prime-rl's IPO: like `masked_ratio`, but a token leaves whenever its probability has moved by more than
+    `threshold`, in either direction."""
+    moved = jnp.abs(jnp.exp(tokens.logprob) - jnp.exp(tokens.old_logprob))
+    return _masked(tokens, moved > threshold, sampler_kl)
+
+
+def soft_gate(tokens: Tokens, *, positive_temperature: float = 1.0, negative_temperature: float = 1.05) -> TokenLoss:
+    """SAPO (arXiv 2511.20347): -A (4 / τ) sigmoid(τ (r - 1)), with one τ for A > 0 and one for the rest.
+
+    Where the ratio is 1, its gradient is that of -r A; away from 1, the gate closes softly. The default temperatures
+    are the paper's.
+    """
+    ratio = bounded_exp(tokens.logprob - tokens.old_logprob)
+    temperature = jnp.where(tokens.advantage > 0, positive_temperature, negative_temperature)
+    gate = 4.0 / temperature * jax.nn.sigmoid(temperature * (ratio - 1.0))
+    return TokenLoss(-tokens.advantage * gate, {"clip_fraction": jnp.zeros_like(ratio, bool)})
 
 
 def log_likelihood(tokens: Tokens) -> TokenLoss:
@@ -93,9 +127,15 @@ def imitation(tokens: Tokens) -> TokenLoss:
     return TokenLoss(-tokens.logprob, {})
 
 
-def _ratio(log_ratio):
-    """exp, clipped to e^±20: an overflow times a weight of 0 would be nan."""
+def bounded_exp(log_ratio):
+    """exp, bounded to e^±20: an overflow times a weight of 0 would be nan."""
     return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
+
+
+def _masked(tokens: Tokens, masked, sampler_kl: float) -> TokenLoss:
+    log_ratio = tokens.logprob - tokens.old_logprob
+    kept = jnp.where(masked, 0.0, bounded_exp(log_ratio)) * tokens.advantage
+    return TokenLoss(-kept + sampler_kl * jnp.square(log_ratio), {"clip_fraction": masked})
 
 
 def _clipped(ratio, advantage, clip_low: float, clip_high: float, dual_clip: float) -> TokenLoss:
@@ -139,6 +179,12 @@ POLICY_LOSSES = {
     "gspo": PolicyLoss(clipped_sequence_ratio),
     # arXiv 2506.13585, eq. 4
     "cispo": PolicyLoss(clipped_weight, "group", "token"),
+    # arXiv 2602.04879, as prime-rl's default has it
+    "dppo": PolicyLoss(masked_ratio, "group_mean", "token", every_action=True),
+    # prime-rl's `ipo`
+    "ipo": PolicyLoss(symmetric_masked_ratio, "group_mean", "token", every_action=True),
+    # arXiv 2511.20347
+    "sapo": PolicyLoss(soft_gate),
     # arXiv 2402.14740, up to the constant divisor of the sum over tokens
     "rloo": PolicyLoss(log_likelihood, "leave_one_out", "constant"),
     # Williams 1992, up to that divisor
@@ -174,7 +220,7 @@ def k2(logprob, reference_logprob):
 def k3(logprob, reference_logprob):
     """q / p - 1 - log(q / p): unbiased and never negative (Schulman 2020; GRPO, arXiv 2402.03300, eq. 4)."""
     log_ratio = reference_logprob - logprob
-    return _ratio(log_ratio) - 1.0 - log_ratio
+    return bounded_exp(log_ratio) - 1.0 - log_ratio
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

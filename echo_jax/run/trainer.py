@@ -65,6 +65,7 @@ class Trainer:
         self.last_step = self.warm_steps + self.config.num_steps
         self.step = 0
         self.starts_at = 0  # or the step of another run whose weights this one starts from
+        self.observation_factor = 1.0  # on lambda, see objective/control.py
         self.state, self.frozen = self._restore_or_init()
         self.engine = parts.make_engine()  # its pool takes what the devices have left
         self.evaluator = Evaluator(parts, self.collector, self.engine, workdir)
@@ -138,9 +139,11 @@ class Trainer:
             learner.loss_options(),
             learner.schedule(),
             passes=optimizer.updates_per_batch,
+            mini_batches=optimizer.mini_batches,
             recompute=loss.old_logprobs == "recomputed",
-            reference=self._reference() if loss.kl_weight else None,
+            reference=self._reference() if learner.has_kl else None,
             frozen=self.frozen,
+            control=learner.control,
         )
         if self.step == self.warm_steps:  # RL starts with a fresh optimizer, also when it starts by resuming
             self.state = learner.init_state(self.state.params, self.step)
@@ -159,10 +162,10 @@ class Trainer:
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
                 metrics |= self._collection_metrics()
-                objective, pool = learner.objective(self.step - self.warm_steps), self.peers.join
+                rl_step = self.step - self.warm_steps
                 with self._keeping(trajectories):
                     self._prepare()
-                    weights = weigh(trajectories, learner.advantages(trajectories, pool), objective, pool)
+                    weights = learner.weigh(trajectories, rl_step, self.peers.join)
                     metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
                     metrics["rollout/accepted"] -= metrics["rollout/filtered"]
                     metrics |= self._updated(
@@ -170,10 +173,10 @@ class Trainer:
                         trajectories,
                         weights,
                         at_most=learner.rollouts_at_once,
-                        compare_gradients=_due(self.step - self.warm_steps, loss.gradient_metrics_every),
+                        compare_gradients=_due(rl_step, loss.gradient_metrics_every),
+                        order=(self.config.seed, rl_step),
                     )
-                observed = "observation" in MODES[objective.mode]
-                metrics["loss/observation_weight"] = objective.observation_weight if observed else 0.0
+                metrics |= self._observation_weights(rl_step)
                 metrics["time/rollout"] = rollout_seconds
                 metrics["time/step"] = time.perf_counter() - start
                 metrics["rollout/tokens_per_second"] = sum(r.tokens for r in everyone) / rollout_seconds
@@ -189,8 +192,9 @@ class Trainer:
 
     def _updated(self, update: Update, trajectories: list[Trajectory], weights, **options) -> dict[str, float]:
         """Advances state and step by one update; returns its metrics."""
+        options["observation_factor"] = self.observation_factor
         try:
-            self.state, metrics = update(self.state, trajectories, weights, **options)
+            self.state, metrics, self.observation_factor = update(self.state, trajectories, weights, **options)
         except UpdateError as error:
             raise TrainError(
                 f"step {self.step + 1}: {error}. This step was not saved; the last checkpoint is of step "
@@ -198,6 +202,17 @@ class Trainer:
             ) from error
         self.step += 1
         return metrics
+
+    def _observation_weights(self, rl_step: int) -> dict[str, float]:
+        """Returns the lambda that an RL step, from 0, trained with: the run's, and that of each environment with
+        settings of its own."""
+        found = {}
+        for environment in self.learner.configs:
+            objective = self.learner.objective(rl_step, environment)
+            observed = "observation" in MODES[objective.mode]
+            name = "loss/observation_weight" + (f"_env_{environment}" if environment else "")
+            found[name] = objective.observation_weight * self.observation_factor if observed else 0.0
+        return found
 
     def _reference(self):
         """Returns the parameters at the start of RL, the reference of the KL; the workdir keeps them."""
@@ -351,7 +366,7 @@ class Trainer:
         """Saves a checkpoint of this step, in the background, unless it exists. Before its first step a run needs none:
         it starts anew."""
         if self.saved_step != self.step and (self.step > self.starts_at or self.step == self.last_step):
-            parameters.save(self.checkpointer, self.step, self.state, self.frozen)
+            parameters.save(self.checkpointer, self.step, self.state, self.frozen, self.observation_factor)
             self.saved_step = self.step
             self.saved_time = time.monotonic()
 
@@ -388,6 +403,7 @@ class Trainer:
                 self.checkpointer, self.learner, self.parts.source, quiet=not self.peers.is_first
             )
             self.step = restored.step
+            self.observation_factor = restored.observation_factor
             return restored.state, restored.frozen
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.learner.abstract_state()))
         check_free_space(self.workdir, size, self.config.checkpoint.keep)

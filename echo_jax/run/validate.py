@@ -12,13 +12,15 @@ from typing import Any
 
 import ml_collections
 
-from echo_jax.config import OPEN_SECTIONS, default_config, flat
+from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, flat, of_environment
 from echo_jax.kernels import attention
 from echo_jax.learner import optimizer as optimizers
-from echo_jax.learner.learner import clips_set_by
+from echo_jax.learner.learner import clips_set_by, policy_normalizer_of
 from echo_jax.models.rope import SCALINGS
 from echo_jax.models.transformer import ATTENTION, LINEAR, REMAT
 from echo_jax.objective.advantages import find_estimator
+from echo_jax.objective.control import MEASURES
+from echo_jax.objective.loss import IMPORTANCE_CORRECTIONS
 from echo_jax.objective.policy_losses import KL_ESTIMATORS, find_policy_loss
 from echo_jax.objective.selection import find_filter
 from echo_jax.objective.weights import MODES, OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, SCHEDULES
@@ -44,8 +46,11 @@ CHOICES = {
     "loss.mode": RL_MODES,
     "loss.policy_normalizer": ("auto", *POLICY_NORMALIZERS),
     "loss.old_logprobs": ("sampler", "recomputed"),
+    "loss.importance_correction": IMPORTANCE_CORRECTIONS,
     "loss.kl_estimator": KL_ESTIMATORS,
-    "loss.observation_schedule": SCHEDULES,
+    "loss.observation_schedule": (*SCHEDULES, "piecewise"),
+    "loss.observation_target_of": MEASURES,
+    "loss.observation_temperature": ("1", "sampling"),
     "loss.observation_normalizer": OBSERVATION_NORMALIZERS,
     "optimizer.name": optimizers.OPTIMIZERS,
     "optimizer.schedule": optimizers.SCHEDULES,
@@ -83,6 +88,14 @@ NOT_NEGATIVE = (
     "loss.clip_high",
     "loss.importance_cap",
     "loss.kl_weight",
+    "loss.kl_clamp",
+    "loss.entropy_weight",
+    "loss.length_penalty.output",
+    "loss.length_penalty.input",
+    "loss.length_penalty.turns",
+    "loss.observation_schedule_end",
+    "loss.observation_target_ratio",
+    "loss.observation_epsilon",
     "warm_start.observation_weight",
     "warm_start.learning_rate",
     "optimizer.learning_rate",
@@ -108,7 +121,7 @@ POSITIVE = (
     "lora.alpha",
 )
 SHARES = ("warm_start.success_rate", "loss.min_valid_calls")  # from 0 to 1
-SHARES_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy")
+SHARES_ABOVE_ZERO = ("loss.observation_clip", "loss.top_entropy", "loss.observation_target_gain")
 WEIGHTS = ("task.mixture.", "loss.class_weights.", "loss.tool_weights.")
 
 
@@ -125,6 +138,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_model(config)
     _check_loss(config)
     _check_optimizer(config)
+    _check_environments(config)
     find_engine(config.rollout.engine, config.rollout.engine_options)
 
 
@@ -198,6 +212,11 @@ def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
 
 def _check_sizes(config: ml_collections.ConfigDict) -> None:
     """Checks fields that must fit together."""
+    rollouts, parts = config.rollout.groups * config.rollout.group_size, config.optimizer.mini_batches
+    _require(
+        parts <= rollouts,
+        f"config.optimizer.mini_batches = {parts} is more than the {rollouts} rollouts of a step: use fewer",
+    )
     tokens, length = config.rollout.max_tokens, config.pack.length
     _require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
     made, batch = config.warm_start.demonstrations, config.warm_start.batch
@@ -276,7 +295,7 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
             f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
             f"the mode one of {', '.join(RL_MODES)}",
         )
-    modes = {loss.mode, *(mode for _, mode in loss.mode_changes)}
+    modes = _modes(loss)
     trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
     _require(
         "env_only" not in modes or trains_observations,
@@ -284,15 +303,18 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         "these class_weights trains none; set them above 0",
     )
     _require(
-        "env_only" in modes or not (loss.min_valid_calls or loss.clean_parse),
+        modes != {"grpo"} or not (loss.min_valid_calls or loss.clean_parse),
         f"config.loss.min_valid_calls = {loss.min_valid_calls} and clean_parse = {loss.clean_parse} have no effect "
-        "without the mode env_only, the only one that uses them",
+        "in the mode grpo, which has no observation term: set loss.mode to echo or env_only, or leave them at 0 and "
+        "False",
     )
+    of_policy = {name: loss[name] for name in ("kl_weight", "entropy_weight", "filter_zero_variance") if loss[name]}
+    of_policy |= {f"length_penalty.{name}": weight for name, weight in loss.length_penalty.items() if weight}
     _require(
-        not loss.kl_weight or modes != {"env_only"},
-        f"config.loss.kl_weight = {loss.kl_weight}: the KL is part of the policy term, which env_only lacks; set "
-        "kl_weight to 0",
+        not of_policy or modes != {"env_only"},
+        f"config.loss sets {_listed(of_policy)}, parts of the policy term, which the mode env_only lacks: remove these",
     )
+    _check_observation(config, modes)
     for name, weight in loss.class_weights.items():
         _require(
             name in ENVIRONMENT_CLASSES,
@@ -305,6 +327,112 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
     )
     find_filter(loss.observation_filter, loss.observation_filter_options)
     _check_policy(loss)
+
+
+def _modes(loss: ml_collections.ConfigDict) -> set[str]:
+    return {loss.mode, *(mode for _, mode in loss.mode_changes)}
+
+
+def _check_observation(config: ml_collections.ConfigDict, modes: set[str]) -> None:
+    """Checks the fields of the observation term's schedule, controller and length."""
+    loss, defaults = config.loss, default_config().loss
+    schedule, points = loss.observation_schedule, loss.observation_schedule_points
+    pairs = all(isinstance(p, tuple) and len(p) == 2 and all(_is_number(x) and x >= 0 for x in p) for p in points)
+    steps = [step for step, _ in points] if pairs else []
+    _require(
+        pairs and all(isinstance(step, int) for step in steps) and len(set(steps)) == len(steps),
+        f"config.loss.observation_schedule_points = {points}: each must be (RL step, share of lambda), every step once",
+    )
+    _require(
+        bool(points) == (schedule == "piecewise"),
+        f"config.loss.observation_schedule = {schedule!r} with observation_schedule_points = {points}: the schedule "
+        "piecewise needs points, and no other uses them",
+    )
+    unused = {"constant": ("observation_schedule_end",)}
+    unused["piecewise"] = ("observation_schedule_end", "observation_schedule_steps")
+    set_in_vain = {name: loss[name] for name in unused.get(schedule, ()) if loss[name] != defaults[name]}
+    _require(
+        not set_in_vain,
+        f"config.loss sets {_listed(set_in_vain)}, which the schedule {schedule!r} does not use: remove these, or "
+        "choose another loss.observation_schedule",
+    )
+    _require(
+        not loss.observation_epsilon or loss.observation_normalizer in ("observation", "selected"),
+        f"config.loss.observation_epsilon = {loss.observation_epsilon} has no effect with observation_normalizer = "
+        f"{loss.observation_normalizer!r}, which divides by no length: set it to 0",
+    )
+    _require(
+        loss.observation_temperature == "1" or config.rollout.temperature != 1,
+        "config.loss.observation_temperature = 'sampling' has no effect with rollout.temperature = 1: set another "
+        "rollout.temperature, or observation_temperature to '1'",
+    )
+    names = ("observation_target_of", "observation_target_gain")
+    set_in_vain = {name: loss[name] for name in names if loss[name] != defaults[name]}
+    _require(
+        bool(loss.observation_target_ratio) or not set_in_vain,
+        f"config.loss sets {_listed(set_in_vain)}, but no observation_target_ratio to hold: set it, or remove these",
+    )
+    both = "echo" in modes and loss.observation_weight > 0
+    _require(
+        not loss.observation_target_ratio or both,
+        f"config.loss.observation_target_ratio = {loss.observation_target_ratio} holds the ratio of two terms, but no "
+        "step has both: set loss.mode to echo and observation_weight, where lambda starts, above 0",
+    )
+
+
+def _check_environments(config: ml_collections.ConfigDict) -> None:
+    """Checks the settings of single environments, each of them as the run's."""
+    known = flat(default_config())
+    normalizers = {"the run": policy_normalizer_of(config.loss)}
+    losses = [config.loss]
+    for entry, own in config.environments.items():
+        where = f"config.environments.{entry}"
+        _require(
+            isinstance(own, ml_collections.ConfigDict) and config.task.mixture.get(entry, 0) > 0,
+            f"{where}: no rollouts are made of it; config.task.mixture has {', '.join(config.task.mixture)}",
+        )
+        for name, value in flat(own).items():
+            is_allowed = any(name == field or name.startswith(f"{field}.") for field in OF_AN_ENVIRONMENT)
+            is_known = name in known or name.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
+            _require(
+                is_allowed and is_known,
+                f"{where}.{name}: an environment can have values of its own for {', '.join(OF_AN_ENVIRONMENT)}",
+            )
+            default = known.get(name, value)
+            _require(
+                _is_of_kind(value, default), f"{where}.{name} = {value!r}: it must be like its default, {default!r}"
+            )
+        merged = of_environment(config, entry)
+        try:
+            _check_ranges(flat(merged))
+            _check_loss(merged)
+        except ConfigError as error:
+            raise ConfigError(f"with the values of {where}: {error}") from error
+        normalizers[entry] = policy_normalizer_of(merged.loss)
+        losses.append(merged.loss)
+    _require(
+        len(set(normalizers.values())) == 1,
+        "config.environments: one batch has one denominator of the policy term, but "
+        + ", ".join(f"{name} has policy_normalizer {normalizer}" for name, normalizer in normalizers.items())
+        + " (auto: as in the policy loss's paper); set config.loss.policy_normalizer",
+    )
+    _require(
+        not config.loss.kl_clamp or any(loss.kl_weight for loss in losses),
+        f"config.loss.kl_clamp = {config.loss.kl_clamp} has no effect without a KL: set kl_weight, or kl_clamp to 0",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_of_kind(value: Any, default: Any) -> bool:
+    """Returns whether a value can take the place of a field's default; that of a placeholder is None."""
+    if default is None:
+        return value is None or isinstance(value, int | float)
+    if isinstance(default, float):
+        return _is_number(value)
+    return type(value) is type(default)
 
 
 def _check_policy(loss: ml_collections.ConfigDict) -> None:
@@ -321,6 +449,13 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
             f"config.loss: {name} = {value!r}: it must be "
             + ("above 1, or 0 to turn it off" if name == "dual_clip" else "a number, not negative"),
         )
+    defaults = default_config().loss
+    _require(
+        loss.importance_correction == defaults.importance_correction
+        or (loss.old_logprobs == "recomputed" and loss.importance_cap > 0),
+        f"config.loss.importance_correction = {loss.importance_correction!r} has no effect with old_logprobs = "
+        f"{loss.old_logprobs!r} and importance_cap = {loss.importance_cap}: set them to 'recomputed' and above 0",
+    )
     policy = find_policy_loss(loss.policy)
     clips = clips_set_by(loss)
     if unused := {name: value for name, value in clips.items() if name not in policy.hyperparameters}:
@@ -364,7 +499,7 @@ def _check_optimizer(config: ml_collections.ConfigDict) -> None:
         f"config.optimizer sets {_listed(unused)}, but schedule = 'constant' never changes the rate: set schedule to "
         "linear or cosine, or remove these",
     )
-    steps = own.schedule_steps or config.num_steps * own.updates_per_batch
+    steps = own.schedule_steps or config.num_steps * own.updates_per_batch * own.mini_batches
     _require(
         own.schedule == "constant" or steps > own.warmup_steps,
         f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, but the warm-up takes the first "

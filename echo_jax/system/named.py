@@ -6,7 +6,7 @@ In: a name, the table, and the field that holds the name. Out: the object, with 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,22 @@ def check_callable(found: Any, name: str, field: str) -> None:
         raise ConfigError(f"config.{field} = {name!r} is a {type(found).__name__}; it must be a function or a class")
 
 
-def check_options(function: Callable, options: Mapping[str, Any], field: str, *, given: int = 0) -> None:
+def check_options(
+    function: Callable, options: Mapping[str, Any], field: str, *, given: int = 0, provided: Sequence[str] = ()
+) -> None:
     """Raises `ConfigError` unless `function` can be called with these options as keyword arguments.
 
     Args:
       field: the section of the config that holds the options.
       given: positional arguments that the caller passes before them.
+      provided: keyword arguments that the caller passes if the function has them.
     """
     called = getattr(function, "__name__", function)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in ones have none
         return
-    parameters = list(signature.parameters.values())[given:]
+    parameters = [p for p in list(signature.parameters.values())[given:] if p.name not in provided]
     named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not takes_any and (unknown := sorted(options.keys() - named.keys())):
@@ -84,11 +87,20 @@ def check_options(function: Callable, options: Mapping[str, Any], field: str, *,
     if missing := [name for name, p in named.items() if p.default is p.empty and name not in options]:
         raise ConfigError(f"config.{field} lacks {', '.join(missing)}, which {called} needs")
     try:
-        signature.bind(*[None] * given, **options)
+        passed = {name: None for name in provided if name in signature.parameters}
+        signature.bind(*[None] * given, **options, **passed)
     except TypeError as error:
         raise ConfigError(
             f"{called}, with the options of config.{field}, must take {given} arguments: {error}"
         ) from error
+
+
+def takes(function: Callable, name: str) -> bool:
+    """Returns whether a function has an argument of this name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in ones have no signature
+        return False
 
 
 def name_of(function: Callable) -> str:

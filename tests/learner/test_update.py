@@ -1,15 +1,18 @@
-"""Laws of an update over several passes, and of one that fails."""
+"""Laws of an update over several passes and mini-batches, of one with a controller, and of one that fails."""
 
 import dataclasses
 
+import jax
 import numpy as np
+import optax
 import pytest
 from synthetic import varied
 
 from configs import tiny
 from echo_jax.learner import update as update_lib
-from echo_jax.learner.update import Update, UpdateError, mean_of_passes
+from echo_jax.learner.update import Update, UpdateError, deal, mean_of_passes
 from echo_jax.models.transformer import init_params
+from echo_jax.objective.control import Control
 from echo_jax.objective.weights import weigh
 from echo_jax.run.build import build
 
@@ -20,14 +23,100 @@ def test_metrics_are_means_over_passes_except_the_samplers_mismatch():
     assert mean_of_passes([first, second]) == first | {"loss/total": 1.5}
 
 
-@pytest.mark.parametrize("name", ["loss/total", pytest.param("train/gradient_norm", marks=pytest.mark.variant)])
-def test_non_finite_update_is_an_error_with_its_numbers(name, monkeypatch):
+RATE = optax.constant_schedule(0.01)
+
+
+def made(**loss):
+    """Returns a learner for the recorded trajectories, a state, and the trajectories."""
     config = tiny.get_config()
     config.pack.length = 128
+    config.loss.update(loss)
     learner = build(config).learner
     _, params = init_params(learner.model_config, 0, learner.mesh)
-    state = learner.init_state(params)
-    chosen = [dataclasses.replace(t, ids=t.ids % learner.vocab_size) for t in varied()[:4]]
+    chosen = [dataclasses.replace(t, ids=t.ids % learner.vocab_size) for t in varied()]
+    return learner, learner.init_state(params), chosen
+
+
+def copy(state):
+    return jax.tree.map(lambda x: x.copy(), state)
+
+
+def test_rollouts_are_dealt_out_to_mini_batches_with_their_branches_each_once():
+    chosen = varied()
+    weights = list(range(len(chosen)))
+    parts = deal(chosen, weights, 3, (7, 1))
+    rollouts = [{t.rollout for t in own} for own, _ in parts]
+    assert sorted(map(len, rollouts)) == [3, 3, 3]
+    assert set.union(*rollouts) == set(range(9))
+    assert sorted(w for _, own in parts for w in own) == weights
+    assert all(chosen[w] is t for own, of in parts for t, w in zip(own, of, strict=True))
+    dealt = lambda parts, *order: [own for _, own in deal(chosen, weights, parts, order)]  # noqa: E731
+    assert dealt(3, 7, 1) == [own for _, own in parts] != dealt(3, 7, 2)
+    assert dealt(1, 7, 1) == [weights]
+
+
+def test_an_update_of_mini_batches_is_one_update_on_each_part_with_its_own_denominators():
+    learner, state, chosen = made()
+    advantages = np.linspace(-1, 1, len(chosen))
+    weights = weigh(chosen, advantages, learner.objective(0))
+    options = learner.loss_options()
+    whole = Update(learner, options, RATE, mini_batches=2)(copy(state), chosen, weights, at_most=12, order=(3, 4))
+    one = Update(learner, options, RATE)
+    by_hand, metrics = copy(state), []
+    for part in deal(chosen, weights, 2, (3, 4)):
+        by_hand, found, _ = one(by_hand, *part, at_most=6)
+        metrics.append(found)
+    for ours, theirs in zip(jax.tree.leaves(whole.state), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert whole.metrics["pack/tokens"] == sum(m["pack/tokens"] for m in metrics)
+    for name in ("loss/total", "train/gradient_norm"):
+        np.testing.assert_allclose(whole.metrics[name], np.mean([m[name] for m in metrics]), rtol=1e-6)
+    actions = [m["policy/tokens"] for m in metrics]
+    entropy = np.average([m["policy/entropy"] for m in metrics], weights=actions)
+    np.testing.assert_allclose(whole.metrics["policy/entropy"], entropy, rtol=1e-6)
+
+
+def test_factor_of_the_controller_by_hand():
+    control = Control(target=0.5, gain=0.5)
+    assert control.factor(2.0, policy=4.0, observation=1.0) == 2.0  # at its target
+    np.testing.assert_allclose(control.factor(2.0, policy=16.0, observation=1.0), 4.0)
+    assert Control(target=0.5, gain=1.0).factor(7.0, policy=3.0, observation=1.0) == 1.5
+
+
+@pytest.mark.parametrize(("policy", "observation"), [(0.0, 1.0), (1.0, 0.0), (float("inf"), 1.0), (1.0, float("nan"))])
+def test_a_zero_gradient_leaves_the_factor_as_it_is(policy, observation):
+    assert Control(target=0.5).factor(3.0, policy, observation) == 3.0
+
+
+@pytest.mark.parametrize("measure", ["gradients", "terms"])
+def test_an_update_holds_the_ratio_of_the_terms_that_it_trains(measure):
+    """With a gain of 1 the ratio of the update itself is the target, by the metrics of a plain update with that
+    lambda."""
+    learner, state, chosen = made()
+    advantages = np.linspace(-1, 1, len(chosen)) ** 3
+    objective = learner.objective(0)
+    control = Control(target=0.3, measure=measure, gain=1.0)
+    held = Update(learner, learner.loss_options(), RATE, control=control)
+    updated = held(copy(state), chosen, weigh(chosen, advantages, objective), at_most=12, compare_gradients=True)
+    factor = updated.observation_factor
+    assert factor != 1.0
+    assert updated.metrics["loss/observation_factor"] == factor
+    told = dataclasses.replace(objective, observation_weight=objective.observation_weight * factor)
+    plain = Update(learner, learner.loss_options(), RATE)
+    expected = plain(copy(state), chosen, weigh(chosen, advantages, told), at_most=12, compare_gradients=True)
+    ratio = expected.metrics["loss/gradient_ratio"]
+    if measure == "terms":
+        ratio = abs(expected.metrics["loss/observation"] / expected.metrics["policy/loss"])
+    np.testing.assert_allclose(ratio, 0.3, rtol=1e-4)
+    np.testing.assert_allclose(updated.metrics["loss/held_ratio"], 0.3, rtol=1e-4)
+    for name in ("loss/total", "loss/gradient_ratio", "observation/loss"):
+        np.testing.assert_allclose(updated.metrics[name], expected.metrics[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["loss/total", pytest.param("train/gradient_norm", marks=pytest.mark.variant)])
+def test_non_finite_update_is_an_error_with_its_numbers(name, monkeypatch):
+    learner, state, chosen = made()
+    chosen = chosen[:4]
     weights = weigh(chosen, np.zeros(4), learner.objective(0))
     finish = update_lib.finish_metrics
     monkeypatch.setattr(update_lib, "finish_metrics", lambda sums: finish(sums) | {name: float("nan")})

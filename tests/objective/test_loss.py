@@ -17,14 +17,19 @@ from synthetic import GRAPHDEF, HEAD, MESH, OPTIONS, TINY, gradient, initial, re
 from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.models.transformer import bind
 from echo_jax.objective import loss
-from echo_jax.objective.advantages import ADVANTAGES, advantages_of
-from echo_jax.objective.loss import HeadOptions, LossOptions, finish_metrics
+from echo_jax.objective.advantages import ADVANTAGES, LengthPenalty, advantages_of
+from echo_jax.objective.loss import IMPORTANCE_CORRECTIONS, HeadOptions, LossOptions, finish_metrics
 from echo_jax.objective.policy_losses import KL_ESTIMATORS, POLICY_LOSSES
 from echo_jax.objective.selection import Selection
 from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective, weigh
 from echo_jax.system.sharding import make_mesh
 
 CHOSEN = varied()
+# The same tokens in three environments, of which each has rollouts with an advantage.
+IN_ENVIRONMENTS = [
+    dataclasses.replace(t, environment={0: "a", 1: "b", 9: "c"}[t.group], reward=1.0 if t.rollout == 7 else t.reward)
+    for t in CHOSEN
+]
 LOW, HIGH, TEMPERATURE, WEIGHT, CONSTANT = 0.2, 0.28, 0.8, 0.3, 17.0
 CLASS_WEIGHTS = {"body": 1.0, "boilerplate": 0.5, "truncation": 0.0, "feedback": 0.25, "warning": 0.0}
 BASE = Objective(
@@ -74,17 +79,31 @@ EIGHT_DEVICES = dict(length=40, rows=8, mesh=make_mesh(2, 2, 2))
 
 
 def check(
-    objective: Objective, options: LossOptions, advantage: str, *, layout=ONE_DEVICE, arguments=None, **written_out
+    objective: Objective | dict[str, Objective],
+    options: LossOptions,
+    advantage: str,
+    *,
+    layout=ONE_DEVICE,
+    arguments=None,
+    advantages=None,
+    chosen=CHOSEN,
+    **written_out,
 ):
-    """Compares loss and gradient with the equations."""
+    """Compares loss and gradient with the equations.
+
+    Args:
+      objective: one, or {environment: its own}.
+      chosen: trajectories with the tokens of CHOSEN.
+    """
     arguments = arguments or {}
     logits, to_parameters = logits_and_pullback()
     shared = dict(advantage=advantage, weight=WEIGHT, temperature=TEMPERATURE, low=LOW, high=HIGH, constant=CONSTANT)
     shared |= {"class_weights": tuple(CLASS_WEIGHTS.values()), "policy": options.policy}
-    loss, by_logits = reference.loss(CHOSEN, logits, **shared | arguments | written_out)
+    loss, by_logits = reference.loss(chosen, logits, **shared | arguments | written_out)
     expected = to_parameters(by_logits)
-    advantages = advantages_of(CHOSEN, ADVANTAGES[advantage])
-    sums, grads, _ = gradient(CHOSEN, advantages, objective=objective, options=options, **layout, **arguments)
+    if advantages is None:
+        advantages = advantages_of(chosen, ADVANTAGES[advantage])
+    sums, grads, _ = gradient(chosen, advantages, objective=objective, options=options, **layout, **arguments)
     np.testing.assert_allclose(sums["loss/total"], loss, rtol=CLOSE, atol=1e-7)
     assert relative_difference(grads, expected) < CLOSE
 
@@ -117,6 +136,23 @@ def test_every_policy_loss_with_every_normaliser_on_one_device_and_on_eight(poli
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_every_advantage(advantage):
     check(BASE, dataclasses.replace(OPTIONS, policy_options=CLIP), advantage)
+
+
+@pytest.mark.parametrize("advantage", ["group", "batch"])
+def test_std_of_an_advantage_with_ddof_1_and_another_epsilon(advantage):
+    given = {"ddof": 1, "epsilon": 1e-4}
+    advantages = advantages_of(CHOSEN, functools.partial(ADVANTAGES[advantage], **given))
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP)
+    check(BASE, options, advantage, advantages=advantages, advantage_options=given)
+
+
+@pytest.mark.parametrize("advantage", ["group_mean", pytest.param("batch", marks=pytest.mark.variant)])
+def test_length_penalty(advantage):
+    weights = (0.25, 0.1, 0.2)
+    penalty = LengthPenalty(*weights, max_tokens=40, max_turns=3)
+    advantages = advantages_of(CHOSEN, ADVANTAGES[advantage], penalty=penalty)
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP)
+    check(BASE, options, advantage, advantages=advantages, advantage_options={"penalty": (*weights, 40, 3)})
 
 
 @pytest.mark.parametrize("policy_normalizer", POLICY_NORMALIZERS)
@@ -155,6 +191,87 @@ def noisy_logprobs(seed):
 def test_old_log_probs_and_truncated_importance_sampling(policy):
     options = LossOptions(policy=policy, policy_options=clips_of(policy), head=HEAD, importance_cap=1.2)
     check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=1.2)
+
+
+@pytest.mark.parametrize("correction", IMPORTANCE_CORRECTIONS)
+def test_importance_corrections_of_a_token_and_of_a_rollout_with_branches(correction):
+    cap = {"token": 1.2, "sequence": 2.0}[correction.partition("_")[0]]
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP, importance_cap=cap, importance_correction=correction)
+    check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=cap, correction=correction)
+
+
+def test_entropy_bonus():
+    objective = dataclasses.replace(BASE, entropy_weight=0.3)
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP, entropy_bonus=True)
+    check(objective, options, "group", entropy_weight=0.3)
+
+
+def test_cross_entropy_at_the_sampling_temperature_over_a_length_with_an_epsilon():
+    objective = dataclasses.replace(BASE, observation_temperature=TEMPERATURE, observation_epsilon=0.5)
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP)
+    check(objective, options, "group", observation_temperature=TEMPERATURE, observation_epsilon=0.5)
+
+
+MIXED_LOSSES = (("cispo", CLIP), ("gspo", CLIP), ("dppo", ()))
+
+
+@pytest.mark.parametrize(
+    ("policies", "layout"),
+    [
+        pytest.param(MIXED_LOSSES[:2], ONE_DEVICE, id="cispo, gspo"),
+        pytest.param(MIXED_LOSSES[1:], EIGHT_DEVICES, id="gspo, dppo on eight"),
+        pytest.param((("sapo", ()), ("reinforce", ())), ONE_DEVICE, id="sapo, reinforce", marks=pytest.mark.variant),
+    ],
+)
+def test_environments_with_their_own_objectives_in_one_batch(policies, layout):
+    """One run of three environments: GRPO and λ of the run, and two others with losses, advantages, λ, classes,
+    temperatures and modes of their own; the terms have one denominator each."""
+    (one, _), (other, _) = policies
+    options = dataclasses.replace(
+        OPTIONS, policy_options=CLIP, other_policies=policies, entropy_bonus=True, kl_estimator="k2"
+    )
+    classes = {"body": 0.5, "boilerplate": 0.0, "truncation": 1.0, "feedback": 0.0, "warning": 0.25}
+    of_b = dataclasses.replace(
+        BASE,
+        policy=1,
+        observation_weight=0.7,
+        temperature=1.1,
+        selection=Selection(class_weights=classes),
+        every_action=POLICY_LOSSES[one].every_action,
+        entropy_weight=0.2,
+    )
+    of_c = dataclasses.replace(
+        BASE, policy=2, mode="grpo", kl_weight=0.4, every_action=POLICY_LOSSES[other].every_action
+    )
+    advantages = np.zeros(len(CHOSEN))
+    for environment, estimator in (("a", "group"), ("b", "group_mean"), ("c", "mean")):
+        members = [i for i, t in enumerate(IN_ENVIRONMENTS) if t.environment == environment]
+        advantages[members] = advantages_of([IN_ENVIRONMENTS[i] for i in members], ADVANTAGES[estimator])
+        assert advantages[members].any()
+    written = {
+        "b": dict(policy=one, advantage="group_mean", weight=0.7, temperature=1.1, entropy_weight=0.2),
+        "c": dict(policy=other, advantage="mean", use_observations=False, kl_weight=0.4),
+    }
+    written["b"]["class_weights"] = tuple(classes.values())
+    check(
+        {"": BASE, "b": of_b, "c": of_c},
+        options,
+        "group",
+        layout=layout,
+        advantages=advantages,
+        chosen=IN_ENVIRONMENTS,
+        arguments={"reference": noisy_logprobs(2)},
+        environments=written,
+        kl_estimator="k2",
+    )
+
+
+def test_the_kl_is_clamped():
+    clamp = 0.05
+    options = dataclasses.replace(OPTIONS, policy_options=CLIP, kl_clamp=clamp)
+    arguments = {"reference": noisy_logprobs(2)}
+    objective = dataclasses.replace(BASE, kl_weight=0.3)
+    check(objective, options, "group", arguments=arguments, kl_weight=0.3, kl_clamp=clamp)
 
 
 @pytest.mark.parametrize(

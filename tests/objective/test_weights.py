@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import ECHO, OPTIONS, make_trajectory, trajectories, varied
+from synthetic import ECHO, OPTIONS, columns, make_trajectory, trajectories, varied
 
 from echo_jax.objective.advantages import advantages_of
 from echo_jax.objective.loss import denominators, echo_loss
@@ -23,6 +23,7 @@ from echo_jax.objective.weights import (
     mode_at,
     scheduled_weight,
     weigh,
+    weigh_each,
 )
 from echo_jax.roles import Role
 from echo_jax.rollout.trajectory import Trajectory
@@ -50,14 +51,14 @@ def test_observation_normalizers_by_hand(normalizer, weight, denominator):
     weights = weigh_one(EXAMPLE, 1.0, dataclasses.replace(ECHO, observation_normalizer=normalizer))
     expected = np.where(EXAMPLE.role == O, 0.05 * weight, 0.0)
     np.testing.assert_allclose(weights.observation_weight, expected, rtol=1e-6)
-    assert weights.observation_denominator.sum() == denominator
+    assert weights.denominators["observation"].sum() == denominator
 
 
 @pytest.mark.parametrize(("normalizer", "weight", "denominator"), [("sequence", 1 / 2, 1.0), ("token", 1.0, 2.0)])
 def test_policy_normalizers_by_hand(normalizer, weight, denominator):
     weights = weigh_one(EXAMPLE, -3.0, dataclasses.replace(ECHO, policy_normalizer=normalizer))
     np.testing.assert_allclose(weights.policy_weight, np.where(EXAMPLE.role == A, weight, 0.0))
-    assert weights.policy_denominator.sum() == denominator
+    assert weights.denominators["policy"].sum() == denominator
 
 
 def test_the_constant_normalisers_divide_by_a_given_length():
@@ -71,7 +72,7 @@ def test_the_constant_normalisers_divide_by_a_given_length():
     weights = weigh_one(EXAMPLE, 1.0, objective)
     np.testing.assert_allclose(weights.policy_weight, np.where(EXAMPLE.role == A, 1 / 16, 0.0))
     np.testing.assert_allclose(weights.observation_weight, np.where(EXAMPLE.role == O, 0.05 / 8, 0.0), rtol=1e-6)
-    assert weights.policy_denominator.sum() == weights.observation_denominator.sum() == 1
+    assert weights.denominators["policy"].sum() == weights.denominators["observation"].sum() == 1
 
 
 def observation_loss(objective: Objective) -> float:
@@ -124,13 +125,13 @@ def test_class_weights_enter_only_the_numerator():
 
 def test_the_first_token_is_never_trained():
     weights = weigh_one(with_roles(A, O, A), 1.0, ECHO)
-    assert weights.policy_weight[0] == weights.observation_weight[0] == weights.policy_denominator[0] == 0
+    assert weights.policy_weight[0] == weights.observation_weight[0] == weights.denominators["policy"][0] == 0
 
 
 def test_a_sequence_without_observations_counts_in_the_mean_over_sequences():
     weights = weigh_one(with_roles(S, P, A, A), 1.0, ECHO)
     assert weights.observation_weight.sum() == 0
-    assert weights.observation_denominator.sum() == 1
+    assert weights.denominators["observation"].sum() == 1
 
 
 def test_zero_lambda_leaves_the_policy_weights_bit_for_bit():
@@ -140,8 +141,8 @@ def test_zero_lambda_leaves_the_policy_weights_bit_for_bit():
             weigh_one(t, 0.7, dataclasses.replace(ECHO, observation_weight=0.0)),
         )
         assert not without.observation_weight.any()
-        for name in ("policy_weight", "policy_denominator", "advantage", "temperature"):
-            np.testing.assert_array_equal(getattr(with_echo, name), getattr(without, name))
+        for name in ("policy_weight", "denominators.policy", "advantage", "temperature"):
+            np.testing.assert_array_equal(columns(with_echo)[name], columns(without)[name])
 
 
 def test_advantage_scale_does_not_touch_the_observation_term():
@@ -162,8 +163,8 @@ def test_grpo_mode_equals_lambda_zero_bit_for_bit():
     mode = weigh(chosen, advantages, dataclasses.replace(ECHO, mode="grpo"))
     zero = weigh(chosen, advantages, dataclasses.replace(ECHO, observation_weight=0.0))
     for a, b in zip(mode, zero, strict=True):
-        for name in vars(a):
-            assert getattr(a, name).tobytes() == getattr(b, name).tobytes()
+        for name in columns(a):
+            assert columns(a)[name].tobytes() == columns(b)[name].tobytes()
 
 
 def test_env_only_has_no_policy_term_and_skips_rollouts_of_low_quality():
@@ -171,13 +172,13 @@ def test_env_only_has_no_policy_term_and_skips_rollouts_of_low_quality():
     chosen = [make_trajectory([0] * 4, [P, A, O, O], rollout=i, turns=4, calls=c) for i, c in enumerate(calls)]
     env_only = dataclasses.replace(ECHO, mode="env_only")
     trained = lambda **options: [  # noqa: E731
-        bool(w.observation_weight.any() and w.observation_denominator.any())
+        bool(w.observation_weight.any() and w.denominators["observation"].any())
         for w in weigh(chosen, np.ones(3), dataclasses.replace(env_only, **options))
     ]
     assert trained() == [True, True, True]
     assert trained(min_valid_calls=0.5) == [True, False, True]
     assert trained(clean_parse=True) == [False, True, True]
-    assert not any(w.policy_weight.any() or w.policy_denominator.any() for w in weigh(chosen, np.ones(3), env_only))
+    assert not any(w.policy_weight.any() or w.denominators["policy"].any() for w in weigh(chosen, np.ones(3), env_only))
 
 
 def test_reward_adaptive_lambda_is_larger_for_failed_tasks():
@@ -200,8 +201,8 @@ def test_shared_prefix_is_trained_once_and_branches_share_one_normaliser():
     np.testing.assert_allclose(one.policy_weight, [0, 1 / 4, 0, 1 / 4, 0])
     np.testing.assert_allclose(two.policy_weight, [0, 0, 0, 1 / 4, 1 / 4, 0])
     np.testing.assert_allclose(two.observation_weight / 0.05, [0, 0, 0, 0, 0, 1 / 3], rtol=1e-6)
-    assert one.policy_denominator.sum() + two.policy_denominator.sum() == 1
-    assert one.observation_denominator.sum() + two.observation_denominator.sum() == 1
+    assert one.denominators["policy"].sum() + two.denominators["policy"].sum() == 1
+    assert one.denominators["observation"].sum() + two.denominators["observation"].sum() == 1
 
 
 def test_active_tokens_are_those_whose_log_probability_is_read():
@@ -216,12 +217,73 @@ def test_active_tokens_are_those_whose_log_probability_is_read():
 
 @pytest.mark.parametrize(
     ("schedule", "at_0", "at_5", "at_10", "later"),
-    [("constant", 1, 1, 1, 1), ("linear", 1, 0.5, 0, 0), ("step", 1, 1, 0, 0), ("warmup", 0, 0.5, 1, 1)],
+    [
+        ("constant", 1, 1, 1, 1),
+        ("linear", 1, 0.5, 0, 0),
+        ("cosine", 1, 0.5, 0, 0),
+        ("step", 1, 1, 0, 0),
+        ("warmup", 0, 0.5, 1, 1),
+    ],
 )
 def test_schedules_by_hand(schedule, at_0, at_5, at_10, later):
     values = [scheduled_weight(0.2, schedule, step, 10) for step in (0, 5, 10, 500)]
-    np.testing.assert_allclose(values, 0.2 * np.asarray([at_0, at_5, at_10, later]))
-    assert len(SCHEDULES) == 4
+    np.testing.assert_allclose(values, 0.2 * np.asarray([at_0, at_5, at_10, later]), atol=1e-15)
+    assert len(SCHEDULES) == 5
+    ends = [scheduled_weight(0.2, schedule, step, 10, end=0.25) for step in (0, 10)]
+    np.testing.assert_allclose(ends, 0.2 * (0.25 + 0.75 * np.asarray([at_0, at_10])))
+
+
+def test_cosine_schedule_a_third_of_the_way():
+    np.testing.assert_allclose(scheduled_weight(0.2, "cosine", 5, 15), 0.2 * 0.75)
+
+
+def test_piecewise_schedule_joins_its_points_with_straight_lines():
+    points = ((20, 0.0), (10, 1.0), (40, 0.5))
+    values = [scheduled_weight(0.2, "piecewise", step, 0, points=points) for step in (0, 10, 15, 20, 30, 40, 99)]
+    np.testing.assert_allclose(values, 0.2 * np.asarray([1, 1, 0.5, 0, 0.25, 0.5, 0.5]))
+
+
+def test_rollouts_of_each_environment_are_weighed_by_its_own_objective():
+    """As if each were alone, with the rules that look at a whole update too; an environment without settings of its own
+    is under ""."""
+    made = [dataclasses.replace(t, environment={0: "a", 1: "b", 9: "c"}[t.group]) for t in varied()]
+    uncertain = Selection(top_entropy=0.5, dedupe=True, class_weights={"body": 1.0, "warning": 0.5})
+    objectives = {
+        "": ECHO,
+        "b": dataclasses.replace(ECHO, mode="env_only", selection=uncertain, min_valid_calls=0.5),
+        "c": dataclasses.replace(ECHO, observation_weight=0.5, temperature=0.6, policy=1, kl_weight=0.1),
+    }
+    advantages = advantages_of(made)
+    whole = weigh_each(made, advantages, objectives)
+    for environment, own in (("a", ""), ("b", "b"), ("c", "c")):
+        members = [i for i, t in enumerate(made) if t.environment == environment]
+        assert members
+        alone = weigh([made[i] for i in members], advantages[members], objectives[own])
+        for i, expected in zip(members, alone, strict=True):
+            for name, values in columns(expected).items():
+                assert columns(whole[i])[name].tobytes() == values.tobytes(), name
+
+
+def test_the_cross_entropy_may_have_the_sampling_temperature():
+    weights = weigh_one(EXAMPLE, 1.0, dataclasses.replace(ECHO, observation_temperature=0.7))
+    np.testing.assert_allclose(weights.temperature, np.where(EXAMPLE.role == A, 0.8, 0.7))
+
+
+def test_an_epsilon_is_added_to_the_length_that_an_observation_term_divides_by():
+    for normalizer, length in (("observation", 5), ("selected", 3)):
+        objective = dataclasses.replace(ECHO, observation_normalizer=normalizer, observation_epsilon=1e-3)
+        expected = 0.05 / (length + 1e-3)
+        np.testing.assert_allclose(weigh_one(EXAMPLE, 1.0, objective).observation_weight[EXAMPLE.role == O], expected)
+
+
+def test_quality_filters_leave_the_policy_term_alone():
+    calls = [{"ok": 3, "unclosed": 1}, {"ok": 4}]
+    chosen = [make_trajectory([0] * 4, [P, A, O, O], rollout=i, turns=4, calls=c) for i, c in enumerate(calls)]
+    poor, good = weigh(chosen, [1.0, 1.0], dataclasses.replace(ECHO, clean_parse=True))
+    assert not poor.observation_weight.any()
+    assert not poor.denominators["observation"].any()
+    assert good.observation_weight.any()
+    assert poor.policy_weight.tobytes() == good.policy_weight.tobytes()
 
 
 def test_mode_holds_from_its_step_on():
@@ -257,7 +319,7 @@ def test_unscored_rollouts_add_no_variance_and_no_reward():
         np.testing.assert_allclose(w.observation_weight[2], 0.05)
 
 
-POLICY_FIELDS = ("policy_weight", "policy_denominator", "kl_weight", "advantage")
+POLICY_FIELDS = ("policy_weight", "denominators.policy", "kl_weight", "advantage")
 
 
 @pytest.mark.parametrize("normalizer", POLICY_NORMALIZERS)
@@ -271,12 +333,12 @@ def test_one_unscored_rollout_of_16_leaves_the_policy_term_of_the_other_15(norma
     weights, expected = (weigh(rollouts, advantages_of(rollouts), objective) for rollouts in (chosen, others))
     mine = weights.pop(5)
     for name in POLICY_FIELDS:
-        assert not getattr(mine, name).any(), name
+        assert not columns(mine)[name].any(), name
         for ours, theirs in zip(weights, expected, strict=True):
-            assert getattr(ours, name).tobytes() == getattr(theirs, name).tobytes(), name
+            assert columns(ours)[name].tobytes() == columns(theirs)[name].tobytes(), name
     whole = weigh(everyone, advantages_of(everyone), objective)[5]
-    for name in ("observation_weight", "observation_denominator"):  # its observations train as if it were scored
-        assert getattr(mine, name).tobytes() == getattr(whole, name).tobytes(), name
+    for name in ("observation_weight", "denominators.observation"):  # its observations train as if it were scored
+        assert columns(mine)[name].tobytes() == columns(whole)[name].tobytes(), name
 
 
 @given(st.data())
@@ -299,9 +361,9 @@ def test_unscored_rollouts_never_weigh_on_the_policy_term_of_the_others(data):
     kept = [t for t in chosen if t.scored]
     for ours, theirs in zip(of_scored, weigh(kept, advantages_of(kept), objective), strict=True):
         for name in POLICY_FIELDS:
-            assert getattr(ours, name).tobytes() == getattr(theirs, name).tobytes(), name
+            assert columns(ours)[name].tobytes() == columns(theirs)[name].tobytes(), name
     for t, w in zip(chosen, weights, strict=True):
-        assert t.scored or not any(getattr(w, name).any() for name in POLICY_FIELDS)
+        assert t.scored or not any(columns(w)[name].any() for name in POLICY_FIELDS)
 
 
 def test_imitation_needs_no_score():
@@ -309,7 +371,7 @@ def test_imitation_needs_no_score():
     scored = weigh(trajectories(4), np.zeros(7), dataclasses.replace(ECHO, mode="sft"))
     for ours, theirs in zip(weigh(chosen, np.zeros(7), dataclasses.replace(ECHO, mode="sft")), scored, strict=True):
         assert ours.policy_weight.tobytes() == theirs.policy_weight.tobytes()
-        assert ours.policy_denominator.tobytes() == theirs.policy_denominator.tobytes()
+        assert ours.denominators["policy"].tobytes() == theirs.denominators["policy"].tobytes()
 
 
 def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():
@@ -318,9 +380,9 @@ def test_more_observations_anywhere_leave_the_policy_weights_bit_for_bit():
     few, many = weigh_one(short, 0.7), weigh_one(long, 0.7)
     for name in ("policy_weight", "advantage", "temperature"):
         np.testing.assert_array_equal(
-            getattr(few, name)[short.role == A], getattr(many, name)[long.role == A], err_msg=name
+            columns(few)[name][short.role == A], columns(many)[name][long.role == A], err_msg=name
         )
-    assert few.policy_denominator.sum() == many.policy_denominator.sum()
+    assert few.denominators["policy"].sum() == many.denominators["policy"].sum()
 
 
 @pytest.mark.parametrize("mode", ["grpo", "echo", "env_only"])

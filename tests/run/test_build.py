@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from synthetic import varied
 
-from configs import maze, tiny
+from configs import maze, qwen3_8b, tiny
 from echo_jax.config import ConfigError
+from echo_jax.learner.learner import build_learner
 from echo_jax.objective.advantages import ADVANTAGES, advantages_of
 from echo_jax.objective.policy_losses import POLICY_LOSSES
 from echo_jax.run import build as build_lib
@@ -96,6 +97,147 @@ def test_a_field_reaches_the_loss(fields, attribute, expected):
     for part in attribute.split("."):
         options = getattr(options, part)
     assert options == expected
+
+
+def of_two_environments(**own):
+    config = tiny.get_config()
+    config.task.mixture = {"maze": 1.0, "lookup": 1.0, "shell": 0.0}
+    config.loss.policy_normalizer = "sequence"
+    config.environments.maze = own
+    return config
+
+
+def test_an_environment_has_an_objective_of_its_own_and_the_others_the_runs():
+    config = of_two_environments(
+        loss={
+            "policy": "cispo",
+            "policy_options": {"clip_high": 2.0},
+            "mode": "env_only",
+            "observation_weight": 0.3,
+            "class_weights": {"warning": 0.5},
+            "advantage": "group_mean",
+            "kl_weight": 0.0,
+            "min_valid_calls": 0.25,
+        },
+        rollout={"temperature": 0.7},
+    )
+    validate(config)
+    learner = build_learner(config, 512, jax.devices()[:1])
+    assert learner.policies == (("grpo", ()), ("cispo", (("clip_high", 2.0),)))
+    assert learner.loss_options().other_policies == learner.policies[1:]
+    run, own = learner.objective(0), learner.objective(0, "maze")
+    assert learner.objective(0, "lookup") == run
+    assert own == dataclasses.replace(
+        run,
+        policy=1,
+        mode="env_only",
+        observation_weight=0.3,
+        temperature=0.7,
+        kl_weight=0.0,
+        min_valid_calls=0.25,
+        selection=dataclasses.replace(
+            run.selection, class_weights=dict(run.selection.class_weights) | {"warning": 0.5}
+        ),
+    )
+    chosen = [dataclasses.replace(t, environment="maze" if t.group == 1 else "lookup") for t in varied()]
+    mine = [i for i, t in enumerate(chosen) if t.environment == "maze"]
+    others = [i for i, t in enumerate(chosen) if t.environment == "lookup"]
+    advantages = learner.advantages(chosen)
+    for members, estimator in ((mine, "group_mean"), (others, "group")):
+        expected = advantages_of([chosen[i] for i in members], ADVANTAGES[estimator])
+        np.testing.assert_array_equal(advantages[members], expected)
+    weights = learner.weigh(chosen, 0)
+    assert all((weights[i].policy == 1).all() and not weights[i].policy_weight.any() for i in mine)
+    assert all((weights[i].policy == 0).all() for i in others)
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ({"loss": {"policy": "cispo", "token_block": 8}}, r"environments\.maze\.loss\.token_block: an environment can"),
+        ({"loss": {"observation_wieght": 0.1}}, r"environments\.maze\.loss\.observation_wieght: an environment can"),
+        ({"loss": {"observation_weight": "much"}}, r"observation_weight = 'much': it must be like its default, 0\.05"),
+        ({"loss": {"observation_weight": -0.1}}, r"with the values of config\.environments\.maze: .*must not be neg"),
+        ({"loss": {"policy": "cispoo"}}, r"with the values of config\.environments\.maze: .*choose one of grpo"),
+        ({"loss": {"mode": "grpo", "clean_parse": True}}, r"config\.environments\.maze: .*no effect in the mode grpo"),
+        ({"rollout": {"temperature": 0.0}}, r"environments\.maze: .*temperature = 0\.0: it must be above 0"),
+    ],
+)
+def test_a_setting_of_an_environment_that_cannot_work_is_named(own, named):
+    with pytest.raises(ConfigError, match=named):
+        validate(of_two_environments(**own))
+
+
+def test_settings_of_no_environment_in_the_mixture_are_an_error():
+    config = of_two_environments(loss={"observation_weight": 0.1})
+    config.environments.shell = {"loss": {"observation_weight": 0.1}}
+    with pytest.raises(ConfigError, match=r"environments\.shell: no rollouts are made of it"):
+        validate(config)
+
+
+def test_losses_of_environments_must_agree_on_the_policy_terms_normaliser():
+    config = of_two_environments(loss={"policy": "cispo"})
+    validate(config)
+    config.loss.policy_normalizer = "auto"
+    with pytest.raises(ConfigError, match=r"the run has .* sequence, maze has policy_normalizer token .*set config"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"loss.importance_correction": "token_mask"}, "importance_correction = 'token_mask' has no effect with old"),
+        ({"loss.kl_clamp": 10.0}, "kl_clamp = 10.0 has no effect without a KL: set kl_weight"),
+        ({"loss.mode": "env_only", "loss.entropy_weight": 0.1}, "entropy_weight = 0.1, parts of the policy term"),
+        (
+            {"loss.mode": "env_only", "loss.length_penalty.turns": 0.1},
+            "length_penalty.turns = 0.1, parts of",
+        ),
+        ({"loss.mode": "env_only", "loss.filter_zero_variance": True}, "filter_zero_variance = True, parts of the"),
+        ({"loss.mode": "grpo", "loss.clean_parse": True}, "no effect in the mode grpo.*set loss.mode to echo"),
+        ({"loss.observation_schedule_end": 0.5}, "observation_schedule_end = 0.5, which the schedule 'constant'"),
+        ({"loss.observation_schedule": "piecewise"}, "the schedule piecewise needs points"),
+        ({"loss.observation_schedule_points": ((0, 1.0),)}, "no other uses them"),
+        (
+            {"loss.observation_schedule": "piecewise", "loss.observation_schedule_points": ((0, 1.0), (0, 0.5))},
+            "every step once",
+        ),
+        (
+            {
+                "loss.observation_schedule": "piecewise",
+                "loss.observation_schedule_points": ((0, 1.0),),
+                "loss.observation_schedule_steps": 9,
+            },
+            "observation_schedule_steps = 9, which the schedule 'piecewise'",
+        ),
+        (
+            {"loss.observation_normalizer": "token", "loss.observation_epsilon": 0.1},
+            "observation_epsilon = 0.1 has no effect with observation_normalizer = 'token'",
+        ),
+        ({"loss.observation_temperature": "sampling"}, "'sampling' has no effect with rollout.temperature = 1"),
+        ({"loss.observation_target_gain": 0.1}, "observation_target_gain = 0.1, but no observation_target_ratio"),
+        ({"loss.observation_target_of": "terms"}, "observation_target_of = 'terms', but no observation_target_ratio"),
+        ({"loss.mode": "grpo", "loss.observation_target_ratio": 0.1}, "ratio of two terms, but no step has both"),
+        ({"loss.observation_weight": 0.0, "loss.observation_target_ratio": 0.1}, "where lambda starts, above 0"),
+        ({"optimizer.mini_batches": 999}, "mini_batches = 999 is more than the 4 rollouts of a step"),
+        ({"loss.advantage": "group", "loss.advantage_options": {"batch": 1}}, "has batch, but group_normalized takes"),
+    ],
+)
+def test_a_field_of_the_objective_that_would_do_nothing_is_refused(fields, named):
+    config = tiny.get_config()
+    config.rollout.temperature, config.loss.kl_weight = 1.0, 0.0
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+@pytest.mark.parametrize("preset", ["", ":paper", ":released"])
+def test_configs_with_a_preset_are_valid(preset):
+    config = qwen3_8b.get_config(f"/weights{preset}")
+    assert config.model.weights == "/weights"
+    validate(config)
+    chosen = (config.loss.clip_high, config.loss.observation_temperature, config.optimizer.b2)
+    assert chosen == ((0.2, "sampling", 0.999) if preset == ":released" else (0.28, "1", 0.95))
 
 
 def test_warm_start_does_not_depend_on_rl_settings():

@@ -3,9 +3,11 @@
 In: overrides from a config file or the command line. Out: one locked `ConfigDict`. `run/validate.py` checks its values.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -124,7 +126,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.rollout = ml_collections.ConfigDict()
     c.rollout.groups = 8  # tasks per step
-    c.rollout.group_size = 8  # rollouts per task
+    c.rollout.group_size = 8  # rollouts per task, a group
     c.rollout.max_turns = 3
     c.rollout.max_tokens = 96  # of a whole rollout, prompt and tool output included
     c.rollout.max_turn_tokens = 24  # sampled in one turn
@@ -311,6 +313,12 @@ def of_environment(config: ml_collections.ConfigDict, entry: str) -> ml_collecti
                 section = section[part]
             section[leaf] = value
     return merged
+
+
+def setting(config: ml_collections.ConfigDict, entry: str, name: str) -> Any:
+    """Returns the value of one field for an entry of the task mixture; `name` is dotted, as in OF_AN_ENVIRONMENT."""
+    own = flat(config.environments.get(entry, {}))
+    return own[name] if name in own else functools.reduce(lambda section, part: section[part], name.split("."), config)
 
 
 def may_add(name: str) -> bool:

@@ -211,16 +211,27 @@ class Trainer:
 
     def _jobs(self, step: int) -> list[Job]:
         """Returns this process's share of the rollouts that the policy after `step` makes."""
-        rollout = self.config.rollout
-        first_task = self.config.warm_start.demonstrations + (step - self.warm_steps) * rollout.groups
-        first_rollout = step * self.learner.rollouts_per_step
-        group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.learner.rollouts_per_step))}
-        tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
-        environment = {group: self.parts.environments[first_task + group] for group in tasks}
+        parts, learner, groups = self.parts, self.learner, self.config.rollout.groups
+        first_task = self._first_task(step)
+        first_rollout = step * learner.rollouts_per_step
+        environment = [parts.environments[first_task + group] for group in range(groups)]
+        rollouts = [(group, i) for group in range(groups) for i in range(learner.group_size(environment[group]))]
+        share = self.peers.share(rollouts)
+        tasks = {group: parts.train_tasks[first_task + group] for group in dict(share)}
         return [
-            Job(tasks[group], group=group, rollout=first_rollout + i, environment=environment[group])
-            for i, group in group_of.items()
+            Job(
+                tasks[group],
+                group=group,
+                rollout=first_rollout + group * learner.largest_group + i,
+                environment=environment[group],
+                temperature=parts.temperatures.get(environment[group]),
+            )
+            for group, i in share
         ]
+
+    def _first_task(self, step: int) -> int:
+        """Returns the index of the first task of the step after `step`."""
+        return self.config.warm_start.demonstrations + (step - self.warm_steps) * self.config.rollout.groups
 
     def _prepare(self) -> None:
         """Starts the first sandboxes of what follows this step's update, while that runs. It waits for no other

@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from echo_jax.config import OPEN_SECTIONS, default_config, flat
+from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, flat
 from echo_jax.kernels import attention
 from echo_jax.learner.learner import clips_set_by
 from echo_jax.models.rope import SCALINGS
@@ -117,6 +117,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     fields = flat(config)
     _check_open_sections(config, fields)
     _check_ranges(fields)
+    _check_environments(config)
     _check_sizes(config)
     _check_model(config)
     _check_loss(config)
@@ -184,6 +185,42 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
         _require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
     for name in ("optimizer.b1", "optimizer.b2"):
         _require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must be at least 0 and below 1")
+
+
+def _check_environments(config: ml_collections.ConfigDict) -> None:
+    """Checks the fields that entries of the task mixture have values of their own for, each alone."""
+    known = flat(default_config())
+    for entry, own in config.environments.items():
+        is_section = isinstance(own, ml_collections.ConfigDict)
+        _require(
+            is_section and (entry in config.task.mixture or entry in default_config().task),
+            f"config.environments.{entry} is {'no entry of config.task.mixture' if is_section else 'not a section'}: "
+            f"check the name; the mixture has {', '.join(config.task.mixture)}",
+        )
+        fields = flat(own)
+        for name, value in fields.items():
+            field = f"config.environments.{entry}.{name}"
+            _require(
+                name.startswith(tuple(f"{section}." for section in OF_AN_ENVIRONMENT)) or name in OF_AN_ENVIRONMENT,
+                f"{field} = {value!r}: an environment has values of its own only for {', '.join(OF_AN_ENVIRONMENT)}",
+            )
+            default = known.get(name)
+            if isinstance(default, float) and type(value) is int:
+                fields[name] = float(value)
+            elif default is not None:
+                _require(
+                    type(value) is type(default),
+                    f"{field} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__}",
+                )
+        try:
+            _check_ranges(flat(config) | fields)
+        except ConfigError as error:
+            raise ConfigError(f"config.environments.{entry}: {error}") from error
+        _require(
+            not config.rollout.replay or "rollout.group_size" not in fields,
+            f"config.environments.{entry}.rollout.group_size = {fields.get('rollout.group_size')} has no effect with "
+            "config.rollout.replay, whose file has its groups; remove it",
+        )
 
 
 def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:

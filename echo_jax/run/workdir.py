@@ -41,7 +41,7 @@ MAY_CHANGE = {
 STARTS_FROM = ("model.", "lora.", "tokenizer.", "warm_start.")
 # What the warm start does not depend on, besides what may change: arms of a sweep that share one may differ in it.
 AFTER_WARM_START = (
-    *("num_steps", "init_from", "loss.", "optimizer.learning_rate", "optimizer.updates_per_batch"),
+    *("num_steps", "init_from", "environments.", "loss.", "optimizer.learning_rate", "optimizer.updates_per_batch"),
     *("rollout.groups", "rollout.group_size", "rollout.temperature", "rollout.replay", "rollout.engine"),
 )
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under

@@ -143,6 +143,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.grammar = "plain"  # syntax of tool calls: plain | json | llama, see render/calls.py
     c.rollout.max_seconds = 60.0  # total run time of one rollout's tool calls
     c.rollout.max_format_errors = 4  # end a rollout after this many turns in a row without a runnable call
+    # Replace a group whose scored rollouts all earned the same reward by one of another task of its environment, up to
+    # this many times (DAPO's dynamic sampling); 0: never. What is still without variance then is trained as it is.
+    c.rollout.refill_tries = 0
     c.rollout.replay = ""  # file of saved rollouts to train on, off-policy, instead of sampling
 
     c.sandbox = ml_collections.ConfigDict()

@@ -309,6 +309,42 @@ def test_an_environment_may_have_values_of_its_own(tmp_path):
         validate(config)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rollout.replay": "rollouts.jsonl.gz"}, "refill_tries = 2 has no effect with config.rollout.replay"),
+        ({"loss.mode": "env_only"}, "refill_tries = 2 has no effect: config.loss.mode = 'env_only' has no policy term"),
+        ({"loss.mode_changes": ((0, "env_only"),)}, "refill_tries = 2 has no effect"),
+        ({"rollout.group_size": 1}, "refill_tries = 2, but a group of lookup has 1 rollout"),
+        (
+            {"num_steps": 10**8},
+            "num_steps = 100000000 with rollout.groups = 8, 64 rollouts a step and .*refill_tries = 2",
+        ),
+    ],
+)
+def test_refills_that_could_not_help_are_refused(fields, named):
+    config = default_config()
+    config.rollout.refill_tries = 2
+    validate(config)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+    if "num_steps" not in fields:
+        config.rollout.refill_tries = 0
+        validate(config)
+
+
+def test_only_environments_with_a_policy_term_need_groups_to_refill():
+    config = default_config()
+    config.rollout.refill_tries = 2
+    config.task.mixture = {"maze": 1.0, "lookup": 1.0}
+    config.environments.maze = {"rollout": {"group_size": 1}}
+    with pytest.raises(ConfigError, match="a group of maze has 1 rollout"):
+        validate(config)
+    config.environments.maze.loss = {"mode": "env_only"}
+    validate(config)
+
+
 def test_hyperparameter_set_twice_is_an_error():
     config = default_config()
     config.loss.clip_low, config.loss.policy_options = 0.1, {"clip_low": 0.2}

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -38,7 +38,7 @@ from echo_jax.system import descriptors, paths, provenance, user_code
 from echo_jax.system import peers as peers_lib
 from echo_jax.system.peers import Peers
 from echo_jax.system.terminal import escaped
-from echo_jax.tasks.stream import environment_stream, environments, make_families, task_stream
+from echo_jax.tasks.stream import environment_stream, environments, make_families, spare_tasks, task_stream
 from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import bubblewrap, make_tools, sandbox
@@ -57,6 +57,7 @@ class Parts:
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
     environments: grain.MapDataset  # entries of the mixture that the tasks of these two come from
+    spare_task: Callable[[str, int], Task]  # (entry, index) -> a train task that is not among these, to refill groups
     imitated: list[Trajectory]  # from warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # from rollout.replay; empty: the policy samples
     transcripts: list[Trajectory]  # from eval.trajectories; empty: demonstrators write them
@@ -326,6 +327,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         environments=environment_stream(mixture),
+        spare_task=spare_tasks(families, seed=config.seed),
         imitated=_imitated(config, learner.vocab_size),
         replay=_replay(config, learner.vocab_size),
         transcripts=_transcripts(config, learner.vocab_size),

@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, flat
+from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, flat, setting
 from echo_jax.kernels import attention
 from echo_jax.learner.learner import clips_set_by
 from echo_jax.models.rope import SCALINGS
@@ -26,8 +26,10 @@ from echo_jax.render.calls import GRAMMARS
 from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout.engine import find_engine
 from echo_jax.run.ranges import check_float, check_integer
+from echo_jax.run.refill import check_lengths, has_policy_term
 from echo_jax.system import named
 from echo_jax.system.errors import ConfigError
+from echo_jax.tasks.stream import environments
 
 RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has its own phase, the warm start
 
@@ -63,6 +65,7 @@ MAY_BE_ZERO = (
     "rollout.max_sandboxes",
     "rollout.save_every",
     "rollout.keep",
+    "rollout.refill_tries",
     "warm_start.num_steps",
     "warm_start.demonstrations",
     "optimizer.warmup_steps",
@@ -121,6 +124,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_sizes(config)
     _check_model(config)
     _check_loss(config)
+    _check_refill(config)
     find_engine(config.rollout.engine, config.rollout.engine_options)
 
 
@@ -221,6 +225,29 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
             f"config.environments.{entry}.rollout.group_size = {fields.get('rollout.group_size')} has no effect with "
             "config.rollout.replay, whose file has its groups; remove it",
         )
+
+
+def _check_refill(config: ml_collections.ConfigDict) -> None:
+    """Checks that groups without variance can be replaced, if they are to be."""
+    rollout, loss = config.rollout, config.loss
+    said = f"config.rollout.refill_tries = {rollout.refill_tries}"
+    if not rollout.refill_tries:
+        return
+    _require(not rollout.replay, f"{said} has no effect with config.rollout.replay, which samples nothing; set it to 0")
+    steps = (0, *(step for step, _ in loss.mode_changes))
+    acting = [e for e in environments(config.task.mixture) if any(has_policy_term(config, e, s) for s in steps)]
+    _require(
+        bool(acting),
+        f"{said} has no effect: config.loss.mode = {loss.mode!r} has no policy term, for which alone groups need "
+        "different rewards; set it to 0",
+    )
+    sizes = {entry: setting(config, entry, "rollout.group_size") for entry in environments(config.task.mixture)}
+    if alone := [entry for entry in acting if sizes[entry] == 1]:
+        raise ConfigError(
+            f"{said}, but a group of {', '.join(alone)} has 1 rollout, so that it never has two different rewards: "
+            "raise rollout.group_size, or set refill_tries to 0"
+        )
+    check_lengths(config, rollout.groups * max(sizes.values()))
 
 
 def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ STARTS_FROM = ("model.", "lora.", "tokenizer.", "warm_start.")
 AFTER_WARM_START = (
     *("num_steps", "init_from", "environments.", "loss.", "optimizer.learning_rate", "optimizer.updates_per_batch"),
     *("rollout.groups", "rollout.group_size", "rollout.temperature", "rollout.replay", "rollout.engine"),
+    "rollout.refill_tries",
 )
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
 # adapters.
@@ -154,6 +155,12 @@ def starting_point(config: ml_collections.ConfigDict) -> tuple[Path, int]:
     if start > warm_steps and "rollout.groups" in changes:
         raise ConfigError(
             f"{said} has made RL steps with other rollout.groups than this config's {config.rollout.groups}, so tasks "
+            f"would be used twice; use the same, or start from step {warm_steps}"
+        )
+    tries = changes.get("rollout.refill_tries", (0, 0))
+    if start > warm_steps and all(tries):
+        raise ConfigError(
+            f"{said} has made RL steps with rollout.refill_tries = {tries[0]}, this config has {tries[1]}, so tasks "
             f"would be used twice; use the same, or start from step {warm_steps}"
         )
     return workdir, start

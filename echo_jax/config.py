@@ -124,7 +124,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.rollout = ml_collections.ConfigDict()
     c.rollout.groups = 8  # tasks per step
-    c.rollout.group_size = 8  # rollouts per task
+    c.rollout.group_size = 8  # rollouts per task, a group
     c.rollout.max_turns = 3
     c.rollout.max_tokens = 96  # of a whole rollout, prompt and tool output included
     c.rollout.max_turn_tokens = 24  # sampled in one turn
@@ -141,6 +141,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollout.grammar = "plain"  # syntax of tool calls: plain | json | llama, see render/calls.py
     c.rollout.max_seconds = 60.0  # total run time of one rollout's tool calls
     c.rollout.max_format_errors = 4  # end a rollout after this many turns in a row without a runnable call
+    # Replace a group whose scored rollouts all earned the same reward by one of another task of its environment, up to
+    # this many times (DAPO's dynamic sampling); 0: never. What is still without variance then is trained as it is.
+    c.rollout.refill_tries = 0
     c.rollout.replay = ""  # file of saved rollouts to train on, off-policy, instead of sampling
 
     c.sandbox = ml_collections.ConfigDict()

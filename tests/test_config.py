@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_jax.config import ConfigError, default_config, flat
+from echo_jax.config import ConfigError, default_config, flat, of_environment
 from echo_jax.run.ranges import FLOAT32
 from echo_jax.run.validate import check_tools, validate
-from echo_jax.run.workdir import MAY_CHANGE, PLACEMENT, claim_workdir
+from echo_jax.run.workdir import MAY_CHANGE, PLACEMENT, claim_workdir, recorded_config
 from echo_jax.system import named
 from echo_jax.tools import TOOLS
 
@@ -256,6 +256,94 @@ def test_an_option_of_a_users_function_may_have_any_value(tmp_path):
     named.add_to_path(tmp_path / "config.py")
     config = default_config()
     config.loss.policy, config.loss.policy_options = "bounds_of_mine:loss", {"bound": float("inf")}
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("entry", "own", "named"),
+    [
+        ("maize", {"rollout": {"temperature": 0.5}}, "config.environments.maize is no entry of config.task.mixture"),
+        ("maze", 0.5, "config.environments.maze is not a section"),
+        (
+            "maze",
+            {"rollout": {"groups": 3}},
+            r"environments.maze.rollout.groups = 3: an environment has values .* only",
+        ),
+        (
+            "maze",
+            {"rollout": {"temperatur": 0.5}},
+            "environments.maze.rollout.temperatur = 0.5: .* rollout.temperature",
+        ),
+        (
+            "maze",
+            {"rollout": {"temperature": 0}},
+            "environments.maze: config.rollout.temperature = 0.0: it must be above",
+        ),
+        ("maze", {"rollout": {"temperature": 1e-9}}, "environments.maze: config.rollout.temperature = 1e-09: .* 1e-06"),
+        ("maze", {"rollout": {"temperature": "0.5"}}, "temperature = '0.5' is a str; it must be a float"),
+        ("maze", {"rollout": {"group_size": 0}}, "environments.maze: config.rollout.group_size = 0"),
+        ("maze", {"rollout": {"group_size": 2.5}}, "group_size = 2.5 is a float; it must be a int"),
+        ("maze", {"loss": {"mode": "echoo"}}, "environments.maze: config.loss.mode = 'echoo': choose one of"),
+    ],
+)
+def test_a_bad_value_of_an_environment_is_named(entry, own, named):
+    config = default_config()
+    config.environments[entry] = own
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+def test_an_environment_may_have_values_of_its_own(tmp_path):
+    config = default_config()
+    config.task.mixture = {"maze": 1.0, "lookup": 1.0}
+    config.environments.maze = {
+        "rollout": {"temperature": 1, "group_size": 3},
+        "loss": {"class_weights": {"body": 0.5}},
+    }
+    validate(config)
+    claim_workdir(config, tmp_path)
+    found = recorded_config(tmp_path)
+    assert flat(found) == flat(config)
+    assert [of_environment(found, entry).rollout.group_size for entry in ("maze", "lookup")] == [3, 8]
+    assert of_environment(found, "maze").rollout.temperature == 1
+    config.rollout.replay = "rollouts.jsonl.gz"
+    with pytest.raises(ConfigError, match="environments.maze.rollout.group_size = 3 has no effect with .*replay"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rollout.replay": "rollouts.jsonl.gz"}, "refill_tries = 2 has no effect with config.rollout.replay"),
+        ({"loss.mode": "env_only"}, "refill_tries = 2 has no effect: config.loss.mode = 'env_only' has no policy term"),
+        ({"loss.mode_changes": ((0, "env_only"),)}, "refill_tries = 2 has no effect"),
+        ({"rollout.group_size": 1}, "refill_tries = 2, but a group of lookup has 1 rollout"),
+        (
+            {"num_steps": 10**8},
+            "num_steps = 100000000 with rollout.groups = 8, 64 rollouts a step and .*refill_tries = 2",
+        ),
+    ],
+)
+def test_refills_that_could_not_help_are_refused(fields, named):
+    config = default_config()
+    config.rollout.refill_tries = 2
+    validate(config)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=named):
+        validate(config)
+    if "num_steps" not in fields:
+        config.rollout.refill_tries = 0
+        validate(config)
+
+
+def test_only_environments_with_a_policy_term_need_groups_to_refill():
+    config = default_config()
+    config.rollout.refill_tries = 2
+    config.task.mixture = {"maze": 1.0, "lookup": 1.0}
+    config.environments.maze = {"rollout": {"group_size": 1}}
+    with pytest.raises(ConfigError, match="a group of maze has 1 rollout"):
+        validate(config)
+    config.environments.maze.loss = {"mode": "env_only"}
     validate(config)
 
 

@@ -29,6 +29,7 @@ from echo_jax.objective.selection import Selection, find_filter
 from echo_jax.objective.weights import Objective, TokenWeights, by_environment, mode_at, scheduled_weight, weigh_each
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.sharding import bytes_a_device, make_mesh, processes_of
+from echo_jax.tasks.stream import environments
 
 GROUPED_GRADIENT = (0, 12)  # jax version since which the TPU compiler groups the gradient of experts by expert
 
@@ -83,9 +84,19 @@ class Learner:
     def vocab_size(self) -> int:
         return self.model_config.vocab_size
 
+    def group_size(self, environment: str) -> int:
+        """Returns how many rollouts a group of this entry of the task mixture has."""
+        return self.configs.get(environment, self.config).rollout.group_size
+
+    @property
+    def largest_group(self) -> int:
+        sizes = map(self.group_size, environments(self.config.task.mixture))
+        return max(sizes, default=self.config.rollout.group_size)
+
     @property
     def rollouts_per_step(self) -> int:
-        return self.config.rollout.groups * self.config.rollout.group_size
+        """Places for rollouts in a step, the same in each; those that a smaller group leaves stay empty."""
+        return self.config.rollout.groups * self.largest_group
 
     @property
     def rollouts_at_once(self) -> int:

@@ -56,6 +56,7 @@ class Job:
     group: int
     rollout: int  # global index: the root of its sampling keys
     environment: str = ""  # entry of the task mixture that the task comes from
+    temperature: float | None = None  # of its samples; None: the engine's
 
 
 class Seconds(NamedTuple):
@@ -376,7 +377,8 @@ class _Collection:
         self._episodes[i], self._worlds[i] = self._collector._start(job)
         if self._worlds[i].opened is None:
             self._worlds[i].open_in(self._pool)  # in parallel to the policy's first turn
-        session = self._engine.open(job.rollout, job.group)
+        own = {} if job.temperature is None else {"temperature": job.temperature}
+        session = self._engine.open(job.rollout, job.group, **own)
         self._job_of[session], self._session_of[i], self._known[i] = i, session, 0
         self._ask(i)
 

@@ -198,7 +198,6 @@ def lower_engine(learner: Learner, placement: Placement, layout: Layout) -> dict
         learner.model_config,
         mesh,
         layout,
-        temperature=rollout.temperature,
         stop_ids=(0,),
         attention=rollout.engine_options.get("attention", "auto"),
     )

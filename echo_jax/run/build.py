@@ -4,9 +4,11 @@ In: a config. Out: `Parts`: the learner and everything on the host: tokenizer, t
 """
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -16,7 +18,7 @@ import numpy as np
 
 from echo_jax import config as config_lib
 from echo_jax import tokenizer as tokenizers
-from echo_jax.config import ConfigError
+from echo_jax.config import ConfigError, of_environment
 from echo_jax.learner.learner import Learner, build_learner
 from echo_jax.models.pretrained import check_fields, check_tensors
 from echo_jax.models.sources import Source, WeightsError, open_source
@@ -36,7 +38,7 @@ from echo_jax.system import descriptors, paths, provenance, user_code
 from echo_jax.system import peers as peers_lib
 from echo_jax.system.peers import Peers
 from echo_jax.system.terminal import escaped
-from echo_jax.tasks.stream import environment_stream, make_families, task_stream
+from echo_jax.tasks.stream import environment_stream, environments, make_families, spare_tasks, task_stream
 from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import bubblewrap, make_tools, sandbox
@@ -55,6 +57,7 @@ class Parts:
     train_tasks: grain.MapDataset
     heldout_tasks: grain.MapDataset
     environments: grain.MapDataset  # entries of the mixture that the tasks of these two come from
+    spare_task: Callable[[str, int], Task]  # (entry, index) -> a train task that is not among these, to refill groups
     imitated: list[Trajectory]  # from warm_start.trajectories; empty: scripted demonstrations
     replay: list[Trajectory]  # from rollout.replay; empty: the policy samples
     transcripts: list[Trajectory]  # from eval.trajectories; empty: demonstrators write them
@@ -64,6 +67,12 @@ class Parts:
     @property
     def config(self) -> ml_collections.ConfigDict:
         return self.learner.config
+
+    @functools.cached_property
+    def temperatures(self) -> dict[str, float]:
+        """Entry of the task mixture -> its sampling temperature, where that is not the run's."""
+        found = {e: of_environment(self.config, e).rollout.temperature for e in environments(self.config.task.mixture)}
+        return {entry: own for entry, own in found.items() if own != self.config.rollout.temperature}
 
     def make_engine(self) -> Engine:
         rollout, learner = self.config.rollout, self.learner
@@ -89,12 +98,26 @@ class Parts:
                 f"config.rollout.engine = {rollout.engine!r}: {type(engine).__name__} lacks {', '.join(lacking)}, "
                 "which an engine must have"
             )
+        if self.temperatures:
+            _check_takes_temperature(engine, rollout.engine, self.temperatures)
         return engine
 
     def make_collector(self) -> Collector:
         rollout = self.config.rollout
         threads = rollout.tool_threads or self.learner.rollouts_at_once
         return Collector(self.renderer, self.rules, sandboxes(self.config), threads, rollout.max_sandboxes)
+
+
+def _check_takes_temperature(engine: Engine, name: str, temperatures: Mapping[str, float]) -> None:
+    """Raises `ConfigError` if an engine cannot sample some sessions at temperatures of their own."""
+    try:
+        inspect.signature(engine.open).bind(0, 0, temperature=1.0)
+    except TypeError as error:
+        fields = ", ".join(f"environments.{entry}.rollout.temperature = {own}" for entry, own in temperatures.items())
+        raise ConfigError(
+            f"config.{fields}: {type(engine).__name__}, which config.rollout.engine = {name!r} made, has one "
+            f"temperature for all sessions ({error}); give its method open an argument `temperature`, or remove these"
+        ) from error
 
 
 def episode_rules(config: ml_collections.ConfigDict, tools: Mapping[str, Tool]) -> Rules:
@@ -309,6 +332,7 @@ def build(config: ml_collections.ConfigDict, peers: Peers | None = None) -> Part
         train_tasks=train_tasks,
         heldout_tasks=task_stream(mixture, families, split="heldout", seed=config.seed),
         environments=environment_stream(mixture),
+        spare_task=spare_tasks(families, seed=config.seed),
         imitated=_imitated(config, learner.vocab_size),
         replay=_replay(config, learner.vocab_size),
         transcripts=_transcripts(config, learner.vocab_size),

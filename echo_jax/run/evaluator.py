@@ -91,9 +91,11 @@ class Evaluator:
                 parts.heldout_tasks[task],
                 group=task,
                 rollout=FIRST_EVAL_ROLLOUT + task * samples + sample,
-                environment=parts.environments[task],
+                environment=environment,
+                temperature=parts.temperatures.get(environment),
             )
             for task in parts.peers.share(range(episodes))
+            for environment in [parts.environments[task]]
             for sample in range(samples)
         ]
 

@@ -1,7 +1,10 @@
-"""How large the numbers of a config may be: as large as what computes with them can hold.
+"""What checks of a config share, above all how large its numbers may be: as large as what computes with them can hold.
 
 In: the name and the value of a field. Out: nothing, or a `ConfigError` that names field, value and range.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -41,3 +44,17 @@ def check_float(name: str, value: float) -> None:
     for section, most in MOST_SECONDS.items():
         if name.startswith(section) and name.endswith("_seconds") and value > most:
             raise ConfigError(f"config.{name} = {value}: it must be at most {most:g} seconds")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` with this message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in sorted(values.items()))

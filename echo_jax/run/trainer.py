@@ -6,6 +6,7 @@ checkpoints. The caller, lifecycle.py, claims the workdir and handles signals.
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.run.build import Parts
 from echo_jax.run.evaluator import Evaluator, evaluation_line
 from echo_jax.run.joint_collector import JointCollector
+from echo_jax.run.refill import Collected, Numbers, has_policy_term, refill_jobs, without_variance
 from echo_jax.run.workdir import starting_point
 from echo_jax.system.errors import UserError
 from echo_jax.system.metrics import MetricsWriter
@@ -40,6 +42,8 @@ from echo_jax.tasks.stream import environments
 
 SHOWN = {"rollout/solve_rate": "solve rate", "observation/ce": "CE", "loss/total": "loss"}  # in the progress line
 SHOWN_UNLESS_0 = {"rollout/rejected": "unscored", "rollout/broken": "broken"}
+# Counts of the rollouts that an update gets; other metrics of rollouts are of the step's own tasks.
+_OF_THE_UPDATE = tuple(f"rollout/{name}" for name in ("submitted", "accepted", "rejected", "broken"))
 DEMONSTRATION_SEED = 10  # purposes folded into the run's seed
 DEMONSTRATION_ORDER_SEED = 11
 
@@ -153,17 +157,15 @@ class Trainer:
                 self.collector.check_stop()
                 self.profiler.before(self.step - self.warm_steps + 1)
                 start = time.perf_counter()
-                trajectories = self._rollouts()
-                everyone = summaries(trajectories, self.parts.renderer.observation_header, self.peers)
+                collected = self._rollouts()
+                trajectories = collected.trained
+                metrics, tokens = self._rollout_metrics(collected)
                 rollout_seconds = time.perf_counter() - start
-                metrics = rollout_metrics(
-                    everyone, "rollout", environments(self.config.task.mixture), samples=rollout.group_size
-                )
                 metrics["rollout/retried"] = self.collector.retried
                 metrics["rollout/raised"] = self.collector.raised
                 metrics |= self._collection_metrics()
                 rl_step = self.step - self.warm_steps
-                with self._keeping(trajectories):
+                with self._keeping(collected.sampled):
                     self._prepare()
                     weights = learner.weigh(trajectories, rl_step, self.peers.join)
                     metrics["rollout/filtered"] = sum(self.peers.gather(nothing_trained(trajectories, weights)))
@@ -179,7 +181,7 @@ class Trainer:
                 metrics |= self._observation_weights(rl_step)
                 metrics["time/rollout"] = rollout_seconds
                 metrics["time/step"] = time.perf_counter() - start
-                metrics["rollout/tokens_per_second"] = sum(r.tokens for r in everyone) / rollout_seconds
+                metrics["rollout/tokens_per_second"] = tokens / rollout_seconds
                 if _due(self.step, rollout.save_every) or self.step == self.last_step:
                     self._save_rollouts(f"step_{self.step:06d}", trajectories)
                     self.peers.first(self._forget_old_rollouts)
@@ -228,16 +230,27 @@ class Trainer:
 
     def _jobs(self, step: int) -> list[Job]:
         """Returns this process's share of the rollouts that the policy after `step` makes."""
-        rollout = self.config.rollout
-        first_task = self.config.warm_start.demonstrations + (step - self.warm_steps) * rollout.groups
-        first_rollout = step * self.learner.rollouts_per_step
-        group_of = {i: i // rollout.group_size for i in self.peers.share(range(self.learner.rollouts_per_step))}
-        tasks = {group: self.parts.train_tasks[first_task + group] for group in set(group_of.values())}
-        environment = {group: self.parts.environments[first_task + group] for group in tasks}
+        parts, learner, groups = self.parts, self.learner, self.config.rollout.groups
+        first_task = self._first_task(step)
+        first_rollout = step * learner.rollouts_per_step
+        environment = [parts.environments[first_task + group] for group in range(groups)]
+        rollouts = [(group, i) for group in range(groups) for i in range(learner.group_size(environment[group]))]
+        share = self.peers.share(rollouts)
+        tasks = {group: parts.train_tasks[first_task + group] for group in dict(share)}
         return [
-            Job(tasks[group], group=group, rollout=first_rollout + i, environment=environment[group])
-            for i, group in group_of.items()
+            Job(
+                tasks[group],
+                group=group,
+                rollout=first_rollout + group * learner.largest_group + i,
+                environment=environment[group],
+                temperature=parts.temperatures.get(environment[group]),
+            )
+            for group, i in share
         ]
+
+    def _first_task(self, step: int) -> int:
+        """Returns the index of the first task of the step after `step`."""
+        return self.config.warm_start.demonstrations + (step - self.warm_steps) * self.config.rollout.groups
 
     def _prepare(self) -> None:
         """Starts the first sandboxes of what follows this step's update, while that runs. It waits for no other
@@ -250,9 +263,9 @@ class Trainer:
                 self._jobs_ahead = {after: self._jobs(after)}
                 self.collector.prepare(self._jobs_ahead[after], self.engine)
 
-    def _rollouts(self) -> list[Trajectory]:
+    def _rollouts(self) -> Collected:
         if self.parts.replay:
-            return self._replayed()
+            return Collected.of(self._replayed())
         with self.peers.failing_together():
             jobs = self._jobs_ahead.pop(self.step, None) or self._jobs(self.step)
         self.peers.gather(None, "tasks")  # before the devices work together
@@ -261,7 +274,7 @@ class Trainer:
         found = self.peers.first(path.exists)
         finished = trajectory_lib.load(path, vocab_size=self.learner.vocab_size) if found else []
         try:
-            trajectories = self.collector.rollouts(jobs, self.engine, finished=finished)
+            collected = self._collect(jobs, finished)
             sleep(self.engine)  # the update needs its memory
         except Interrupted as interrupted:
             if any(self.peers.gather(len(interrupted.finished))):
@@ -269,7 +282,66 @@ class Trainer:
             raise
         self.peers.first(lambda: path.unlink(missing_ok=True))
         self._report_exceptions()
-        return trajectories
+        return collected
+
+    def _collect(self, jobs: list[Job], finished: list[Trajectory]) -> Collected:
+        """Samples a step's rollouts; replaces groups without variance, as often as rollout.refill_tries says.
+
+        Args:
+          jobs: this process's share of the step's own.
+          finished: rollouts of this step, of any try, from before the run stopped.
+        """
+        collected = Collected.of(self.collector.rollouts(jobs, self.engine, finished=finished))
+        groups = self._refillable()
+        for attempt in itertools.count(1):
+            again = groups & without_variance(collected.trained, self.peers.join) if groups else set()
+            if not again or attempt > self.config.rollout.refill_tries:
+                return dataclasses.replace(collected, unfilled=len(again))
+            try:
+                with self._keeping(collected.sampled):
+                    new = self._refill_jobs(jobs, again, attempt)
+                    self.peers.gather(None, "tasks of refills")
+                    made = self.collector.rollouts(new, self.engine, finished=finished, adds=True)
+            except Interrupted as interrupted:
+                raise Interrupted([*self._without_exceptions(collected.sampled), *interrupted.finished]) from None
+            collected = collected.replacing(again, made)
+
+    def _refillable(self) -> set[int]:
+        """Returns the groups of this step in which equal rewards would leave nothing to learn how to act from."""
+        rollout, step = self.config.rollout, self.step - self.warm_steps
+        if not rollout.refill_tries:
+            return set()
+        acting = {e for e in environments(self.config.task.mixture) if has_policy_term(self.config, e, step)}
+        first = self._first_task(self.step)
+        return {group for group in range(rollout.groups) if self.parts.environments[first + group] in acting}
+
+    def _refill_jobs(self, jobs: list[Job], groups: set[int], attempt: int) -> list[Job]:
+        rollout, places = self.config.rollout, self.learner.rollouts_per_step
+        return refill_jobs(
+            jobs,
+            groups,
+            attempt,
+            step=self.step - self.warm_steps,
+            first_rollout=self.step * places,
+            numbers=Numbers(rollout.refill_tries, rollout.groups, places),
+            spare_task=self.parts.spare_task,
+        )
+
+    def _rollout_metrics(self, collected: Collected) -> tuple[dict[str, float], int]:
+        """Returns metrics of a step's rollouts, and their number of tokens, all tries included.
+
+        With refills, what says how the policy acts, the solve rate above all, is of the rollouts on the step's own
+        tasks: those that are trained were chosen by their rewards. The counts _OF_THE_UPDATE are of the trained ones.
+        """
+        header, entries = self.parts.renderer.observation_header, environments(self.config.task.mixture)
+        tries = [summaries(made, header, self.peers) for made in collected.tries]
+        samples = self.learner.largest_group
+        metrics = rollout_metrics(tries[0], "rollout", entries, samples=samples)
+        if self.config.rollout.refill_tries:
+            trained = rollout_metrics(summaries(collected.trained, header, self.peers), "rollout", entries)
+            metrics |= {name: value for name, value in trained.items() if name.startswith(_OF_THE_UPDATE)}
+            metrics |= collected.metrics(self.config.rollout.groups)
+        return metrics, sum(summary.tokens for made in tries for summary in made)
 
     def _collection_metrics(self) -> dict[str, float]:
         """Returns metrics of where the time of this step's collection went, and of its engine."""
@@ -292,12 +364,18 @@ class Trainer:
         try:
             with self.peers.failing_together():
                 yield
+        except Interrupted:
+            raise  # with the rollouts to save
         except Exception as error:
             joint = self.peers.count == 1 or isinstance(error, JointError)  # else others never arrive to save theirs
             if joint and not self.parts.replay:
-                raised = self.collector.raised_here()
-                self._save_rollouts(self._finished_rollouts, [t for t in trajectories if t.rollout not in raised])
+                self._save_rollouts(self._finished_rollouts, self._without_exceptions(trajectories))
             raise
+
+    def _without_exceptions(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Returns this step's rollouts but for those in which a task or tool raised an exception."""
+        raised = set(self.collector.raised_here())
+        return [t for t in trajectories if t.rollout not in raised]
 
     def _report_exceptions(self) -> None:
         """Prints a line for the first exception of a place in a task or tool; `errors.log` has all of them."""

@@ -15,24 +15,20 @@ import ml_collections
 from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, flat, of_environment
 from echo_jax.kernels import attention
 from echo_jax.learner import optimizer as optimizers
-from echo_jax.learner.learner import clips_set_by, policy_normalizer_of
 from echo_jax.models.rope import SCALINGS
 from echo_jax.models.transformer import ATTENTION, LINEAR, REMAT
-from echo_jax.objective.advantages import find_estimator
 from echo_jax.objective.control import MEASURES
 from echo_jax.objective.loss import IMPORTANCE_CORRECTIONS
-from echo_jax.objective.policy_losses import KL_ESTIMATORS, find_policy_loss
-from echo_jax.objective.selection import find_filter
-from echo_jax.objective.weights import MODES, OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, SCHEDULES
+from echo_jax.objective.policy_losses import KL_ESTIMATORS
+from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, SCHEDULES
 from echo_jax.render import FORMATS
 from echo_jax.render.calls import GRAMMARS
-from echo_jax.roles import ENVIRONMENT_CLASSES
 from echo_jax.rollout.engine import find_engine
-from echo_jax.run.ranges import check_float, check_integer
-from echo_jax.system import named
+from echo_jax.run.ranges import check_float, check_integer, is_number, listed, require
+from echo_jax.run.refill import check_lengths, has_policy_term
+from echo_jax.run.validate_objective import RL_MODES, check_loss, check_together
 from echo_jax.system.errors import ConfigError
-
-RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has its own phase, the warm start
+from echo_jax.tasks.stream import environments
 
 # The fields with a fixed set of values.
 CHOICES = {
@@ -71,6 +67,7 @@ MAY_BE_ZERO = (
     "rollout.max_sandboxes",
     "rollout.save_every",
     "rollout.keep",
+    "rollout.refill_tries",
     "warm_start.num_steps",
     "warm_start.demonstrations",
     "optimizer.warmup_steps",
@@ -136,15 +133,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_ranges(fields)
     _check_sizes(config)
     _check_model(config)
-    _check_loss(config)
+    check_loss(config)
     _check_optimizer(config)
     _check_environments(config)
+    _check_refill(config)
     find_engine(config.rollout.engine, config.rollout.engine_options)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def _check_open_sections(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None:
@@ -152,13 +145,13 @@ def _check_open_sections(config: ml_collections.ConfigDict, fields: Mapping[str,
     known = default_config().task
     for name, section in config.task.items():
         is_section = isinstance(section, ml_collections.ConfigDict)
-        _require(
+        require(
             is_section and (name in known or name in config.task.mixture),
             f"config.task.{name} is {'no entry of config.task.mixture' if is_section else 'not a section'}: check the "
             f"name; the mixture has {', '.join(config.task.mixture)}",
         )
     for name, tool in config.tools.items():
-        _require(
+        require(
             isinstance(tool, str | ml_collections.ConfigDict),
             f'config.tools.{name} = {tool!r}: write "module:Class" or {{"tool": "module:Class", **keyword arguments}}',
         )
@@ -175,7 +168,7 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name.startswith(WEIGHTS):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(
+            require(
                 is_number and 0 <= value <= sys.float_info.max,
                 f"config.{name} = {value!r}: it must be finite and not negative",
             )
@@ -183,26 +176,92 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
         elif not _is_ours(name, defaults):
             continue  # the function or class that declares it must check it
         elif isinstance(value, float):
-            _require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
+            require(math.isfinite(value), f"config.{name} = {value}: it must be finite")
             check_float(name, value)
         elif isinstance(value, int) and not isinstance(value, bool):
             least = 0 if name in MAY_BE_ZERO else 1
-            _require(value >= least, f"config.{name} = {value}: it must be at least {least}")
+            require(value >= least, f"config.{name} = {value}: it must be at least {least}")
             check_integer(name, value)
     for name in NOT_NEGATIVE:
-        _require(fields[name] is None or fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
+        require(fields[name] is None or fields[name] >= 0, f"config.{name} = {fields[name]}: it must not be negative")
     for name, allowed in CHOICES.items():
-        _require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
+        require(fields[name] in allowed, f"config.{name} = {fields[name]!r}: choose one of {', '.join(allowed)}")
     for name in (*SHARES, *SHARES_ABOVE_ZERO):
         in_range = 0 <= fields[name] <= 1 and (fields[name] > 0 or name in SHARES)
-        _require(
+        require(
             in_range,
             f"config.{name} = {fields[name]}: it must be {'at least' if name in SHARES else 'above'} 0 and at most 1",
         )
     for name in POSITIVE:
-        _require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
+        require(fields[name] > 0, f"config.{name} = {fields[name]}: it must be above 0")
     for name in ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "optimizer.end_share"):
-        _require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must be at least 0 and below 1")
+        require(0 <= fields[name] < 1, f"config.{name} = {fields[name]}: it must be at least 0 and below 1")
+
+
+def _check_environments(config: ml_collections.ConfigDict) -> None:
+    """Checks what entries of the task mixture have values of their own for: each field alone, then as the run's."""
+    known = flat(default_config())
+    for entry, own in config.environments.items():
+        is_section = isinstance(own, ml_collections.ConfigDict)
+        require(
+            is_section and config.task.mixture.get(entry, 0) > 0,
+            f"config.environments.{entry} is {'no entry of config.task.mixture' if is_section else 'not a section'}: "
+            f"check the name; the mixture has {', '.join(environments(config.task.mixture))}",
+        )
+        for name, value in flat(own).items():
+            field = f"config.environments.{entry}.{name}"
+            is_allowed = any(name == allowed or name.startswith(f"{allowed}.") for allowed in OF_AN_ENVIRONMENT)
+            is_known = name in known or name.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
+            require(
+                is_allowed and is_known,
+                f"{field} = {value!r}: an environment has values of its own only for {', '.join(OF_AN_ENVIRONMENT)}",
+            )
+            default = known.get(name, value)
+            require(_is_of_kind(value, default), f"{field} = {value!r}: it must be like its default, {default!r}")
+        require(
+            not config.rollout.replay or "group_size" not in own.get("rollout", {}),
+            f"config.environments.{entry}.rollout.group_size has no effect with config.rollout.replay, whose file has "
+            "its groups; remove it",
+        )
+        merged = of_environment(config, entry)
+        try:
+            _check_ranges(flat(merged))
+            check_loss(merged)
+        except ConfigError as error:
+            raise ConfigError(f"config.environments.{entry}: {error}") from error
+    check_together({entry: of_environment(config, entry).loss for entry in environments(config.task.mixture)}, config)
+
+
+def _check_refill(config: ml_collections.ConfigDict) -> None:
+    """Checks that groups without variance can be replaced, if they are to be."""
+    rollout, loss = config.rollout, config.loss
+    said = f"config.rollout.refill_tries = {rollout.refill_tries}"
+    if not rollout.refill_tries:
+        return
+    require(not rollout.replay, f"{said} has no effect with config.rollout.replay, which samples nothing; set it to 0")
+    steps = (0, *(step for step, _ in loss.mode_changes))
+    acting = [e for e in environments(config.task.mixture) if any(has_policy_term(config, e, s) for s in steps)]
+    require(
+        bool(acting),
+        f"{said} has no effect: config.loss.mode = {loss.mode!r} has no policy term, for which alone groups need "
+        "different rewards; set it to 0",
+    )
+    sizes = {entry: of_environment(config, entry).rollout.group_size for entry in environments(config.task.mixture)}
+    if alone := [entry for entry in acting if sizes[entry] == 1]:
+        raise ConfigError(
+            f"{said}, but a group of {', '.join(alone)} has 1 rollout, so that it never has two different rewards: "
+            "raise rollout.group_size, or set refill_tries to 0"
+        )
+    check_lengths(config, rollout.groups * max(sizes.values()))
+
+
+def _is_of_kind(value: Any, default: Any) -> bool:
+    """Returns whether a value can take the place of a field's default; that of a placeholder is None."""
+    if default is None:
+        return value is None or isinstance(value, int | float)
+    if isinstance(default, float):
+        return is_number(value)
+    return type(value) is type(default)
 
 
 def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
@@ -213,27 +272,25 @@ def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
 def _check_sizes(config: ml_collections.ConfigDict) -> None:
     """Checks fields that must fit together."""
     rollouts, parts = config.rollout.groups * config.rollout.group_size, config.optimizer.mini_batches
-    _require(
+    require(
         parts <= rollouts,
         f"config.optimizer.mini_batches = {parts} is more than the {rollouts} rollouts of a step: use fewer",
     )
     tokens, length = config.rollout.max_tokens, config.pack.length
-    _require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
+    require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
     made, batch = config.warm_start.demonstrations, config.warm_start.batch
-    _require(
+    require(
         config.warm_start.num_steps == 0 or made >= batch,
         f"config.warm_start.demonstrations = {made} is fewer than one batch of config.warm_start.batch = {batch}",
     )
     model = config.model
-    _require(
-        model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even number"
-    )
-    _require(
+    require(model.head_dim % 2 == 0, f"config.model.head_dim = {model.head_dim}: rotary embedding needs an even number")
+    require(
         model.num_heads % model.num_kv_heads == 0,
         f"config.model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.num_kv_heads}",
     )
     steps = config.system.profile_steps
-    _require(
+    require(
         not steps or (len(steps) == 2 and all(isinstance(s, int) for s in steps) and 1 <= steps[0] <= steps[1]),
         f"config.system.profile_steps = {steps}: write (first, last) RL steps, from 1, or () for none",
     )
@@ -245,238 +302,44 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     defaults = default_config()
     targets = config.lora.targets
     known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
-    _require(
+    require(
         bool(targets) and set(targets) <= set(known) and len(set(targets)) == len(targets),
         f"config.lora.targets = {targets}: choose some of {', '.join(known)}, each once",
     )
     unused = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
-    _require(
+    require(
         bool(config.lora.rank) or not unused,
-        f"config.lora sets {_listed(unused)}, but lora.rank = 0 means no adapters: set lora.rank, or remove these",
+        f"config.lora sets {listed(unused)}, but lora.rank = 0 means no adapters: set lora.rank, or remove these",
     )
     scaling = config.model.rope_scaling
     others = set(scaling) - {"kind", *SCALINGS[scaling.kind]}
     unused = {name: scaling[name] for name in others if scaling[name] != defaults.model.rope_scaling[name]}
-    _require(
+    require(
         not unused,
-        f"config.model.rope_scaling sets {_listed(unused)}, which kind = {scaling.kind!r} does not use",
+        f"config.model.rope_scaling sets {listed(unused)}, which kind = {scaling.kind!r} does not use",
     )
-    _require(
+    require(
         scaling.kind == "none" or (scaling.factor > 1.0 and config.model.rope_theta > 1.0),
         f"config.model.rope_scaling.factor = {scaling.factor} and config.model.rope_theta = {config.model.rope_theta} "
         f"must both be above 1 with kind = {scaling.kind!r}",
     )
     for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
-        _require(
+        require(
             scaling[low] < scaling[high],
             f"config.model.rope_scaling.{low} = {scaling[low]} must be below {high} = {scaling[high]}",
         )
     experts, per_token = config.model.num_experts, config.model.experts_per_token
     if experts:
-        _require(
+        require(
             1 <= per_token <= experts,
             f"config.model.experts_per_token = {per_token}: it must be from 1 to num_experts = {experts}",
         )
     else:
-        _require(
+        require(
             not per_token and config.model.normalize_experts,
             f"config.model.experts_per_token = {per_token} and normalize_experts = {config.model.normalize_experts} "
             "have no effect with num_experts = 0: set num_experts, or leave them at 0 and True",
         )
-
-
-def _check_loss(config: ml_collections.ConfigDict) -> None:
-    """Checks the fields of the objective, and finds the functions that they name."""
-    loss = config.loss
-    for change in loss.mode_changes:
-        pair = isinstance(change, tuple) and len(change) == 2
-        _require(
-            pair and isinstance(change[0], int) and 0 <= change[0] < config.num_steps and change[1] in RL_MODES,
-            f"config.loss.mode_changes has {change!r}: each must be (RL step from 0 to {config.num_steps - 1}, mode), "
-            f"the mode one of {', '.join(RL_MODES)}",
-        )
-    modes = _modes(loss)
-    trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
-    _require(
-        "env_only" not in modes or trains_observations,
-        f"config.loss: env_only trains only observations, but observation_weight = {loss.observation_weight} with "
-        "these class_weights trains none; set them above 0",
-    )
-    _require(
-        modes != {"grpo"} or not (loss.min_valid_calls or loss.clean_parse),
-        f"config.loss.min_valid_calls = {loss.min_valid_calls} and clean_parse = {loss.clean_parse} have no effect "
-        "in the mode grpo, which has no observation term: set loss.mode to echo or env_only, or leave them at 0 and "
-        "False",
-    )
-    of_policy = {name: loss[name] for name in ("kl_weight", "entropy_weight", "filter_zero_variance") if loss[name]}
-    of_policy |= {f"length_penalty.{name}": weight for name, weight in loss.length_penalty.items() if weight}
-    _require(
-        not of_policy or modes != {"env_only"},
-        f"config.loss sets {_listed(of_policy)}, parts of the policy term, which the mode env_only lacks: remove these",
-    )
-    _check_observation(config, modes)
-    for name, weight in loss.class_weights.items():
-        _require(
-            name in ENVIRONMENT_CLASSES,
-            f"config.loss.class_weights.{name} = {weight}: choose from {', '.join(ENVIRONMENT_CLASSES)}",
-        )
-    _require(
-        bool(loss.observation_filter) or not loss.observation_filter_options,
-        f"config.loss.observation_filter_options = {dict(loss.observation_filter_options)} has no effect without "
-        "config.loss.observation_filter",
-    )
-    find_filter(loss.observation_filter, loss.observation_filter_options)
-    _check_policy(loss)
-
-
-def _modes(loss: ml_collections.ConfigDict) -> set[str]:
-    return {loss.mode, *(mode for _, mode in loss.mode_changes)}
-
-
-def _check_observation(config: ml_collections.ConfigDict, modes: set[str]) -> None:
-    """Checks the fields of the observation term's schedule, controller and length."""
-    loss, defaults = config.loss, default_config().loss
-    schedule, points = loss.observation_schedule, loss.observation_schedule_points
-    pairs = all(isinstance(p, tuple) and len(p) == 2 and all(_is_number(x) and x >= 0 for x in p) for p in points)
-    steps = [step for step, _ in points] if pairs else []
-    _require(
-        pairs and all(isinstance(step, int) for step in steps) and len(set(steps)) == len(steps),
-        f"config.loss.observation_schedule_points = {points}: each must be (RL step, share of lambda), every step once",
-    )
-    _require(
-        bool(points) == (schedule == "piecewise"),
-        f"config.loss.observation_schedule = {schedule!r} with observation_schedule_points = {points}: the schedule "
-        "piecewise needs points, and no other uses them",
-    )
-    unused = {"constant": ("observation_schedule_end",)}
-    unused["piecewise"] = ("observation_schedule_end", "observation_schedule_steps")
-    set_in_vain = {name: loss[name] for name in unused.get(schedule, ()) if loss[name] != defaults[name]}
-    _require(
-        not set_in_vain,
-        f"config.loss sets {_listed(set_in_vain)}, which the schedule {schedule!r} does not use: remove these, or "
-        "choose another loss.observation_schedule",
-    )
-    _require(
-        not loss.observation_epsilon or loss.observation_normalizer in ("observation", "selected"),
-        f"config.loss.observation_epsilon = {loss.observation_epsilon} has no effect with observation_normalizer = "
-        f"{loss.observation_normalizer!r}, which divides by no length: set it to 0",
-    )
-    _require(
-        loss.observation_temperature == "1" or config.rollout.temperature != 1,
-        "config.loss.observation_temperature = 'sampling' has no effect with rollout.temperature = 1: set another "
-        "rollout.temperature, or observation_temperature to '1'",
-    )
-    names = ("observation_target_of", "observation_target_gain")
-    set_in_vain = {name: loss[name] for name in names if loss[name] != defaults[name]}
-    _require(
-        bool(loss.observation_target_ratio) or not set_in_vain,
-        f"config.loss sets {_listed(set_in_vain)}, but no observation_target_ratio to hold: set it, or remove these",
-    )
-    both = "echo" in modes and loss.observation_weight > 0
-    _require(
-        not loss.observation_target_ratio or both,
-        f"config.loss.observation_target_ratio = {loss.observation_target_ratio} holds the ratio of two terms, but no "
-        "step has both: set loss.mode to echo and observation_weight, where lambda starts, above 0",
-    )
-
-
-def _check_environments(config: ml_collections.ConfigDict) -> None:
-    """Checks the settings of single environments, each of them as the run's."""
-    known = flat(default_config())
-    normalizers = {"the run": policy_normalizer_of(config.loss)}
-    losses = [config.loss]
-    for entry, own in config.environments.items():
-        where = f"config.environments.{entry}"
-        _require(
-            isinstance(own, ml_collections.ConfigDict) and config.task.mixture.get(entry, 0) > 0,
-            f"{where}: no rollouts are made of it; config.task.mixture has {', '.join(config.task.mixture)}",
-        )
-        for name, value in flat(own).items():
-            is_allowed = any(name == field or name.startswith(f"{field}.") for field in OF_AN_ENVIRONMENT)
-            is_known = name in known or name.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
-            _require(
-                is_allowed and is_known,
-                f"{where}.{name}: an environment can have values of its own for {', '.join(OF_AN_ENVIRONMENT)}",
-            )
-            default = known.get(name, value)
-            _require(
-                _is_of_kind(value, default), f"{where}.{name} = {value!r}: it must be like its default, {default!r}"
-            )
-        merged = of_environment(config, entry)
-        try:
-            _check_ranges(flat(merged))
-            _check_loss(merged)
-        except ConfigError as error:
-            raise ConfigError(f"with the values of {where}: {error}") from error
-        normalizers[entry] = policy_normalizer_of(merged.loss)
-        losses.append(merged.loss)
-    _require(
-        len(set(normalizers.values())) == 1,
-        "config.environments: one batch has one denominator of the policy term, but "
-        + ", ".join(f"{name} has policy_normalizer {normalizer}" for name, normalizer in normalizers.items())
-        + " (auto: as in the policy loss's paper); set config.loss.policy_normalizer",
-    )
-    _require(
-        not config.loss.kl_clamp or any(loss.kl_weight for loss in losses),
-        f"config.loss.kl_clamp = {config.loss.kl_clamp} has no effect without a KL: set kl_weight, or kl_clamp to 0",
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_of_kind(value: Any, default: Any) -> bool:
-    """Returns whether a value can take the place of a field's default; that of a placeholder is None."""
-    if default is None:
-        return value is None or isinstance(value, int | float)
-    if isinstance(default, float):
-        return _is_number(value)
-    return type(value) is type(default)
-
-
-def _check_policy(loss: ml_collections.ConfigDict) -> None:
-    _require(
-        loss.policy != "imitation",
-        "config.loss.policy = 'imitation' is the loss of the warm start; choose another, such as 'grpo'",
-    )
-    bounds = {"dual_clip": loss.dual_clip} | dict(loss.policy_options)
-    for name in ("clip_low", "clip_high", "dual_clip"):
-        value = bounds.get(name, 0.0)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(
-            is_number and value >= 0 and (name != "dual_clip" or value == 0 or value > 1),
-            f"config.loss: {name} = {value!r}: it must be "
-            + ("above 1, or 0 to turn it off" if name == "dual_clip" else "a number, not negative"),
-        )
-    defaults = default_config().loss
-    _require(
-        loss.importance_correction == defaults.importance_correction
-        or (loss.old_logprobs == "recomputed" and loss.importance_cap > 0),
-        f"config.loss.importance_correction = {loss.importance_correction!r} has no effect with old_logprobs = "
-        f"{loss.old_logprobs!r} and importance_cap = {loss.importance_cap}: set them to 'recomputed' and above 0",
-    )
-    policy = find_policy_loss(loss.policy)
-    clips = clips_set_by(loss)
-    if unused := {name: value for name, value in clips.items() if name not in policy.hyperparameters}:
-        takes = ", ".join(policy.hyperparameters) or "no hyperparameter"
-        raise ConfigError(
-            f"config.loss sets {_listed(unused)}, but the policy loss {loss.policy!r} takes {takes}: remove these"
-        )
-    named.check_options(
-        policy.surrogate, dict(policy.options) | dict(loss.policy_options), "loss.policy_options", given=1
-    )
-    if twice := [name for name in clips if name in loss.policy_options]:
-        raise ConfigError(f"config.loss sets {', '.join(twice)} twice: as a field and in policy_options")
-    if loss.advantage == "auto":
-        _require(
-            not loss.advantage_options,
-            f"config.loss.advantage_options = {dict(loss.advantage_options)} has no effect with advantage = "
-            "'auto': set config.loss.advantage to the estimator that takes these options",
-        )
-        find_estimator(policy.advantage, {})
-    else:
-        find_estimator(loss.advantage, loss.advantage_options)
 
 
 def _check_optimizer(config: ml_collections.ConfigDict) -> None:
@@ -487,20 +350,20 @@ def _check_optimizer(config: ml_collections.ConfigDict) -> None:
     sometimes = {name for names in optimizers.USES.values() for name in names}
     others = sometimes if only_adapters else sometimes - set(uses)
     unused = {name: own[name] for name in others if own[name] != defaults[name]}
-    _require(
+    require(
         not unused,
-        f"config.optimizer sets {_listed(unused)}, which name = {own.name!r} does not use"
+        f"config.optimizer sets {listed(unused)}, which name = {own.name!r} does not use"
         + (" for adapters, all of which are matrices" if only_adapters else "")
         + ": remove these, or choose another optimizer",
     )
     unused = {name: own[name] for name in ("schedule_steps", "end_share") if own[name] != defaults[name]}
-    _require(
+    require(
         own.schedule != "constant" or not unused,
-        f"config.optimizer sets {_listed(unused)}, but schedule = 'constant' never changes the rate: set schedule to "
+        f"config.optimizer sets {listed(unused)}, but schedule = 'constant' never changes the rate: set schedule to "
         "linear or cosine, or remove these",
     )
     steps = own.schedule_steps or config.num_steps * own.updates_per_batch * own.mini_batches
-    _require(
+    require(
         own.schedule == "constant" or steps > own.warmup_steps,
         f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, but the warm-up takes the first "
         f"{own.warmup_steps}: lower optimizer.warmup_steps, or raise "
@@ -515,8 +378,4 @@ def check_tools(config: ml_collections.ConfigDict, tools: Mapping[str, Any]) -> 
       ConfigError: a weight is for a tool that does not exist.
     """
     for name, weight in config.loss.tool_weights.items():
-        _require(name in tools, f"config.loss.tool_weights.{name} = {weight}: choose from {', '.join(tools)}")
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value!r}" for name, value in sorted(values.items()))
+        require(name in tools, f"config.loss.tool_weights.{name} = {weight}: choose from {', '.join(tools)}")

@@ -44,6 +44,7 @@ AFTER_WARM_START = (
     *("num_steps", "init_from", "loss.", "optimizer.learning_rate", "optimizer.updates_per_batch"),
     *("optimizer.mini_batches", "optimizer.schedule", "optimizer.end_share", "environments."),
     *("rollout.groups", "rollout.group_size", "rollout.temperature", "rollout.replay", "rollout.engine"),
+    "rollout.refill_tries",
 )
 # What must be equal to read a run's parameters: those of `evaluate` and `export`. `seed` draws the frozen weights under
 # adapters.
@@ -162,6 +163,12 @@ def starting_point(config: ml_collections.ConfigDict) -> tuple[Path, int]:
         raise ConfigError(
             f"{said} has made {start - warm_steps} RL steps, so this run, whose optimizer is fresh, would end before "
             f"its optimizer.schedule = {schedule!r} over num_steps steps; set optimizer.schedule_steps"
+        )
+    tries = changes.get("rollout.refill_tries", (0, 0))
+    if start > warm_steps and all(tries):
+        raise ConfigError(
+            f"{said} has made RL steps with rollout.refill_tries = {tries[0]}, this config has {tries[1]}, so tasks "
+            f"would be used twice; use the same, or start from step {warm_steps}"
         )
     return workdir, start
 

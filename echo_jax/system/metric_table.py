@@ -3,7 +3,9 @@
 In: nothing. Out: `METRICS`. A name may have a placeholder: CLASS is a class of environment tokens, TOOL a tool, STATUS
 the status of an attempt at a tool call, ENVIRONMENT an entry of a task mixture of several, K a number of samples, LOSS
 a metric that your policy loss reports. Means over tokens cover the tokens that the LM head is run for
-(`loss.score_all`).
+(`loss.score_all`). With `rollout.refill_tries`, the counts `rollout/submitted`, `accepted`, `rejected`, `broken` and
+`filtered` are of the rollouts that are trained. What says how the policy acts, as `rollout/solve_rate`, is of those on
+the step's own tasks, before groups are replaced, since a choice by rewards would bias it.
 """
 
 import re
@@ -75,10 +77,15 @@ METRICS = {
     "observation/accuracy_tool_TOOL": Metric(_SHARE, "the same for the bodies that one tool wrote"),
     "observation/tokens_tool_TOOL": Metric(_TOKENS, "the same for the bodies that one tool wrote"),
     "observation/gradient_norm": Metric("norm", "of the observation term's gradient alone"),
+    "loss/observation_factor": Metric("number", "on λ, with loss.observation_target_ratio: what the controller found"),
+    "loss/held_ratio": Metric("ratio", "of the observation term to the policy term that the step trained with"),
     # Rollouts of the step, and evaluations.
     **{f"rollout/{name}": metric for name, metric in _EPISODES.items()},
     "rollout/pass_at_K": Metric(_SHARE, "tasks solved by at least one of K rollouts, estimated without bias"),
     "rollout/pass_at_K_env_ENVIRONMENT": Metric(_SHARE, "the same for one environment of a mixture of several"),
+    "rollout/offered": Metric(_COUNT, "groups sampled, with rollout.refill_tries: rollout.groups and those replaced"),
+    "rollout/refilled": Metric(_COUNT, "groups replaced because their scored rollouts all earned the same reward"),
+    "rollout/unfilled": Metric(_COUNT, "groups trained although their scored rollouts all earned the same reward"),
     "rollout/filtered": Metric(_COUNT, "scored rollouts without a token that some term trains"),
     "rollout/raised": Metric(_COUNT, "rollouts in which the task or a tool raised an exception; see errors.log"),
     "rollout/retried": Metric(_COUNT, "rollouts repeated because the machine failed or their sandbox broke"),

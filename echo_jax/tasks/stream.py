@@ -13,6 +13,7 @@ from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.task import Family, Split, Task
 
 TASKS_PER_SEED = 10**9  # train tasks of seed s have indices from s × this; no two seeds share an index
+FIRST_SPARE = TASKS_PER_SEED // 2  # of a seed's train tasks; runs use those from here on only to refill groups
 
 
 def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Family]:
@@ -60,6 +61,13 @@ def task_stream(
     """
     first = seed * TASKS_PER_SEED if split == "train" else 0
     return _mixed(mixture, lambda name: functools.partial(_make, name, families[name], split, first))
+
+
+def spare_tasks(families: Mapping[str, Family], *, seed: int) -> Callable[[str, int], Task]:
+    """Returns (entry, index) -> a train task of this entry that the first FIRST_SPARE tasks of `task_stream` never
+    are."""
+    first = seed * TASKS_PER_SEED + FIRST_SPARE
+    return lambda entry, index: _make(entry, families[entry], "train", first, index)
 
 
 def environment_stream(mixture: Mapping[str, float]) -> grain.MapDataset:

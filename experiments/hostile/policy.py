@@ -83,8 +83,8 @@ class HostileEngine:
         self._engine.set_params(params, version)
         self._version = version
 
-    def open(self, rollout: int, group: int) -> int:
-        session = self._engine.open(rollout, group)
+    def open(self, rollout: int, group: int, temperature: float | None = None) -> int:
+        session = self._engine.open(rollout, group, temperature)
         if rollout % HONEST:
             self._attackers[session] = random.Random(rollout).sample(ATTACKS, len(ATTACKS))
         return session

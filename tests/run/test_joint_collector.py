@@ -27,6 +27,7 @@ class Made:
 
     def __init__(self, *trajectories, fault="", raised=(), interrupted=False):
         self.stop, self.retried, self.fault, self.raised = threading.Event(), 0, fault, dict(raised)
+        self.seconds, self.counts = Seconds(), {}
         self._trajectories, self._interrupted = list(trajectories), interrupted
 
     def rollouts(self):
@@ -82,6 +83,25 @@ def test_finished_rollouts_of_an_interrupted_collection_are_passed_on(kind):
     with pytest.raises(Interrupted) as interrupted:
         getattr(joint, kind)()
     assert interrupted.value.finished == [GOOD]
+
+
+def test_a_collection_that_adds_to_another_goes_on_counting_and_may_fail():
+    class Varied(Made):
+        def rollouts(self, found, retried, raised, seconds, decode):
+            self.retried, self.raised, self.seconds, self.counts = retried, raised, seconds, {"decode": decode}
+            return found
+
+    joint = JointCollector(Varied(), Peers())
+    joint.rollouts([GOOD, GOOD], 1, {0: "ours"}, Seconds(1.0, 2.0, 3.0), 5)
+    failed = [LOST, LOST], 2, {7: "theirs", 8: "too"}, Seconds(0.5, 0.0, 0.0), 7
+    assert joint.rollouts(*failed, adds=True) == [LOST, LOST]
+    assert (joint.retried, joint.raised, joint.first_raised) == (3, 3, "ours")
+    assert joint.seconds() == Seconds(1.5, 2.0, 3.0)
+    assert joint.counts() == [{"decode": 5}, {"decode": 7}]
+    assert list(joint.raised_here()) == [0, 7, 8]
+    with pytest.raises(UserCodeError, match="in all 2 rollouts"):
+        joint.rollouts(*failed)
+    assert (joint.retried, joint.raised, joint.seconds()) == (2, 2, Seconds(0.5, 0.0, 0.0))
 
 
 def test_all_processes_stop_only_when_one_is_asked_to():

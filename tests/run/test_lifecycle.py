@@ -789,6 +789,7 @@ def recorded_run(tmp_path_factory):
     config.loss.update(old_logprobs="recomputed", gradient_metrics_every=2)
     config.loss.update(observation_schedule="linear", mode_changes=((2, "grpo"),))
     config.optimizer.update(updates_per_batch=2, warmup_steps=1, schedule="linear", end_share=0.5)
+    config.rollout.refill_tries = 1
     config.pack.rows = 4
     config.task.mixture = {"lookup": 1.0, "maze": 1.0}
     config.model.num_kv_heads = 2
@@ -904,7 +905,8 @@ def test_tasks_and_sampling_keys_are_used_once_and_evaluation_uses_held_out_task
         assert all(len({job.task.name for job in group}) == 1 == len({job.group for job in group}) for group in groups)
         trained += [group[0].task.name for group in groups]
         keys += [job.rollout for job in jobs]
-    assert len(trained) == config.warm_start.demonstrations + config.num_steps * config.rollout.groups
+    records = read_metrics(recorded_run.workdir / "metrics.jsonl")[-config.num_steps :]
+    assert len(trained) == config.warm_start.demonstrations + sum(record["rollout/offered"] for record in records)
     assert len(set(trained)) == len(trained)
     assert all(name.startswith(("lookup/train/", "maze/train/")) for name in trained)
     assert [step for step, _ in evaluations] == [4, 6, 8]

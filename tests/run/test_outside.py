@@ -132,6 +132,17 @@ def _initial(learner):
     return init_params(learner.model_config, 0, learner.mesh)
 
 
+def test_an_engine_with_one_temperature_is_refused_if_environments_have_their_own():
+    def with_temperature(temperature):
+        made = config()
+        made.environments.counting = {"rollout": {"temperature": temperature}}
+        return build(made).make_engine()
+
+    with pytest.raises(ConfigError, match=r"environments.counting.rollout.temperature = 0.3: Replay, .*'mine:Replay'"):
+        with_temperature(0.3)
+    with_temperature(config().rollout.temperature)  # no other than the run's
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

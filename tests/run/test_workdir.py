@@ -8,6 +8,7 @@ import pytest
 
 from configs import quickstart, tiny
 from echo_jax.config import ConfigError, default_config, flat
+from echo_jax.run import workdir as workdir_lib
 from echo_jax.run.revisions import settle_revisions
 from echo_jax.run.workdir import (
     MAY_CHANGE,
@@ -17,6 +18,7 @@ from echo_jax.run.workdir import (
     may_change,
     record_config,
     recorded_config,
+    starting_point,
 )
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.stream import make_families
@@ -168,3 +170,17 @@ def test_evaluation_may_change_anything_but_what_the_parameters_are(tmp_path):
     config.model.num_layers = 5
     with pytest.raises(ConfigError, match=r"model.num_layers: the run has 3, this config 5\nRemove these overrides"):
         check_workdir(config, tmp_path, only_parameters=True)
+
+
+def test_no_task_of_a_refill_is_used_twice_by_a_run_that_starts_from_another(tmp_path, monkeypatch):
+    config = default_config()
+    config.rollout.refill_tries = 1
+    claim_workdir(config, tmp_path)
+    monkeypatch.setattr(workdir_lib, "_saved_steps", lambda workdir: {200, 210})
+    for step, tries, refused in ((210, 2, True), (210, 1, False), (210, 0, False), (200, 2, False)):
+        config.init_from, config.rollout.refill_tries = f"{tmp_path}:{step}", tries
+        if refused:
+            with pytest.raises(ConfigError, match="steps with rollout.refill_tries = 1, this config has 2, so tasks"):
+                starting_point(config)
+        else:
+            assert starting_point(config) == (tmp_path, step)

@@ -32,7 +32,7 @@ CLOSE = 1e-5
 SMALL = (
     "--config=configs/tiny.py", "--config.mesh.fsdp=0", "--config.warm_start.num_steps=24", "--config.num_steps=3",
     "--config.rollout.save_every=1", "--config.checkpoint.every=8", "--config.rollout.groups=3",
-    "--config.system.silence_seconds=6.0",
+    "--config.system.silence_seconds=6.0", "--config.rollout.refill_tries=2",
 )  # fmt: skip
 PROLOGUE = "import sys, time\nfrom echo_jax.system.peers import JointError, PeerError, start\n"
 
@@ -175,13 +175,14 @@ class Start(NamedTuple):
     rollouts: set[str]
 
 
+# In the second RL step, while groups are replaced.
 IN_ROLLOUTS = """
 import os, signal, time
 from echo_jax.rollout import collector as rollout
 collect = rollout._Collection._collect
 def slowly(self, i, result):
     collect(self, i, result)
-    if 25 * 6 <= self._jobs[0].rollout < 1 << 30 and self._done:
+    if (1 << 29) + 2 * 6 <= self._jobs[0].rollout < 1 << 30 and self._done:
         if os.environ["JAX_PROCESS_ID"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(3)

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from echo_jax.tasks.stream import TASKS_PER_SEED, environment_stream, environments, make_families, task_stream
+from echo_jax.tasks.stream import (
+    FIRST_SPARE,
+    TASKS_PER_SEED,
+    environment_stream,
+    environments,
+    make_families,
+    spare_tasks,
+    task_stream,
+)
 
 PARAMETERS = {
     "lookup": {"folders": 3, "files": 6, "words": 96, "revision": 2},
@@ -79,6 +87,16 @@ def test_each_task_has_the_entry_of_the_mixture_that_it_comes_from(mixture, spli
     tasks, entries = stream(mixture, split=split, seed=2), environment_stream(mixture)
     assert [tasks[i].name.split("/")[0] for i in range(40)] == [entries[i] for i in range(40)]
     assert environments(mixture) == [name for name in mixture if mixture[name]]
+
+
+def test_spare_tasks_are_no_others():
+    mixture, families = MIXTURE, make_families(MIXTURE, PARAMETERS)
+    spare = [spare_tasks(families, seed=seed)(name, i) for seed in range(2) for name in mixture for i in range(20)]
+    others = {stream(seed=seed)[i].name for seed in range(2) for i in range(100)}
+    assert len({task.name for task in spare} | others) == 80 + 200
+    assert spare[3].name == f"lookup/train/{FIRST_SPARE + 3}"
+    # A stream reaches no entry's spare task before this index.
+    assert int(stream()[FIRST_SPARE - 1].name.rsplit("/", 1)[1]) < FIRST_SPARE
 
 
 def test_heldout_tasks_are_the_same_for_all_seeds_and_are_no_train_tasks():

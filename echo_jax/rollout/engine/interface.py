@@ -21,7 +21,7 @@ class EngineSetup:
     mesh: Mesh  # of training; an engine uses the devices of it that belong to this process
     sessions: int  # rollouts per step of this process, the most that need be open at once
     max_tokens: int  # of one session
-    temperature: float
+    temperature: float  # of a session that is opened without one
     stop_ids: tuple[int, ...]  # any of them ends a turn
     seed: int  # root of the sampling keys
     reserved_bytes: int = 0  # of each device, which others will take while the engine has its memory
@@ -31,10 +31,10 @@ class Engine(Protocol):
     """Samples turns, in one thread. To add one, write a class that takes an `EngineSetup` and, as keyword arguments,
     its options; name it in `ENGINES`, or as `module:Class` in `config.rollout.engine`.
 
-    A session's samples depend only on the weights, the seed, its rollout and its ids, never on other sessions or on
-    time. A session has one turn at a time, so its handle stands for the turn too. Two methods may be lacking:
-    `sleep()`, which gives the memory of weights and pool back until the next `set_params`, and `stats()`, which returns
-    counts for the metrics; `PagedEngine` has both.
+    A session's samples depend only on the weights, the seed, its rollout, its temperature and its ids, never on other
+    sessions or on time. A session has one turn at a time, so its handle stands for the turn too. Two methods may be
+    lacking: `sleep()`, which gives the memory of weights and pool back until the next `set_params`, and `stats()`,
+    which returns counts for the metrics; `PagedEngine` has both.
     """
 
     sessions: int  # number of sessions that can be open at once
@@ -47,12 +47,14 @@ class Engine(Protocol):
         """
         ...
 
-    def open(self, rollout: int, group: int) -> int:
+    def open(self, rollout: int, group: int, temperature: float | None = None) -> int:
         """Starts an empty session and returns its handle.
 
         Args:
           rollout: global index, the root of the session's sampling keys.
           group: rollouts of one group start with the same prompt.
+          temperature: of its samples; None: the setup's. It is only passed for environments with a temperature of
+            their own, so an engine that has no such argument serves runs without them.
 
         Raises:
           RuntimeError: `sessions` are open already.

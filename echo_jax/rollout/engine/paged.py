@@ -36,6 +36,7 @@ class Session:
 
     rollout: int  # global index: the root of its sampling keys
     replica: int  # that holds its pages
+    temperature: float  # of its samples
     ids: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of the pages of its prompt
@@ -116,10 +117,10 @@ class PagedEngine:
             setup.model_config,
             local,
             layout,
-            temperature=setup.temperature,
             stop_ids=setup.stop_ids,
             attention=attention,
         )
+        self._temperature = setup.temperature
         self._key = jax.random.key(setup.seed)
         self._books = [Pages(layout.pages) for _ in range(layout.replicas)]
         self._open: dict[int, Session] = {}
@@ -174,13 +175,14 @@ class PagedEngine:
 
     # Sessions.
 
-    def open(self, rollout: int, group: int) -> int:
+    def open(self, rollout: int, group: int, temperature: float | None = None) -> int:
         del group  # equal prompts are found by their ids
-        return self._add(rollout, self._emptiest())
+        return self._add(rollout, self._emptiest(), self._temperature if temperature is None else temperature)
 
     def fork(self, session: int, rollout: int) -> int:
-        """Starts a session that holds what another holds, and shares its pages; returns its handle. If the other's
-        replica has no room, it is opened elsewhere, and what it holds is computed again.
+        """Starts a session that holds what another holds, and shares its pages; returns its handle. It samples at the
+        same temperature. If the other's replica has no room, it is opened elsewhere, and what it holds is computed
+        again.
 
         Raises:
           ValueError: the other is sampling.
@@ -190,7 +192,7 @@ class PagedEngine:
         if parent.budget:
             raise ValueError(f"session {session} is sampling; fork it between two turns")
         shares = self._room(parent.replica) > 0
-        handle = self._add(rollout, parent.replica if shares else self._emptiest())
+        handle = self._add(rollout, parent.replica if shares else self._emptiest(), parent.temperature)
         own = self._open[handle]
         own.ids, own.keys, own.prompt = list(parent.ids), parent.keys, parent.prompt
         if shares:
@@ -281,11 +283,11 @@ class PagedEngine:
     def _emptiest(self) -> int:
         return max(range(self._layout.replicas), key=lambda replica: (self._room(replica), -replica))
 
-    def _add(self, rollout: int, replica: int) -> int:
+    def _add(self, rollout: int, replica: int, temperature: float) -> int:
         if not self._room(replica):
             raise RuntimeError(f"all {self.sessions} sessions are open")
         handle = next(handle for handle in range(self.sessions) if handle not in self._open)
-        self._open[handle] = Session(rollout, replica)
+        self._open[handle] = Session(rollout, replica, temperature)
         return handle
 
     def _release(self, own: Session) -> None:
@@ -381,13 +383,14 @@ class PagedEngine:
         rows = layout.replicas * layout.rows
         placed = self._placed(chosen, layout.rows)
         tokens, positions, budgets, rollouts = np.zeros((4, rows), np.int32)
+        temperatures = np.ones(rows, np.float32)
         for row, _, own in placed:
             tokens[row], positions[row] = own.ids[own.fed], own.fed
-            budgets[row], rollouts[row] = own.budget, own.rollout
+            budgets[row], rollouts[row], temperatures[row] = own.budget, own.rollout, own.temperature
             self._make_room(own, own.fed + min(own.budget, layout.steps))
         least = np.asarray([self._least(replica, len(handles)) for replica, handles in enumerate(chosen)], np.int32)
         results, self._pool = self._programs.decode(
-            *(self._params, self._pool, tokens, positions, budgets, rollouts),
+            *(self._params, self._pool, tokens, positions, budgets, rollouts, temperatures),
             *(self._table(placed, rows), least, self._key),
         )
         ids, logprobs, entropies, counts, stopped = map(np.asarray, results)

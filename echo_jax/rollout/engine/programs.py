@@ -37,7 +37,6 @@ def make_programs(
     mesh: Mesh,
     layout: Layout,
     *,
-    temperature: float,
     stop_ids: tuple[int, ...],
     attention: str = "auto",
 ) -> Programs:
@@ -53,8 +52,8 @@ def make_programs(
         init_pool, config, layout.replicas * layout.pages, layout.page, model["attention"], shards
     )
     prefill = _on_replicas(functools.partial(_prefill, **model), mesh, (WHOLE, *[PART] * 4), PART)
-    decode = functools.partial(_decode, **model, temperature=temperature, stop_ids=stop_ids, steps=layout.steps)
-    decode = _on_replicas(decode, mesh, (WHOLE, *[PART] * 7, WHOLE), (PART, PART))
+    decode = functools.partial(_decode, **model, stop_ids=stop_ids, steps=layout.steps)
+    decode = _on_replicas(decode, mesh, (WHOLE, *[PART] * 8, WHOLE), (PART, PART))
     copy = _on_replicas(functools.partial(_copy, layers=config.num_layers), mesh, (PART,) * 3, PART)
     return Programs(
         new_pool=jax.jit(new_pool, out_shardings=pool),
@@ -74,10 +73,11 @@ def lower(programs: Programs, mesh: Mesh, layout: Layout, params: dict) -> dict[
     pool = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=pool_sharding(mesh))
     ints = lambda *shape: jax.ShapeDtypeStruct((layout.replicas * shape[0], *shape[1:]), jnp.int32)  # noqa: E731
     rows, chunks, chunk, table = layout.rows, layout.chunks, layout.chunk, layout.table
+    temperatures = jax.ShapeDtypeStruct(ints(rows).shape, jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return {
         "prefill": programs.prefill.lower(params, pool, ints(chunks, chunk), ints(chunks, chunk), ints(chunks, table)),
-        "decode": programs.decode.lower(params, pool, *[ints(rows)] * 4, ints(rows, table), ints(1), key),
+        "decode": programs.decode.lower(params, pool, *[ints(rows)] * 4, temperatures, ints(rows, table), ints(1), key),
         "copy": programs.copy.lower(pool, ints(chunks), ints(chunks)),
     }
 
@@ -121,6 +121,7 @@ def _decode(
     positions,
     budgets,
     rollouts,
+    temperatures,
     table,
     least,
     key,
@@ -128,7 +129,6 @@ def _decode(
     graphdef,
     mesh,
     attention,
-    temperature,
     stop_ids,
     steps,
 ):
@@ -137,6 +137,7 @@ def _decode(
 
     Args:
       tokens, positions, budgets, rollouts: int32 [B]. The first token to feed, its position, how many to sample.
+      temperatures: f32 [B], above 0. Log-probs and entropies are those of the tempered distributions.
       table: int32 [B, M].
       least: int32 [1]. The call ends when fewer rows than this go on.
 
@@ -158,7 +159,8 @@ def _decode(
         fed = jnp.where(running, position, -1)
         hidden, pool = model.paged(tokens[:, None], fed[:, None], pool, table, attention=attention, mesh=mesh)
         head = model.head().astype(hidden.dtype)
-        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32) / temperature
+        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+        logits = logits / temperatures[:, None]
         keys = jax.vmap(jax.random.fold_in)(rollout_keys, position + 1)
         sampled = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
         every = jax.nn.log_softmax(logits)

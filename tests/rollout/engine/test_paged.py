@@ -100,10 +100,11 @@ def finish(engine):
     raise AssertionError("the engine does not finish")
 
 
-def talk(engine, sessions, delay=lambda rollout, turn: 0):
+def talk(engine, sessions, delay=lambda rollout, turn: 0, options=lambda rollout: {}):
     """Runs whole sessions, as many at once as the engine has, with tools that take `delay` steps to answer.
 
-    `sessions`: {rollout: [(new ids, max_new) of each turn]}. Returns {rollout: (all ids, its turns)}.
+    `sessions`: {rollout: [(new ids, max_new) of each turn]}. `options`: for a rollout's session. Returns {rollout: (all
+    ids, its turns)}.
     """
     waiting, todo, due, handles = list(sessions), {}, {}, {}
     ids, said = dict.fromkeys(sessions, ()), collections.defaultdict(list)
@@ -112,7 +113,8 @@ def talk(engine, sessions, delay=lambda rollout, turn: 0):
             break
         while waiting and len(handles) < engine.sessions:
             rollout = waiting.pop(0)
-            handles[rollout], todo[rollout] = engine.open(rollout, 0), list(sessions[rollout])
+            handles[rollout] = engine.open(rollout, 0, **options(rollout))
+            todo[rollout] = list(sessions[rollout])
             due[rollout] = step + delay(rollout, 0)
         for rollout in [r for r, when in due.items() if when <= step]:
             del due[rollout]
@@ -212,6 +214,21 @@ def test_the_trainer_agrees_on_every_sampled_token_of_every_turn(engine, config,
             check_against_a_fresh_forward(params, sessions[rollout], ids, turns, config=config, temperature=temperature)
             < CLOSE
         )
+
+
+def test_each_session_samples_at_its_own_temperature(engine):
+    """As in an engine of that temperature, bit for bit; and the trainer agrees there."""
+    asks, params = groups(), weights()[1]
+    at = {0: 0.8, 1: 1.7, 2: 0.3}  # the first is that of the setup
+    open_at = lambda rollout: {} if rollout % 3 == 0 else {"temperature": at[rollout % 3]}  # noqa: E731
+    found = talk(engine, asks, options=open_at)
+    for which, temperature in at.items():
+        alike = talk(new_engine(temperature=temperature), asks)
+        for rollout in (rollout for rollout in asks if rollout % 3 == which):
+            assert found[rollout] == alike[rollout]
+            ids, turns = found[rollout]
+            worst = check_against_a_fresh_forward(params, asks[rollout], ids, turns, temperature=temperature)
+            assert worst < CLOSE
 
 
 def test_samples_follow_the_tempered_distribution(gamblers):
@@ -383,6 +400,18 @@ def test_bad_requests_are_refused(engine):
 
 
 # -- forks and cancelled turns -----------------------------------------------------------------------------------------
+
+
+def test_a_fork_samples_at_the_temperature_of_its_parent(engine):
+    ask = ((5, 6, 7), 5)
+    parent = engine.open(1, 0, temperature=1.7)
+    engine.extend(parent, *ask)
+    first = finish(engine)[parent]
+    fork = engine.fork(parent, 2)
+    engine.extend(fork, (9, 8), 6)
+    then = finish(engine)[fork]
+    ids, asks = ask[0] + first.ids + (9, 8) + then.ids, [ask, ((9, 8), 6)]
+    assert check_against_a_fresh_forward(weights()[1], asks, ids, [first, then], temperature=1.7) < CLOSE
 
 
 @pytest.mark.parametrize("length", [3, 8, 9, 14])  # before, at and after the end of a page, with a chunk that ends

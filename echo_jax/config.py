@@ -326,7 +326,8 @@ def of_environment(config: ml_collections.ConfigDict, entry: str) -> ml_collecti
             section = merged
             for part in sections:
                 section = section[part]
-            section[leaf] = value
+            is_float = isinstance(section.get(leaf), float)
+            section[leaf] = float(value) if is_float and type(value) is int else value
     return merged
 
 

@@ -217,11 +217,12 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
                 f"{field} = {value!r}: an environment has values of its own only for {', '.join(OF_AN_ENVIRONMENT)}",
             )
             default = known.get(name, value)
-            require(_is_of_kind(value, default), f"{field} = {value!r}: it must be like its default, {default!r}")
+            require(_is_of_kind(value, default), f"{field} = {value!r}: it must be like the default, {default!r}")
+        size = flat(own).get("rollout.group_size")
         require(
-            not config.rollout.replay or "group_size" not in own.get("rollout", {}),
-            f"config.environments.{entry}.rollout.group_size has no effect with config.rollout.replay, whose file has "
-            "its groups; remove it",
+            not config.rollout.replay or size is None,
+            f"config.environments.{entry}.rollout.group_size = {size} has no effect with config.rollout.replay, whose "
+            "file has its groups; remove it",
         )
         merged = of_environment(config, entry)
         try:

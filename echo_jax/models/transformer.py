@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echo_jax.kernels.attention import packed_attention
 from echo_jax.kernels.embedding import embed
@@ -179,7 +179,8 @@ class Block(nnx.Module):
         return getattr(self, name)[...].astype(self.config.compute_dtype)
 
     def _linear(self, x, name: str):
-        """Multiplies x by a matrix, and adds its bias and its adapter's output, if it has them."""
+        """Multiplies x by a matrix, and adds its bias and its adapter's output, if it has them. Their heads may be one
+        axis; see `as_used`."""
         weight, inputs = self._weight, len(LINEAR[name][0])
         y = jnp.tensordot(x, weight(name), inputs)
         if hasattr(self, f"{name}_bias"):
@@ -187,7 +188,11 @@ class Block(nnx.Module):
         if hasattr(self, name + lora.A):
             low = jnp.tensordot(x, weight(name + lora.A), inputs)
             y = y + self.config.lora.scale * jnp.tensordot(low, weight(name + lora.B), 1)
-        return y
+        shape = (*x.shape[: x.ndim - inputs], *self.config.sizes(name)[inputs:])
+        if y.shape == shape:
+            return y
+        # Without the barrier XLA joins the reshape to the product, for which a TPU lays out the matrix anew.
+        return jax.lax.optimization_barrier(y).reshape(shape)
 
 
 def _fan_in(config: ModelConfig, name: str) -> int:
@@ -312,9 +317,17 @@ def abstract_params(config: ModelConfig, mesh: Mesh):
     return graphdef, jax.tree_util.tree_map_with_path(leaf, pure)
 
 
-def used_dtype(path, dtype, config: ModelConfig):
-    """Returns the dtype in which the model uses a parameter: the compute dtype, except for the norms' scales."""
-    return dtype if PARAM_AXES[path[-1].key] == ("norm",) else jnp.dtype(config.compute_dtype)
+def as_used(path, x: jax.ShapeDtypeStruct, config: ModelConfig) -> jax.ShapeDtypeStruct:
+    """Returns how the sampler holds a parameter: in the compute dtype, except for the norms' scales; and if its last
+    axes are heads, G, and their size, K, with G * K as one axis. A TPU lays out an array in tiles of its last two axes,
+    and multiplies by tiles of [D, G * K] as they lie. For tiles of [G, K] it would copy all layers in each call.
+    """
+    axes, spec = PARAM_AXES[path[-1].key], x.sharding.spec
+    dtype = x.dtype if axes == ("norm",) else jnp.dtype(config.compute_dtype)
+    if axes[-1] != "head_dim":
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    merged = NamedSharding(x.sharding.mesh, PartitionSpec(*spec[:-1]))
+    return jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-2] * x.shape[-1]), dtype, sharding=merged)
 
 
 def bind(graphdef, params) -> Transformer:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from synthetic import MESH, SPARSE, TINY
 
-from echo_jax.models.transformer import PARAM_AXES, REMAT, abstract_params, bind, init_params, init_pool
+from echo_jax.models.lora import Lora
+from echo_jax.models.transformer import PARAM_AXES, REMAT, abstract_params, as_used, bind, init_params, init_pool
 from echo_jax.system.sharding import MESH_AXES, MESH_AXIS_OF, make_mesh
 
 UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
@@ -38,6 +39,27 @@ def test_decoding_token_by_token_equals_the_forward_pass(config):
     for t in range(9):
         hidden, pool = step(params, tokens[:, [t]], positions[:, [t]], pool)
         np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
+
+
+def test_heads_as_one_axis_change_no_bit_of_decoding():
+    """The sampler holds the matrices that yield heads so, with their biases and adapters."""
+    adapters = Lora(2, 4.0, ("query", "key", "value", "attention_out"))
+    config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, lora=adapters)
+    graphdef, params = init_params(config, 3, MESH)
+    rng = np.random.default_rng(0)
+    draw = lambda x: jax.device_put(rng.normal(0.0, 0.25, x.shape).astype(x.dtype), x.sharding)  # noqa: E731
+    params = jax.tree.map(draw, params)
+    held = jax.tree_util.tree_map_with_path(lambda path, x: x.reshape(as_used(path, x, config).shape), params)
+    changed = {name for name, x in params["layers"].items() if x.shape != held["layers"][name].shape}
+    assert changed == {name + part for name in ("query", "key", "value") for part in ("", "_bias", "_lora_b")}
+    tokens, positions, table = random_tokens(0, 3, 9), np.broadcast_to(np.arange(9), (3, 9)), np.arange(9).reshape(3, 3)
+    feed = jax.jit(
+        lambda params: bind(graphdef, params).paged(
+            tokens, positions, init_pool(config, 9, 4), jnp.asarray(table, jnp.int32), attention="xla"
+        )
+    )
+    for a, b in zip(feed(params), feed(held), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_padding_writes_nothing():

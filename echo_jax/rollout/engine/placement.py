@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from echo_jax.models import lora
-from echo_jax.models.transformer import ModelConfig, abstract_params, used_dtype
+from echo_jax.models.transformer import ModelConfig, abstract_params, as_used
 from echo_jax.system.sharding import bytes_a_device, make_mesh
 
 
@@ -38,10 +38,7 @@ class Placement:
         devices, tensor = list(mesh.devices.flat), self.local.shape["tensor"]  # those of a process are adjacent
         # On the devices of all processes, each laid out like `local`, in the dtype that the model uses.
         everywhere = abstract_params(config, make_mesh(len(devices) // tensor, 1, tensor, devices))[1]
-        self.placed = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(x.shape, used_dtype(path, x.dtype, config), sharding=x.sharding),
-            everywhere,
-        )
+        self.placed = jax.tree_util.tree_map_with_path(lambda path, x: as_used(path, x, config), everywhere)
         self._bring_trained, self._bring_frozen = map(bring, lora.split(self.placed))
         self.forget()
 
@@ -84,6 +81,6 @@ def bring(placed: dict):
     """Returns the jitted program that casts and reshards parameters to those of `placed`."""
 
     def cast(params):
-        return jax.tree.map(lambda x, to: x.astype(to.dtype), params, placed)
+        return jax.tree.map(lambda x, to: x.astype(to.dtype).reshape(to.shape), params, placed)
 
     return jax.jit(cast, out_shardings=jax.tree.map(lambda x: x.sharding, placed))

@@ -10,6 +10,8 @@ from echo_jax.run.ahead_of_time import lower_engine, tpu_devices
 from echo_jax.run.resident import GIB
 from echo_jax.system import hlo
 
+MOST_GIB = 0.25  # of temporary memory on a chip
+
 
 def qwen3():
     return qwen3_8b.get_config()
@@ -23,19 +25,19 @@ def smollm2():
 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("config", "topology", "host", "tensor", "pool_tokens", "most_gib"),
+    ("config", "topology", "host", "tensor", "pool_tokens"),
     [
-        # With two KV heads a chip the compiler lays out the matrices of keys and values anew, padded.
-        pytest.param(qwen3(), "v5e:16x16", (), 4, 262_144, 0.45, id="v5e:16x16"),
-        pytest.param(qwen3(), "v5p:2x2x1", (), 4, 524_288, 0.45, id="v5p:2x2x1"),
-        pytest.param(qwen3(), "v5e:2x4", (2, 4, 1), 8, 524_288, 0.25, id="v5e:2x4, one host"),
-        pytest.param(qwen3(), "v6e:2x4", (2, 4, 1), 8, 524_288, 0.25, id="v6e:2x4, one host"),
+        pytest.param(qwen3(), "v5e:16x16", (), 4, 262_144, id="v5e:16x16"),
+        pytest.param(qwen3(), "v5p:2x2x1", (), 4, 524_288, id="v5p:2x2x1"),
+        pytest.param(qwen3(), "v5e:2x4", (2, 4, 1), 8, 524_288, id="v5e:2x4, one host"),
+        pytest.param(qwen3(), "v6e:2x4", (2, 4, 1), 8, 524_288, id="v6e:2x4, one host"),
         # A replica of the model on each chip.
-        pytest.param(smollm2(), "v5e:2x4", (2, 4, 1), 1, 8 * 131_072, 0.25, id="v5e:2x4, replicas"),
+        pytest.param(smollm2(), "v5e:2x4", (2, 4, 1), 1, 8 * 131_072, id="v5e:2x4, replicas"),
     ],
 )
-def test_programs_for_a_host_of_tpus_work_in_place(config, topology, host, tensor, pool_tokens, most_gib):
-    """The pool is updated where it is, and nothing as large as the pages of a layer is copied, gathered or moved."""
+def test_programs_for_a_host_of_tpus_work_in_place(config, topology, host, tensor, pool_tokens):
+    """The pool is updated where it is, and nothing as large as the pages of a layer is copied, gathered or moved. Nor
+    are all layers' matrices of queries, keys and values laid out anew, which took .35 GiB on v5e:16x16."""
     learner = build_learner(config, config.model.vocab_size, tpu_devices(topology, host))
     placement = Placement(learner.mesh, learner.model_config, process=0)
     assert placement.local.shape["tensor"] == tensor
@@ -46,7 +48,7 @@ def test_programs_for_a_host_of_tpus_work_in_place(config, topology, host, tenso
         compiled = lowered.compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory.alias_size_in_bytes >= pool
-        assert memory.temp_size_in_bytes <= most_gib * GIB < pool
+        assert memory.temp_size_in_bytes <= MOST_GIB * GIB < pool
         assert all(c.bytes < pool // config.model.num_layers for c in hlo.collectives(text))
         assert f"[{config.model.num_layers * layout.pages},{layout.page}," in text
         assert f"[{layout.pages},{layout.page}," not in text

@@ -2,13 +2,14 @@
 
 It shares no code with the package and reads trajectories by their plain fields (roles as numbers). A sequence's logits
 are an input; everything after them is computed here, including the gradient by the logits, which a test can
-backpropagate through the model. Roles: 3 action, 4 body, 5 boilerplate, 6 truncation, 7 feedback, 8 warning.
+backpropagate through the model. Roles: 3 action, 4 body, 5 boilerplate, 6 truncation, 7 feedback, 8 warning,
+9 user, 10 system.
 """
 
 import numpy as np
 
 ACTION = 3
-ENVIRONMENT = (4, 5, 6, 7, 8)
+ENVIRONMENT = (4, 5, 6, 7, 8, 9, 10)
 
 
 def log_softmax(logits):
@@ -109,7 +110,7 @@ def loss(
     high=0.2,
     dual=0.0,
     constant=1.0,
-    class_weights=(1.0, 0.0, 0.0, 0.0, 0.0),
+    class_weights=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
     zero_variance_filter=False,
     mask_overlong=False,
     use_policy=True,

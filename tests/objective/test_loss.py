@@ -22,6 +22,7 @@ from echo_jax.objective.loss import IMPORTANCE_CORRECTIONS, HeadOptions, LossOpt
 from echo_jax.objective.policy_losses import KL_ESTIMATORS, POLICY_LOSSES
 from echo_jax.objective.selection import Selection
 from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZERS, Objective, weigh
+from echo_jax.roles import Role
 from echo_jax.system.sharding import make_mesh
 
 CHOSEN = varied()
@@ -32,6 +33,7 @@ IN_ENVIRONMENTS = [
 ]
 LOW, HIGH, TEMPERATURE, WEIGHT, CONSTANT = 0.2, 0.28, 0.8, 0.3, 17.0
 CLASS_WEIGHTS = {"body": 1.0, "boilerplate": 0.5, "truncation": 0.0, "feedback": 0.25, "warning": 0.0}
+CLASS_WEIGHTS |= {"user": 0.75, "system": 0.0}
 BASE = Objective(
     observation_weight=WEIGHT,
     temperature=TEMPERATURE,
@@ -200,6 +202,17 @@ def test_importance_corrections_of_a_token_and_of_a_rollout_with_branches(correc
     check(BASE, options, "group", arguments={"old": noisy_logprobs(1)}, cap=cap, correction=correction)
 
 
+def test_what_a_user_or_the_system_says_within_an_episode_is_an_observation_of_its_own_class():
+    spoken = []
+    for t in CHOSEN:
+        role, third = t.role.copy(), np.arange(len(t.role)) % 3
+        role[(role == Role.OBSERVATION) & (third == 1)] = Role.USER
+        role[(role == Role.OBSERVATION) & (third == 2)] = Role.SYSTEM
+        spoken.append(dataclasses.replace(t, role=role))
+    assert {Role.USER, Role.SYSTEM} <= {role for t in spoken for role in t.role}
+    check(BASE, dataclasses.replace(OPTIONS, policy_options=CLIP), "group", chosen=spoken)
+
+
 def test_entropy_bonus():
     objective = dataclasses.replace(BASE, entropy_weight=0.3)
     options = dataclasses.replace(OPTIONS, policy_options=CLIP, entropy_bonus=True)
@@ -230,7 +243,15 @@ def test_environments_with_their_own_objectives_in_one_batch(policies, layout):
     options = dataclasses.replace(
         OPTIONS, policy_options=CLIP, other_policies=policies, entropy_bonus=True, kl_estimator="k2"
     )
-    classes = {"body": 0.5, "boilerplate": 0.0, "truncation": 1.0, "feedback": 0.0, "warning": 0.25}
+    classes = {
+        "body": 0.5,
+        "boilerplate": 0.0,
+        "truncation": 1.0,
+        "feedback": 0.0,
+        "warning": 0.25,
+        "user": 0.0,
+        "system": 0.0,
+    }
     of_b = dataclasses.replace(
         BASE,
         policy=1,

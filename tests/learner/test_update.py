@@ -76,18 +76,6 @@ def test_an_update_of_mini_batches_is_one_update_on_each_part_with_its_own_denom
     np.testing.assert_allclose(whole.metrics["policy/entropy"], entropy, rtol=1e-6)
 
 
-def test_factor_of_the_controller_by_hand():
-    control = Control(target=0.5, gain=0.5)
-    assert control.factor(2.0, policy=4.0, observation=1.0) == 2.0  # at its target
-    np.testing.assert_allclose(control.factor(2.0, policy=16.0, observation=1.0), 4.0)
-    assert Control(target=0.5, gain=1.0).factor(7.0, policy=3.0, observation=1.0) == 1.5
-
-
-@pytest.mark.parametrize(("policy", "observation"), [(0.0, 1.0), (1.0, 0.0), (float("inf"), 1.0), (1.0, float("nan"))])
-def test_a_zero_gradient_leaves_the_factor_as_it_is(policy, observation):
-    assert Control(target=0.5).factor(3.0, policy, observation) == 3.0
-
-
 @pytest.mark.parametrize("measure", ["gradients", "terms"])
 def test_an_update_holds_the_ratio_of_the_terms_that_it_trains(measure):
     """With a gain of 1 the ratio of the update itself is the target, by the metrics of a plain update with that

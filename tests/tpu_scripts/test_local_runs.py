@@ -33,7 +33,7 @@ def sweep():
 
 
 def launch(config: Path, workdir: Path, output: Path, *more: str) -> subprocess.Popen:
-    clean = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    clean = {name: value for name, value in environment(1).items() if name != "PYTHONPATH"}
     given = clean | {"PYTHON": sys.executable, "POLL_SECONDS": "0.2"}
     with output.open("ab") as file:
         return subprocess.Popen(

@@ -89,6 +89,6 @@ def test_sweep_survives_a_kill_and_a_stop(tmp_path):
     assert "restart 1 of 2" in log
     assert "resuming" in (workdir / names[2] / "log.txt").read_text()
 
-    alone = launch(config, tmp_path / "quiet", output, "--only=weight=0.0")
+    alone = launch(config, tmp_path / "quiet", output, "--only=weight=0.0,seed=1")
     assert alone.wait(600) == 0, output.read_text()
     assert comparable(workdir / names[1]) == comparable(tmp_path / "quiet" / names[1])

@@ -19,14 +19,16 @@ import json
 from absl import flags
 
 from echo_jax.config import may_add
-from echo_jax.run.build import build, start_peers
-from echo_jax.run.evaluator import evaluate
-from echo_jax.run.revisions import settle_revisions
 from echo_jax.run.workdir import recorded_config
 from echo_jax.system.cli import define_config_of_run, define_path, run_program
 
 
 def main(args: flags.FlagValues) -> None:
+    # These take seconds to import, which --help and a misspelt flag need not wait for.
+    from echo_jax.run.build import build, start_peers
+    from echo_jax.run.evaluator import evaluate
+    from echo_jax.run.revisions import settle_revisions
+
     settle_revisions(args.config, args.workdir)
     with start_peers(args.config) as peers:
         result = evaluate(

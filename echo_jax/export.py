@@ -12,14 +12,16 @@ export a run of several processes; the same holds for evaluation.
 from absl import flags
 
 from echo_jax.config import may_add
-from echo_jax.run.build import start_peers
-from echo_jax.run.exporter import export
 from echo_jax.run.workdir import recorded_config
 from echo_jax.system.cli import define_config_of_run, define_path, run_program
 from echo_jax.system.terminal import escaped
 
 
 def main(args: flags.FlagValues) -> None:
+    # These take seconds to import, which --help and a misspelt flag need not wait for.
+    from echo_jax.run.build import start_peers
+    from echo_jax.run.exporter import export
+
     with start_peers(args.config) as peers:
         workdir, output = args.workdir, args.output
         message = export(

@@ -16,12 +16,14 @@ belongs to another owner or process, 130 stopped by Ctrl-C, 1 an error to fix.
 from absl import flags
 
 from echo_jax.config import may_add
-from echo_jax.run.build import start_peers
-from echo_jax.run.lifecycle import train
 from echo_jax.system.cli import define_config, define_path, run_program
 
 
 def main(args: flags.FlagValues) -> int:
+    # These take seconds to import, which --help and a misspelt flag need not wait for.
+    from echo_jax.run.build import start_peers
+    from echo_jax.run.lifecycle import train
+
     with start_peers(args.config) as peers:
         if args.init_from:
             args.config.init_from = args.init_from

@@ -30,6 +30,8 @@ def xla_has(flag: str) -> bool:
 
 if xla_has("xla_cpu_use_fusion_emitters"):  # they take half of the compile time
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if xla_has("xla_cpu_parallel_codegen_split_count"):  # to compile a program in 32 parts takes a sixth more CPU time
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 # All processes of this pytest run share compiled programs: xdist's workers and the runs that tests start. An entry
 # that another process is still writing, or was killed while writing, is read as a miss (see filterwarnings).

@@ -8,8 +8,14 @@ from pathlib import Path
 from echo_jax.system.metrics import read_metrics
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a process with `devices` devices that compiles as the tests do."""
+def environment(devices: int | None = None) -> dict[str, str]:
+    """Returns the environment of a process with `devices` devices that compiles as the tests do.
+
+    By default it has as many as the tests, whatever a run's mesh takes of them: only processes with equally many
+    devices share compiled programs.
+    """
+    if devices is None:
+        return dict(os.environ)
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_NUM_CPU_DEVICES": str(devices)}
 

@@ -86,7 +86,7 @@ def test_a_wheel_works_from_any_folder(tmp_path):
         run = subprocess.run(
             [sys.executable, *arguments],
             cwd=folder,
-            env=environment() | {"PYTHONPATH": str(tmp_path / "site")},
+            env=environment(1) | {"PYTHONPATH": str(tmp_path / "site")},
             capture_output=True,
             text=True,
             timeout=240,

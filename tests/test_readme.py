@@ -162,7 +162,7 @@ def test_commands_run_in_order(tmp_path):
         line = line.replace("step_000300", f"step_{last_step:06d}").replace("FOLDER", str(model))
         line = re.sub(r"\b(runs/|OUT\b)", rf"{tmp_path}/\1", line).replace(".venv/bin/python", sys.executable)
         done = subprocess.run(
-            [*shlex.split(line), *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+            [*shlex.split(line), *more], cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     for made in ("quickstart/DONE", "quickstart/evaluations.jsonl", "observation_weight/results.csv", "NAME/DONE"):
@@ -179,7 +179,7 @@ def test_the_family_of_ones_own_trains(tmp_path):
     done = subprocess.run(
         [*command, *smaller(default_config()), "--config.rollout.max_turn_tokens=40", *longer],
         cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment(1) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -9,12 +9,14 @@ many an agent solves by submitting an empty answer at once.
 
 from absl import flags
 
-from echo_jax.run.task_check import check, make_family, show
 from echo_jax.system.cli import run_program
 from echo_jax.tasks import FAMILIES
 
 
 def main(args: flags.FlagValues) -> None:
+    # This takes seconds to import, which --help and a misspelt flag need not wait for.
+    from echo_jax.run.task_check import check, make_family, show
+
     family = make_family(args.task, args.set)
     for index in range(args.show):
         show(family.make(args.split, index))

@@ -356,7 +356,7 @@ def test_rollouts_finished_before_a_stop_are_kept_and_used(interrupted):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path):
     """In any phase: starting, compiling, demonstrations, warm start, RL, saving, an evaluation."""
-    fields = {"num_steps": 120, "warm_start.num_steps": 80, "eval.every": 10, "checkpoint.every": 3}
+    fields = {"num_steps": 60, "warm_start.num_steps": 40, "eval.every": 10, "checkpoint.every": 3}
     longer = [f"--config.{name}={value}" for name, value in fields.items()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     begin = time.monotonic()
@@ -365,10 +365,10 @@ def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path)
     startup = time.monotonic() - begin
     status, output = finish(first)
     assert status == 0, output
-    step_seconds = (time.monotonic() - begin - startup) / 199
+    step_seconds = (time.monotonic() - begin - startup) / 99
     # Spread over the run, so that each start gets somewhere on a machine of any speed.
     random = np.random.default_rng()
-    steps = [0, 0, 0, *(25 * i + int(random.integers(15)) for i in range(1, 8))]
+    steps = [0, 0, 0, *(11 * i + int(random.integers(8)) for i in range(1, 8))]
     print("killed after steps", steps)
     for step in steps:
         process = start(killed, *longer)

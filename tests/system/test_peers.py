@@ -213,7 +213,7 @@ def on_a_small_disk(workdir: Path, patch: str) -> tuple[list[int], list[str]]:
     others = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [str(sandbox.probe()), *small, "sh", "-c", script],
-        cwd=ROOT, env=environment() | others, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env=environment(1) | others, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     statuses = re.search(r"statuses (\d+) (\d+)", run.stdout)
     assert statuses, run.stdout + run.stderr

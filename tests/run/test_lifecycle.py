@@ -376,7 +376,7 @@ def test_killed_at_ten_random_moments_equals_uninterrupted_bit_for_bit(tmp_path)
             time.sleep(random.uniform(0.1, 1.0) * startup)
         else:
             wait_for_step(killed, step, process)
-            time.sleep(random.uniform(0.0, 3.0) * step_seconds)
+            time.sleep(random.uniform(0.0, 1.5) * step_seconds)
         process.kill()
         assert "Traceback" not in finish(process)[1]
     assert not (killed / "DONE").exists()

@@ -70,7 +70,7 @@ def later(tmp_path_factory) -> Path:
     number = lambda match: f"    {match[1]} = {int(match[2]) + (int(match[2]) > 1)}"  # noqa: E731
     roles = re.sub(r"^    ([A-Z]+) = (\d+)", number, roles, flags=re.MULTILINE)
     assert "    SCAFFOLD = 3" in roles
-    (root / "echo_jax" / "roles.py").write_text(roles.replace("    SCAFFOLD = 3", "    USER = 2\n    SCAFFOLD = 3"))
+    (root / "echo_jax" / "roles.py").write_text(roles.replace("    SCAFFOLD = 3", "    JUDGE = 2\n    SCAFFOLD = 3"))
     return root
 
 
@@ -102,7 +102,7 @@ def test_old_run_can_be_resumed_evaluated_viewed_and_exported(name, later, tmp_p
     for file, of in (("step_000031.jsonl.gz", 30), ("step_000034.jsonl.gz", 33)):  # saved by the old run, and now
         for roles, tools, versions in zip(*found[file], strict=True):
             assert roles[:2] == ["SCAFFOLD", "PROMPT"]
-            assert "USER" not in roles
+            assert "JUDGE" not in roles
             assert all(tool in ("", "bash") for tool in tools)
             assert versions == [of if role == "ACTION" else -1 for role in roles]
     roles, tools, versions = found["demonstrations.jsonl.gz"]

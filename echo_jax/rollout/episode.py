@@ -156,18 +156,18 @@ def _after_turn(episode: Episode, turn: Sampled) -> Episode:
     else:
         text, reasons = episode.renderer.turn_text(turn.ids), episode.renderer.opens_reasoning
         attempts = calls.parse(episode.rules.grammar, text, episode.available, in_reasoning=reasons)
-        attempts = _heard(episode, attempts, calls.said(text, in_reasoning=reasons))
+        if episode.listener:
+            attempts = _heard(episode, attempts, calls.said(text, in_reasoning=reasons))
     runs = any(isinstance(attempt, Call) for attempt in attempts)
     errors = 0 if runs else episode.format_errors + 1
     return _next(dataclasses.replace(episode, pending=tuple(attempts), format_errors=errors))
 
 
 def _heard(episode: Episode, attempts: list[Call | Malformed], message: str) -> list[Call | Malformed]:
-    """Returns the attempts of a turn or, if it calls no tool but says something to a listener, a call of the
-    listener."""
+    """Returns the attempts of a turn or, if it calls no tool but says something, a call of the listener."""
     no_call = calls.GRAMMARS[episode.rules.grammar].no_call
     speaks = all(isinstance(attempt, Malformed) and attempt.status == no_call for attempt in attempts)
-    if not (episode.listener and message and speaks):
+    if not (message and speaks):
         return attempts
     (argument,) = episode.rules.tools[episode.listener].parameters["required"]
     return [Call(episode.listener, {argument: message})]

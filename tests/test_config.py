@@ -278,9 +278,9 @@ def test_an_option_of_a_users_function_may_have_any_value(tmp_path):
             "environments.maze: config.rollout.temperature = 0.0: it must be above",
         ),
         ("maze", {"rollout": {"temperature": 1e-9}}, "environments.maze: config.rollout.temperature = 1e-09: .* 1e-06"),
-        ("maze", {"rollout": {"temperature": "0.5"}}, "temperature = '0.5' is a str; it must be a float"),
+        ("maze", {"rollout": {"temperature": "0.5"}}, "temperature = '0.5' has the type str; it must have float"),
         ("maze", {"rollout": {"group_size": 0}}, "environments.maze: config.rollout.group_size = 0"),
-        ("maze", {"rollout": {"group_size": 2.5}}, "group_size = 2.5 is a float; it must be a int"),
+        ("maze", {"rollout": {"group_size": 2.5}}, "group_size = 2.5 has the type float; it must have int"),
         ("maze", {"loss": {"mode": "echoo"}}, "environments.maze: config.loss.mode = 'echoo': choose one of"),
     ],
 )

@@ -214,7 +214,7 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
             elif default is not None:
                 _require(
                     type(value) is type(default),
-                    f"{field} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__}",
+                    f"{field} = {value!r} has the type {type(value).__name__}; it must have {type(default).__name__}",
                 )
         try:
             _check_ranges(flat(config) | fields)

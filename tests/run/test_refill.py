@@ -203,7 +203,10 @@ def lotteries(**fields):
     c.num_steps, c.warm_start.num_steps, c.eval.episodes = 3, 0, 4
     c.task.fair, c.task.rare = ({"family": f"{__name__}:LotteryFamily", "odds": odds} for odds in (2, 6))
     c.task.mixture = {"fair": 1.0, "rare": 1.0}
-    c.environments.rare = {"rollout": {"temperature": TEMPERATURES["rare"], "group_size": SIZES["rare"]}}
+    c.environments.rare = {
+        "loss": {"observation_weight": 0.2},
+        "rollout": {"temperature": TEMPERATURES["rare"], "group_size": SIZES["rare"]},
+    }
     c.rollout.update(groups=4, refill_tries=TRIES, grammar="plain")
     c.loss.kl_weight = 0.0
     c.checkpoint.every = 1
@@ -250,6 +253,17 @@ def by_step(watched):
 def saved(workdir, step):
     vocab_size = build(lotteries()).learner.vocab_size
     return trajectory_lib.load(workdir / "rollouts" / f"step_{step:06d}.jsonl.gz", vocab_size=vocab_size)
+
+
+def test_the_trainer_gives_each_environments_tokens_the_temperature_that_they_were_sampled_at(whole):
+    records = read_metrics(whole.workdir / "metrics.jsonl")
+    gaps = [record["policy/sampler_gap_max"] for record in records if "policy/sampler_gap_max" in record]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    weights = {
+        (record["loss/observation_weight"], record["loss/observation_weight_env_rare"]) for record in records[1:]
+    }
+    assert weights == {(0.05, 0.2)}
 
 
 def test_the_account_of_a_run_adds_up_and_the_filter_does_not_bias_its_solve_rate(whole):

@@ -183,7 +183,7 @@ collect = rollout._Collection._collect
 def slowly(self, i, result):
     collect(self, i, result)
     if (1 << 29) + 2 * 6 <= self._jobs[0].rollout < 1 << 30 and self._done:
-        if os.environ["JAX_PROCESS_ID"] == "1":
+        if os.environ["JAX_PROCESS_ID"] == "1" and not self._collector.stop.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(3)
 rollout._Collection._collect = slowly

@@ -34,10 +34,12 @@ if xla_has("xla_cpu_parallel_codegen_split_count"):  # to compile a program in 3
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 # All processes of this pytest run share compiled programs: xdist's workers and the runs that tests start. An entry
-# that another process is still writing, or was killed while writing, is read as a miss (see filterwarnings).
+# that another process is still writing, or was killed while writing, is read as a miss (see filterwarnings). `.ci/run`
+# names a folder, which its two runs of pytest share.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="echo_jax_compiled_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compiled = tempfile.TemporaryDirectory(prefix="echo_jax_compiled_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

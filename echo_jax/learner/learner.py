@@ -122,6 +122,11 @@ class Learner:
         """Returns the largest share of `count` items dealt out to the processes in turn."""
         return -(-count // self.processes)
 
+    def share_of_part(self, at_most: int, parts: int) -> int:
+        """Returns how many of the `at_most` rollouts of a process one of `parts` mini-batches can hold: all of them, if
+        other processes have enough for the other parts."""
+        return min(at_most, -(-at_most * self.processes // parts))
+
     def capacity(self, at_most: int) -> int:
         """Returns the number of micro-batches that hold any `at_most` trajectories of one process."""
         tokens, length = self.config.rollout.max_tokens, self.config.pack.length

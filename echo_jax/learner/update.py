@@ -19,6 +19,7 @@ from echo_jax.learner.optimizer import updates_made
 from echo_jax.learner.step import TrainState, make_logprobs, make_term_gradients, make_term_values, make_train_step
 from echo_jax.models import lora
 from echo_jax.models.flops import train_flops, utilisation
+from echo_jax.objective.advantages import Pool, alone
 from echo_jax.objective.batch import TERMS, Batch, to_mesh
 from echo_jax.objective.control import Control
 from echo_jax.objective.loss import MAXIMA, LossOptions, Mean, Sums, add_sums, finish_metrics, is_count
@@ -77,6 +78,7 @@ class Update:
         at_most: int,
         compare_gradients: bool = False,
         order: Sequence[int] = (0,),
+        pool: Pool = alone,
         observation_factor: float = 1.0,
     ) -> Updated:
         """Trains on at most `at_most` rollouts; donates `state`.
@@ -86,15 +88,17 @@ class Update:
 
         Args:
           order: root of the draw that deals the rollouts out to mini-batches.
+          pool: joins the processes if each has a share of the rollouts; only mini-batches need it.
           observation_factor: that of the last update, where there is a controller.
 
         Raises:
           UpdateError: loss or gradient norm is not finite.
         """
         start = time.perf_counter()
+        at_most = self.learner.share_of_part(at_most, self.mini_batches)
         batches = [
-            self._put(state, *part, at_most=-(-at_most // self.mini_batches))
-            for part in deal(trajectories, weights, self.mini_batches, order)
+            self._put(state, *part, at_most=at_most)
+            for part in deal(trajectories, weights, self.mini_batches, order, pool)
         ]
         norms, held = {}, {}
         if compare_gradients or (self.control and self.control.measure == "gradients"):
@@ -111,7 +115,7 @@ class Update:
                 of_pass.append(of_batch)
             sums.append(of_pass)
         metrics = mean_of_passes([finish_metrics(sum_of_pass(of_pass)) for of_pass in jax.device_get(sums)])
-        updates = range(made, made + self.passes * self.mini_batches)
+        updates = range(made, made + self.passes * len(batches))
         metrics["train/learning_rate"] = float(np.mean([self.schedule(i) for i in updates]))
         loss, norm = metrics["loss/total"], metrics["train/gradient_norm"]
         if not math.isfinite(loss + norm):
@@ -162,17 +166,26 @@ class Update:
 
 
 def deal(
-    trajectories: Sequence[Trajectory], weights: Sequence[TokenWeights], parts: int, order: Sequence[int]
+    trajectories: Sequence[Trajectory],
+    weights: Sequence[TokenWeights],
+    parts: int,
+    order: Sequence[int],
+    pool: Pool = alone,
 ) -> list[tuple[list[Trajectory], list[TokenWeights]]]:
-    """Deals rollouts, with all their branches, out to parts whose numbers of rollouts differ by one at most.
+    """Deals rollouts, with all their branches, out to parts whose numbers of rollouts, over all processes, differ by
+    one at most. A part has the same rollouts however many processes share them, and no part has none: of fewer
+    rollouts than `parts` each is a part.
 
     Args:
       order: root of the draw; one part keeps the order as it is.
     """
-    rollouts = list(dict.fromkeys((t.group, t.rollout) for t in trajectories))
-    if parts > 1:
-        rollouts = [rollouts[i] for i in np.random.default_rng(order).permutation(len(rollouts))]
-    part_of = {rollout: i % parts for i, rollout in enumerate(rollouts)}
+    if parts == 1:
+        return [(list(trajectories), list(weights))]
+    own = dict.fromkeys((t.group, t.rollout) for t in trajectories)
+    rollouts = sorted((group, rollout) for group, rollout in pool([list(rollout) for rollout in own]))
+    parts = max(min(parts, len(rollouts)), 1)
+    places = np.random.default_rng(order).permutation(len(rollouts))
+    part_of = {rollouts[i]: place % parts for place, i in enumerate(places)}
     dealt = [([], []) for _ in range(parts)]
     for trajectory, weight in zip(trajectories, weights, strict=True):
         chosen = dealt[part_of[trajectory.group, trajectory.rollout]]

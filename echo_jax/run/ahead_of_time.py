@@ -241,7 +241,8 @@ def lower_train_step(learner: Learner) -> jax.stages.Lowered:
     """Lowers the update of an RL step for the devices of its mesh."""
     config = learner.config
     rows = sharding_of(learner.mesh, ("micro", "batch", "time"))
-    shape = (learner.capacity(learner.rollouts_at_once), learner.rows, config.pack.length)
+    at_most = learner.share_of_part(learner.rollouts_at_once, config.optimizer.mini_batches)
+    shape = (learner.capacity(at_most), learner.rows, config.pack.length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows), batch_lib.empty(1, 1, 1))
     optimizer, state = learner.make_optimizer(learner.schedule()), learner.abstract_state()
     step = make_train_step(learner.graphdef, state, optimizer, learner.mesh, learner.loss_options())

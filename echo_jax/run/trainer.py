@@ -177,6 +177,7 @@ class Trainer:
                         at_most=learner.rollouts_at_once,
                         compare_gradients=_due(rl_step, loss.gradient_metrics_every),
                         order=(self.config.seed, rl_step),
+                        pool=self.peers.join,
                     )
                 metrics |= self._observation_weights(rl_step)
                 metrics["time/rollout"] = rollout_seconds

@@ -136,6 +136,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check_loss(config)
     _check_optimizer(config)
     _check_environments(config)
+    _check_mini_batches(config)
     _check_refill(config)
     find_engine(config.rollout.engine, config.rollout.engine_options)
 
@@ -233,6 +234,17 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
     check_together({entry: of_environment(config, entry).loss for entry in environments(config.task.mixture)}, config)
 
 
+def _check_mini_batches(config: ml_collections.ConfigDict) -> None:
+    """Checks that every mini-batch of a step has a rollout, whichever environments its tasks come from."""
+    sizes = [of_environment(config, entry).rollout.group_size for entry in environments(config.task.mixture)]
+    fewest = config.rollout.groups * min(sizes, default=config.rollout.group_size)
+    parts = config.optimizer.mini_batches
+    require(
+        parts <= fewest,
+        f"config.optimizer.mini_batches = {parts} is more than the {fewest} rollouts of a step: use fewer",
+    )
+
+
 def _check_refill(config: ml_collections.ConfigDict) -> None:
     """Checks that groups without variance can be replaced, if they are to be."""
     rollout, loss = config.rollout, config.loss
@@ -272,11 +284,6 @@ def _is_ours(name: str, defaults: Mapping[str, Any]) -> bool:
 
 def _check_sizes(config: ml_collections.ConfigDict) -> None:
     """Checks fields that must fit together."""
-    rollouts, parts = config.rollout.groups * config.rollout.group_size, config.optimizer.mini_batches
-    require(
-        parts <= rollouts,
-        f"config.optimizer.mini_batches = {parts} is more than the {rollouts} rollouts of a step: use fewer",
-    )
     tokens, length = config.rollout.max_tokens, config.pack.length
     require(tokens <= length, f"config.rollout.max_tokens = {tokens} does not fit config.pack.length = {length}")
     made, batch = config.warm_start.demonstrations, config.warm_start.batch

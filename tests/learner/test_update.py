@@ -1,6 +1,7 @@
 """Laws of an update over several passes and mini-batches, of one with a controller, and of one that fails."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from synthetic import varied
 
 from configs import tiny
 from echo_jax.learner import update as update_lib
+from echo_jax.learner.learner import Learner
 from echo_jax.learner.update import Update, UpdateError, deal, mean_of_passes
 from echo_jax.models.transformer import init_params
 from echo_jax.objective.control import Control
@@ -53,6 +55,32 @@ def test_rollouts_are_dealt_out_to_mini_batches_with_their_branches_each_once():
     dealt = lambda parts, *order: [own for _, own in deal(chosen, weights, parts, order)]  # noqa: E731
     assert dealt(3, 7, 1) == [own for _, own in parts] != dealt(3, 7, 2)
     assert dealt(1, 7, 1) == [weights]
+
+
+@pytest.mark.parametrize("processes", [2, 4, 9])
+@pytest.mark.parametrize("parts", [2, 4, 9, 20])
+def test_mini_batches_have_the_same_rollouts_however_many_processes_share_them(processes, parts):
+    """Also where a process has fewer rollouts than there are parts; none is empty, which would be an update of momentum
+    and weight decay alone."""
+    chosen = varied()
+    names = lambda own: [(t.group, t.rollout, t.shared) for t in own]  # noqa: E731
+    rollouts = list(dict.fromkeys((t.group, t.rollout) for t in chosen))
+    everyone = [list(rollout) for rollout in rollouts]
+    alone = [sorted(names(own)) for own, _ in deal(chosen, names(chosen), parts, (7, 1))]
+    assert len(alone) == min(parts, len(rollouts))
+    assert all(alone)
+    joined = [[] for _ in alone]
+    for index in range(processes):
+        share = [t for t in chosen if (t.group, t.rollout) in rollouts[index::processes]]
+        for part, (own, of) in zip(joined, deal(share, names(share), parts, (7, 1), lambda _: everyone), strict=True):
+            assert names(own) == of
+            part += of
+    assert [sorted(part) for part in joined] == alone
+
+
+def test_a_process_has_room_for_all_its_rollouts_that_can_be_in_one_mini_batch():
+    three = types.SimpleNamespace(processes=3)  # with up to 4 rollouts each
+    assert [Learner.share_of_part(three, 4, parts) for parts in (1, 3, 4, 6, 12)] == [4, 4, 3, 2, 1]
 
 
 def test_an_update_of_mini_batches_is_one_update_on_each_part_with_its_own_denominators():

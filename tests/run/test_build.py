@@ -233,6 +233,15 @@ def test_a_field_of_the_objective_that_would_do_nothing_is_refused(fields, named
         validate(config)
 
 
+def test_every_mini_batch_has_a_rollout_whichever_environment_has_the_smallest_groups():
+    config = of_two_environments(rollout={"group_size": 1})
+    config.optimizer.mini_batches = 2
+    validate(config)
+    config.optimizer.mini_batches = 3
+    with pytest.raises(ConfigError, match="mini_batches = 3 is more than the 2 rollouts of a step"):
+        validate(config)
+
+
 @pytest.mark.parametrize("preset", ["", ":paper", ":released"])
 def test_configs_with_a_preset_are_valid(preset):
     config = qwen3_8b.get_config(f"/weights{preset}")

@@ -34,6 +34,12 @@ OF_AN_ENVIRONMENT = (
     *("loss.reward_adaptive", "loss.dedupe", "loss.min_valid_calls", "loss.clean_parse"),
     *("rollout.temperature", "rollout.group_size"),
 )
+# Fields of `loss` that name a function -> those that hold its options.
+OPTIONS_OF = {
+    "policy": ("policy_options", "clip_low", "clip_high", "dual_clip"),
+    "advantage": ("advantage_options",),
+    "observation_filter": ("observation_filter_options",),
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -66,7 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.task.rooms.map_seed = 0  # each seed gives one fixed map; tasks are start/goal pairs on it
 
     # What differs for an entry of the mixture: c.environments.ENTRY = {"loss": {…}, "rollout": {…}}, with fields of
-    # OF_AN_ENVIRONMENT, such as c.environments.maze = {"loss": {"policy": "cispo", "observation_weight": 0.1}}.
+    # OF_AN_ENVIRONMENT, such as c.environments.maze = {"loss": {"policy": "sapo", "observation_weight": 0.1}}.
     c.environments = ml_collections.ConfigDict()
 
     # Your tools, for tasks to name: name -> "module:Class" or {"tool": "module:Class", **keyword arguments}.
@@ -174,10 +180,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.mode = "echo"  # grpo (lambda = 0) | echo | env_only (no policy term, no verifier needed)
     c.loss.mode_changes = ()  # pairs (RL step from 0, mode): switch to the mode at that step
     # The policy term.
-    # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce, see policy_losses.py; or your "module:function".
+    # grpo | dr_grpo | dapo | gspo | cispo | dppo | ipo | sapo | rloo | reinforce, see policy_losses.py; or your
+    # "module:function".
     c.loss.policy = "grpo"
     c.loss.policy_options = ml_collections.ConfigDict()  # hyperparameters that differ from its defaults
-    # group | group_mean | leave_one_out | reward, see advantages.py; auto: as in the policy loss's paper; or yours.
+    # group | batch | group_mean | mean | leave_one_out | reward, see advantages.py; auto: as in the policy loss's
+    # paper; or yours.
     c.loss.advantage = "auto"
     c.loss.advantage_options = ml_collections.ConfigDict()  # keyword arguments of the advantage
     # Subtract from each reward the group's mean reward times the sum of these, each times its share of the largest
@@ -210,7 +218,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.observation_schedule_points = ()  # pairs (RL step from 0, share of lambda), joined by straight lines
     # Hold the ratio of the observation term to the policy term at this value, by a factor on lambda; 0: off.
     c.loss.observation_target_ratio = 0.0
-    c.loss.observation_target_of = "gradients"  # gradients (ratio of their norms) | terms (of their absolute values)
+    # gradients (ratio of their norms) | terms (of their absolute values). The value of the policy term is near 0, and
+    # says nothing, where it is a mean of advantages, as of grpo on rollouts of the same policy: hold gradients there.
+    c.loss.observation_target_of = "gradients"
     c.loss.observation_target_gain = 0.5  # share of the error, in logarithms, that each step corrects
     # Of its cross-entropy: "1" (the paper's eq. 3), or "sampling": rollout.temperature, as in the authors' release.
     c.loss.observation_temperature = "1"
@@ -315,12 +325,19 @@ def load_config_file(path: Path) -> ModuleType:
 def of_environment(config: ml_collections.ConfigDict, entry: str) -> ml_collections.ConfigDict:
     """Returns a config as it is for an entry of the task mixture: with the values of `environments.ENTRY`, field by
     field, in place of those of the run. The config itself, if the entry has none.
+
+    What OPTIONS_OF says belongs to the run's policy loss, advantage or filter, so an entry with another does without.
     """
     own = config.environments.get(entry)
     if not own:
         return config
     merged = config.copy_and_resolve_references()
     with merged.ignore_type(), merged.unlocked():  # run/validate.py checks the types
+        for name, options in OPTIONS_OF.items():
+            if own.get("loss", {}).get(name, config.loss[name]) != config.loss[name]:
+                for option, default in ((option, default_config().loss[option]) for option in options):
+                    is_section = isinstance(default, ml_collections.ConfigDict)
+                    merged.loss[option] = ml_collections.ConfigDict() if is_section else default
         for name, value in flat(own).items():
             *sections, leaf = name.split(".")
             section = merged

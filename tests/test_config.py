@@ -363,6 +363,10 @@ def test_misspelt_class_or_tool_is_named_with_the_choices():
     config.loss.tool_weights = {"bassh": 0.0}
     with pytest.raises(ConfigError, match=r"tool_weights\.bassh.*choose from bash"):
         check_tools(config, TOOLS)
+    config.loss.tool_weights = {"bash": 0.0}
+    config.environments.lookup = {"loss": {"tool_weights": {"bassh": 0.0}}}
+    with pytest.raises(ConfigError, match=r"config\.environments\.lookup\.loss\.tool_weights\.bassh = 0\.0: choose"):
+        check_tools(config, TOOLS)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,11 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
                 f"{field} = {value!r}: an environment has values of its own only for {', '.join(OF_AN_ENVIRONMENT)}",
             )
             default = known.get(name, value)
+            if default is None:  # the value of a placeholder, all of which are in `loss`
+                kind = default_config().loss.get_type(name.removeprefix("loss."))
+                is_of_kind = value is None or _is_of_kind(value, kind())
+                require(is_of_kind, f"{field} = {value!r}: it must be a {kind.__name__}, or None")
+                continue
             require(_is_of_kind(value, default), f"{field} = {value!r}: it must be like the default, {default!r}")
         size = flat(own).get("rollout.group_size")
         require(
@@ -228,10 +233,10 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
         merged = of_environment(config, entry)
         try:
             _check_ranges(flat(merged))
-            check_loss(merged)
+            check_loss(merged, own=flat(own))
         except ConfigError as error:
             raise ConfigError(f"config.environments.{entry}: {error}") from error
-    check_together({entry: of_environment(config, entry).loss for entry in environments(config.task.mixture)}, config)
+    check_together({entry: of_environment(config, entry) for entry in environments(config.task.mixture)}, config)
 
 
 def _check_mini_batches(config: ml_collections.ConfigDict) -> None:
@@ -269,9 +274,7 @@ def _check_refill(config: ml_collections.ConfigDict) -> None:
 
 
 def _is_of_kind(value: Any, default: Any) -> bool:
-    """Returns whether a value can take the place of a field's default; that of a placeholder is None."""
-    if default is None:
-        return value is None or isinstance(value, int | float)
+    """Returns whether a value can take the place of a field's default."""
     if isinstance(default, float):
         return is_number(value)
     return type(value) is type(default)
@@ -385,5 +388,9 @@ def check_tools(config: ml_collections.ConfigDict, tools: Mapping[str, Any]) -> 
     Raises:
       ConfigError: a weight is for a tool that does not exist.
     """
-    for name, weight in config.loss.tool_weights.items():
-        require(name in tools, f"config.loss.tool_weights.{name} = {weight}: choose from {', '.join(tools)}")
+    for name, weight in flat(config).items():
+        section, _, tool = name.rpartition(".")
+        require(
+            not section.endswith("loss.tool_weights") or tool in tools,
+            f"config.{name} = {weight}: choose from {', '.join(tools)}",
+        )

@@ -3,7 +3,7 @@
 In: a config, of a run or as it is for one environment. Out: nothing, or a `ConfigError` that names field and value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import ml_collections
 
@@ -21,8 +21,11 @@ from echo_jax.system.errors import ConfigError
 RL_MODES = [mode for mode in MODES if mode != "sft"]  # imitation has its own phase, the warm start
 
 
-def check_loss(config: ml_collections.ConfigDict) -> None:
+def check_loss(config: ml_collections.ConfigDict, own: Collection[str] | None = None) -> None:
     """Checks the fields of the objective of a run or of an environment, and finds the functions that they name.
+
+    Args:
+      own: fields that an environment sets itself; None for a run. What it has from the run may be for others.
 
     Raises:
       ConfigError: a value cannot work, or would have no effect.
@@ -36,20 +39,22 @@ def check_loss(config: ml_collections.ConfigDict) -> None:
             f"the mode one of {', '.join(RL_MODES)}",
         )
     modes = _modes(loss)
+    is_own = lambda name: own is None or f"loss.{name}" in own  # noqa: E731
     trains_observations = loss.observation_weight > 0 and any(loss.class_weights.values())
     require(
         "env_only" not in modes or trains_observations,
         f"config.loss: env_only trains only observations, but observation_weight = {loss.observation_weight} with "
         "these class_weights trains none; set them above 0",
     )
+    filters = {name: loss[name] for name in ("min_valid_calls", "clean_parse") if loss[name] and is_own(name)}
     require(
-        modes != {"grpo"} or not (loss.min_valid_calls or loss.clean_parse),
-        f"config.loss.min_valid_calls = {loss.min_valid_calls} and clean_parse = {loss.clean_parse} have no effect "
-        "in the mode grpo, which has no observation term: set loss.mode to echo or env_only, or leave them at 0 and "
-        "False",
+        modes != {"grpo"} or not filters,
+        f"config.loss sets {listed(filters)}, which has no effect in the mode grpo without an observation term: set "
+        "loss.mode to echo or env_only, or remove it",
     )
-    of_policy = {name: loss[name] for name in ("kl_weight", "entropy_weight", "filter_zero_variance") if loss[name]}
-    of_policy |= {f"length_penalty.{name}": weight for name, weight in loss.length_penalty.items() if weight}
+    of_policy = {name: loss[name] for name in ("kl_weight", "entropy_weight", "filter_zero_variance")}
+    of_policy |= {f"length_penalty.{name}": weight for name, weight in loss.length_penalty.items()}
+    of_policy = {name: value for name, value in of_policy.items() if value and is_own(name)}
     require(
         not of_policy or modes != {"env_only"},
         f"config.loss sets {listed(of_policy)}, parts of the policy term, which the mode env_only lacks: remove these",
@@ -69,12 +74,13 @@ def check_loss(config: ml_collections.ConfigDict) -> None:
     _check_policy(loss)
 
 
-def check_together(losses: Mapping[str, ml_collections.ConfigDict], config: ml_collections.ConfigDict) -> None:
-    """Checks the sections `loss` of all environments of a run: what one batch must have in common.
+def check_together(configs: Mapping[str, ml_collections.ConfigDict], config: ml_collections.ConfigDict) -> None:
+    """Checks what the environments of a run must have in common, and fields of the run that some environment must use.
 
     Args:
-      losses: by entry of the task mixture.
+      configs: by entry of the task mixture, see `of_environment`.
     """
+    losses = {entry: own.loss for entry, own in configs.items()}
     normalizers = {entry: policy_normalizer_of(loss) for entry, loss in losses.items()}
     require(
         len(set(normalizers.values())) <= 1,
@@ -85,6 +91,11 @@ def check_together(losses: Mapping[str, ml_collections.ConfigDict], config: ml_c
     require(
         not config.loss.kl_clamp or any(loss.kl_weight for loss in losses.values()),
         f"config.loss.kl_clamp = {config.loss.kl_clamp} has no effect without a KL: set kl_weight, or kl_clamp to 0",
+    )
+    require(
+        config.loss.observation_temperature == "1" or any(own.rollout.temperature != 1 for own in configs.values()),
+        "config.loss.observation_temperature = 'sampling' has no effect with rollout.temperature = 1: set another "
+        "rollout.temperature, or observation_temperature to '1'",
     )
     target = config.loss.observation_target_ratio
     require(
@@ -125,11 +136,6 @@ def _check_observation(config: ml_collections.ConfigDict) -> None:
         not loss.observation_epsilon or loss.observation_normalizer in ("observation", "selected"),
         f"config.loss.observation_epsilon = {loss.observation_epsilon} has no effect with observation_normalizer = "
         f"{loss.observation_normalizer!r}, which divides by no length: set it to 0",
-    )
-    require(
-        loss.observation_temperature == "1" or config.rollout.temperature != 1,
-        "config.loss.observation_temperature = 'sampling' has no effect with rollout.temperature = 1: set another "
-        "rollout.temperature, or observation_temperature to '1'",
     )
     names = ("observation_target_of", "observation_target_gain")
     set_in_vain = {name: loss[name] for name in names if loss[name] != defaults[name]}

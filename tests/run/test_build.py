@@ -1,6 +1,8 @@
 """Each field under `loss` has its effect: the loss and its weights use the values of the config."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -160,12 +162,69 @@ def test_an_environment_has_an_objective_of_its_own_and_the_others_the_runs():
         ({"loss": {"observation_weight": -0.1}}, r"config\.environments\.maze: .*must not be neg"),
         ({"loss": {"policy": "cispoo"}}, r"config\.environments\.maze: .*choose one of grpo"),
         ({"loss": {"mode": "grpo", "clean_parse": True}}, r"config\.environments\.maze: .*no effect in the mode grpo"),
+        ({"loss": {"mode": "env_only", "kl_weight": 0.2}}, r"environments\.maze: .*kl_weight = 0\.2, parts of the"),
+        ({"loss": {"filter_zero_variance": 0.5}}, r"filter_zero_variance = 0\.5: it must be a bool, or None"),
+        ({"loss": {"clip_low": True}}, r"clip_low = True: it must be a float, or None"),
         ({"rollout": {"temperature": 0.0}}, r"environments\.maze: .*temperature = 0\.0: it must be above 0"),
     ],
 )
 def test_a_setting_of_an_environment_that_cannot_work_is_named(own, named):
     with pytest.raises(ConfigError, match=named):
         validate(of_two_environments(**own))
+
+
+def test_the_readmes_example_of_an_environments_policy_loss_needs_no_other_field():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"environments\.maze\.loss\.policy=(\w+)` is enough .*while `(\w+)`", text, re.DOTALL)
+    enough, needs_more = example.groups()
+    config = of_two_environments(loss={"policy": enough})
+    config.loss.policy_normalizer = "auto"
+    validate(config)
+    config.environments.maze.loss.policy = needs_more
+    with pytest.raises(ConfigError, match=r"set config\.loss\.policy_normalizer"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "own"),
+    [
+        ({"kl_weight": 0.1, "filter_zero_variance": True, "length_penalty.turns": 0.1}, {"mode": "env_only"}),
+        ({"min_valid_calls": 0.5, "clean_parse": True}, {"mode": "grpo"}),
+    ],
+)
+def test_what_the_run_sets_for_others_does_not_rule_out_a_mode_of_an_environment(fields, own):
+    config = of_two_environments(loss=own)
+    config.loss.update_from_flattened_dict(fields)
+    validate(config)
+
+
+def test_an_environment_with_another_loss_advantage_or_filter_has_not_the_options_of_the_runs():
+    config = of_two_environments(
+        loss={"policy": "ipo", "policy_options": {"threshold": 0.2}, "advantage": "group_mean", "dual_clip": 0.0}
+    )
+    config.loss.policy, config.loss.policy_options = "dppo", {"mask_low": 0.1}
+    config.loss.advantage, config.loss.advantage_options = "batch", {"ddof": 1}
+    validate(config)
+    learner = build_learner(config, 512, jax.devices()[:1])
+    assert learner.policies == (("dppo", (("mask_low", 0.1),)), ("ipo", (("threshold", 0.2),)))
+    config.loss.policy, config.loss.policy_options, config.loss.clip_high = "grpo", {}, 0.28
+    config.environments.maze.loss = {"policy": "gspo"}  # whose bounds are a thousand times closer
+    validate(config)
+    assert build_learner(config, 512, jax.devices()[:1]).policies == (("grpo", (("clip_high", 0.28),)), ("gspo", ()))
+    config.environments.maze.loss = {"policy": "grpo", "clip_low": 0.1}  # the same: what it does not set is the run's
+    own = build_learner(config, 512, jax.devices()[:1]).policies[1]
+    assert own == ("grpo", (("clip_high", 0.28), ("clip_low", 0.1)))
+
+
+def test_the_cross_entropy_has_the_sampling_temperature_if_any_environment_samples_at_another_than_1():
+    config = of_two_environments(rollout={"temperature": 1.0})
+    config.loss.observation_temperature = "sampling"
+    for run, own in ((0.8, 1.0), (1.0, 0.8)):
+        config.rollout.temperature, config.environments.maze.rollout.temperature = run, own
+        validate(config)
+    config.environments.maze.rollout.temperature = 1.0
+    with pytest.raises(ConfigError, match="'sampling' has no effect"):
+        validate(config)
 
 
 def test_settings_of_no_environment_in_the_mixture_are_an_error():

@@ -24,7 +24,7 @@ from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZE
 from echo_jax.render import FORMATS
 from echo_jax.render.calls import GRAMMARS
 from echo_jax.rollout.engine import find_engine
-from echo_jax.run.ranges import check_float, check_integer, is_number, listed, require
+from echo_jax.run.ranges import MOST_STEPS, check_float, check_integer, is_number, listed, require
 from echo_jax.run.refill import check_lengths, has_policy_term
 from echo_jax.run.validate_objective import RL_MODES, check_loss, check_together
 from echo_jax.system.errors import ConfigError
@@ -217,7 +217,13 @@ def _check_environments(config: ml_collections.ConfigDict) -> None:
                 f"{field} = {value!r}: an environment has values of its own only for {', '.join(OF_AN_ENVIRONMENT)}",
             )
             default = known.get(name, value)
-            require(_is_of_kind(value, default), f"{field} = {value!r}: it must be like the default, {default!r}")
+            if default is not None:
+                require(_is_of_kind(value, default), f"{field} = {value!r}: it must be like the default, {default!r}")
+            elif name == "loss.filter_zero_variance":
+                known_flag = value is None or isinstance(value, bool)
+                require(known_flag, f"{field} = {value!r}: it must be True, False or None")
+            else:
+                require(value is None or is_number(value), f"{field} = {value!r}: it must be a number, or None")
         size = flat(own).get("rollout.group_size")
         require(
             not config.rollout.replay or size is None,
@@ -257,9 +263,7 @@ def _check_refill(config: ml_collections.ConfigDict) -> None:
 
 
 def _is_of_kind(value: Any, default: Any) -> bool:
-    """Returns whether a value can take the place of a field's default; that of a placeholder is None."""
-    if default is None:
-        return value is None or isinstance(value, int | float)
+    """Returns whether a value can take the place of a field's default."""
     if isinstance(default, float):
         return is_number(value)
     return type(value) is type(default)
@@ -304,7 +308,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     targets = config.lora.targets
     known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
     require(
-        bool(targets) and set(targets) <= set(known) and len(set(targets)) == len(targets),
+        bool(targets) and all(name in [*known] for name in targets) and len(set(targets)) == len(targets),
         f"config.lora.targets = {targets}: choose some of {', '.join(known)}, each once",
     )
     unused = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
@@ -369,6 +373,11 @@ def _check_optimizer(config: ml_collections.ConfigDict) -> None:
         f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, but the warm-up takes the first "
         f"{own.warmup_steps}: lower optimizer.warmup_steps, or raise "
         + ("optimizer.schedule_steps" if own.schedule_steps else "num_steps"),
+    )
+    require(
+        own.schedule == "constant" or steps <= MOST_STEPS,
+        f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, more than {MOST_STEPS}: set "
+        "optimizer.schedule_steps, or schedule to 'constant'",
     )
 
 

@@ -1352,7 +1352,10 @@ def test_version_2_groups_are_made_where_controllers_are_enabled(tmp_path, contr
     (tmp_path / "cgroup").write_text("0::/slice/scope\n")
     (tmp_path / "mountinfo").write_text(
         "23 1 0:20 / /proc rw,relatime shared:5 - proc proc rw\n"
-        f"30 23 0:26 / {tmp_path}/mnt rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+        "24 1 0:21 / /media/caf\udce9\x85 rw - vfat /dev/sdb1 rw\n"  # the kernel writes bytes: this name is Latin-1
+        f"30 23 0:26 / {tmp_path}/mnt rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n",
+        encoding="utf-8",
+        errors="surrogateescape",
     )
     found = list(cgroup.choices(tmp_path))
     assert found == ([] if expected is None else [(2, (tmp_path / "mnt/slice" / expected,))])

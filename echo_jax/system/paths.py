@@ -43,15 +43,15 @@ def parse(path: str | Path, given: str) -> Path:
     found = Path(expanded(path))
     if not _is_utf8(found):
         raise PathError(
-            f"{given} = {str(found)!r}: libraries that read and write there take only paths in UTF-8, that of the current "
-            "folder included; rename the folder"
+            f"{given} = {str(found)!r}: libraries that read and write there take only paths in UTF-8, that of the "
+            "current folder included; rename the folder"
             + ("" if sys.getfilesystemencoding() == "utf-8" else ", or set a UTF-8 locale, such as LC_ALL=C.UTF-8")
         )
     return found
 
 
 def _is_utf8(path: Path) -> bool:
-    """Returns whether a path, made absolute, has the same bytes for Python and for libraries that take them as UTF-8."""
+    """Returns whether a path, made absolute, has the same bytes for Python and for libraries that expect UTF-8."""
     try:
         whole = os.path.abspath(path)
         return os.fsencode(whole) == whole.encode()

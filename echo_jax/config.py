@@ -350,10 +350,10 @@ def of_environment(config: ml_collections.ConfigDict, entry: str) -> ml_collecti
 
 def may_add(name: str) -> bool:
     """Returns whether a config may have a field of this dotted name that the default config lacks: an entry of an open
-    section, or a parameter of a task family that is not built in."""
+    section, or the section of a task family that is not built in, and its parameters."""
     section, _, rest = name.partition(".")
-    family, dot, _ = rest.partition(".")
-    if section == "task" and dot and family not in default_config().task:
+    family = rest.partition(".")[0]
+    if section == "task" and family and family not in default_config().task:
         return True
     return name.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
 

@@ -143,6 +143,8 @@ def test_unknown_field_cannot_be_set():
         ("optimizer.schedule", "step", "constant, linear, cosine"),
         ("optimizer.end_share", 1.0, "end_share = 1.0"),
         ("optimizer.momentum", -0.5, "momentum = -0.5"),
+        ("optimizer.warmup_steps", 2**31, "warmup_steps = 2147483648: it must be at most 2147483647"),
+        ("lora.targets", ("query", ["key"]), r"lora.targets = \('query', \['key'\]\): choose some of query, key"),
         ("warm_start.demonstrations", 3, "demonstrations = 3"),
         ("rollout.temperature", 1e-40, "rollout.temperature = 1e-40: it must be at least 1e-06"),
         ("rollout.temperature", 1e39, r"rollout.temperature = 1e\+39: float32"),
@@ -283,6 +285,8 @@ def test_an_option_of_a_users_function_may_have_any_value(tmp_path):
         ("maze", {"rollout": {"temperature": "0.5"}}, "temperature = '0.5': it must be like the default, 1.0"),
         ("maze", {"rollout": {"group_size": 0}}, "environments.maze: config.rollout.group_size = 0"),
         ("maze", {"rollout": {"group_size": 2.5}}, "group_size = 2.5: it must be like the default, 8"),
+        ("maze", {"loss": {"clip_low": True}}, "clip_low = True: it must be a number, or None"),
+        ("maze", {"loss": {"filter_zero_variance": 3}}, "filter_zero_variance = 3: it must be True, False or None"),
         ("maze", {"loss": {"mode": "echoo"}}, "environments.maze: config.loss.mode = 'echoo': choose one of"),
     ],
 )
@@ -291,6 +295,14 @@ def test_a_bad_value_of_an_environment_is_named(entry, own, named):
     config.task.mixture = {"maze": 1.0, "lookup": 1.0}
     config.environments[entry] = own
     with pytest.raises(ConfigError, match=named):
+        validate(config)
+
+
+@pytest.mark.parametrize("share", [1e300, float("inf"), 10**400])
+def test_a_schedule_takes_only_shares_that_float32_holds(share):
+    config = default_config()
+    config.loss.observation_schedule, config.loss.observation_schedule_points = "piecewise", ((0, 1.0), (5, share))
+    with pytest.raises(ConfigError, match="observation_schedule_points"):
         validate(config)
 
 
@@ -395,6 +407,7 @@ def test_option_without_effect_is_an_error(fields, named):
         ({"end_share": 0.1}, "sets end_share = 0.1, but schedule = 'constant'.*set schedule to linear or cosine"),
         ({"schedule_steps": 50}, "sets schedule_steps = 50, but schedule = 'constant'"),
         ({"schedule": "cosine", "schedule_steps": 10}, "ends after 10 updates, but the warm-up .*10: lower .*_steps"),
+        ({"schedule": "linear", "updates_per_batch": 2**30}, "ends after 107374182400 updates, more than 2147483647"),
         ({"schedule": "linear", "warmup_steps": 100}, "ends after 100 updates, .*or raise num_steps"),
     ],
 )

@@ -43,6 +43,7 @@ class Renderer(Protocol):
     # the grammar `plain`, and with a tokenizer without such tokens, only what ends a turn counts.
     control_ids: tuple[int, ...]
     observation_header: tuple[int, ...]  # ids before the body of every observation, which no action should contain
+    speakers: tuple[str, ...]  # whose turns the format can show within a conversation, of SPEAKERS
     opens_reasoning: bool  # whether the generation prompt ends within reasoning, which a turn must close before it acts
 
     def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:

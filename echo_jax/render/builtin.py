@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from echo_jax.render.base import NO_TOOLS, Part, Rendered
-from echo_jax.roles import BODIES, Role
+from echo_jax.roles import BODIES, SPEAKERS, Role
 from echo_jax.tokenizer import SentencePieces
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class BuiltinRenderer:
     """The built-in format over the SentencePiece tokenizer."""
 
     opens_reasoning = False
+    speakers = tuple(SPEAKERS)
 
     def __init__(self, tokenizer: SentencePieces):
         self.tokenizer = tokenizer

@@ -13,7 +13,7 @@ from echo_jax.render.calls import GRAMMARS, REASONING, describe
 from echo_jax.render.marks import Marks
 from echo_jax.render.published import Llama3, Qwen3
 from echo_jax.render.template import RenderError, Template
-from echo_jax.roles import BODIES, Role
+from echo_jax.roles import BODIES, SPEAKERS, Role
 from echo_jax.tokenizer import BytePairs
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class ChatRenderer:
                 "this chat format changes a tool's answer, so its tokens cannot be attributed; choose another"
             )
         header = before.ids[: before.roles.index(Role.OBSERVATION)]
+        self.speakers = tuple(filter(self._can_show, SPEAKERS))
         self.observation_header = tuple(i for i in header if tokenizer.is_added(i))[-1:]
 
     def prompt(self, text: str, tools: "Mapping[str, Tool]" = NO_TOOLS) -> Rendered:
@@ -99,6 +100,15 @@ class ChatRenderer:
         spoken = _spoken(list(parts))
         marks = Marks(part.text for part in spoken)
         return _rendered(self._format.answer(marks.body(spoken), marks, first=first, last=last, speaker=speaker))
+
+    def _can_show(self, speaker: str) -> bool:
+        """Returns whether the format takes a message of this speaker after a turn. Many templates have a system message
+        only at the start: they raise an exception for another, drop it, or move it there."""
+        try:
+            self.observation([Part("a probe", SPEAKERS[speaker])], speaker=speaker)
+        except RenderError:
+            return False
+        return True
 
     def turn_text(self, ids: Iterable[int]) -> str:
         ids = tuple(ids)

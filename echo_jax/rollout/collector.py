@@ -105,7 +105,7 @@ class Collector:
         if self.stop.is_set():
             return
         first = jobs[: self._open_at_once(engine)]
-        self._ahead = {job.rollout: EpisodeWorld(job.task, self._machine) for job in first}
+        self._ahead = {job.rollout: self._new_world(job.task) for job in first}
         for world in self._ahead.values():
             world.open_in(self._pool)
 
@@ -175,7 +175,10 @@ class Collector:
         """Returns a rollout's first state, and its world: the one opened ahead for it, if there is one."""
         task = job.task
         episode = episode_lib.start(self._renderer, self._rules, task.prompt, task.tools, task.listener)
-        return episode, self._ahead.pop(job.rollout, None) or EpisodeWorld(task, self._machine)
+        return episode, self._ahead.pop(job.rollout, None) or self._new_world(task)
+
+    def _new_world(self, task: Task) -> EpisodeWorld:
+        return EpisodeWorld(task, self._machine, self._renderer.speakers)
 
     def _close_ahead(self, but: Iterable[Job] = ()) -> None:
         """Closes the worlds that were opened ahead, but not those of these jobs."""

@@ -14,7 +14,7 @@ import concurrent.futures
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from echo_jax.roles import SPEAKERS
@@ -63,10 +63,15 @@ class Machine:
 class EpisodeWorld:
     """The world of one episode. Its methods run in threads of a pool, one at a time."""
 
-    def __init__(self, task: Task, machine: Machine):
+    def __init__(self, task: Task, machine: Machine, speakers: Collection[str] = tuple(SPEAKERS)):
+        """
+        Args:
+          speakers: those that the chat format can show; a result of another is an exception of the tool.
+        """
         self.task = task
         self.opened: concurrent.futures.Future[bool] | None = None  # what `open` returns, once `open_in` was called
         self._machine = machine
+        self._speakers = speakers
         self._world: World | None = None
         self.acted = False  # whether a call of the agent was run
         self.broken = False  # whether the sandbox broke after that
@@ -126,7 +131,7 @@ class EpisodeWorld:
         start = time.monotonic()
         try:
             result = tool.run(self._world, arguments)
-            _check(result)
+            _check(result, self._speakers)
         except BaseException as error:
             text = user_code.message_of(error)
             text = text if isinstance(error, SandboxError) else f"{type(error).__name__}: {text}"
@@ -198,7 +203,7 @@ class EpisodeWorld:
         return text
 
 
-def _check(result: CommandResult) -> None:
+def _check(result: CommandResult, speakers: Collection[str]) -> None:
     """Raises `TypeError` or `ValueError` unless a tool returned what it must."""
     if not isinstance(result, CommandResult):
         raise TypeError(f"it returned a {type(result).__name__}; it must return a CommandResult")
@@ -207,5 +212,10 @@ def _check(result: CommandResult) -> None:
             raise TypeError(f"its result has {name} = {value!r:.60}; it must be {getattr(kind, '__name__', kind)}")
     if result.speaker not in SPEAKERS:
         raise ValueError(f"its result has speaker = {result.speaker!r}; choose one of {', '.join(SPEAKERS)}")
+    if result.speaker not in speakers:
+        raise ValueError(
+            f"its result has speaker = {result.speaker!r}, of whom the chat format shows no message after a turn; "
+            f"choose one of {', '.join(speakers)}"
+        )
     if not 0 <= result.seconds < math.inf:
         raise ValueError(f"its result has seconds = {result.seconds}; it must be a finite number from 0")

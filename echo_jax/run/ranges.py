@@ -13,8 +13,9 @@ from echo_jax.system.errors import ConfigError
 # Sizes of arrays, and how many of something there are: at most 2^31 - 1. Other integers must fit 64 bits.
 SIZES = (
     *("model.", "lora.", "pack.", "rollout.groups", "rollout.group_size", "rollout.max_tokens"),
-    *("warm_start.batch", "warm_start.demonstrations"),
+    *("warm_start.batch", "warm_start.demonstrations", "optimizer."),
 )
+MOST_STEPS = 2**31 - 1  # what the counters of updates on devices hold
 FLOAT32 = ("model.", "lora.", "loss.", "optimizer.", "warm_start.", "rollout.temperature")  # numbers that devices get
 MOST_SECONDS = {"sandbox.": 2e6, "system.": 1e9}  # what the operating system's waits take
 LEAST_TEMPERATURE = 1e-6  # below, rounding in the logits decides how likely a token seems

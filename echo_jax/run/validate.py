@@ -24,7 +24,7 @@ from echo_jax.objective.weights import OBSERVATION_NORMALIZERS, POLICY_NORMALIZE
 from echo_jax.render import FORMATS
 from echo_jax.render.calls import GRAMMARS
 from echo_jax.rollout.engine import find_engine
-from echo_jax.run.ranges import check_float, check_integer, is_number, listed, require
+from echo_jax.run.ranges import MOST_STEPS, check_float, check_integer, is_number, listed, require
 from echo_jax.run.refill import check_lengths, has_policy_term
 from echo_jax.run.validate_objective import RL_MODES, check_loss, check_together
 from echo_jax.system.errors import ConfigError
@@ -314,7 +314,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     targets = config.lora.targets
     known = ATTENTION if config.model.num_experts and config.lora.rank else LINEAR
     require(
-        bool(targets) and set(targets) <= set(known) and len(set(targets)) == len(targets),
+        bool(targets) and all(name in [*known] for name in targets) and len(set(targets)) == len(targets),
         f"config.lora.targets = {targets}: choose some of {', '.join(known)}, each once",
     )
     unused = {name: config.lora[name] for name in ("alpha", "targets") if config.lora[name] != defaults.lora[name]}
@@ -379,6 +379,11 @@ def _check_optimizer(config: ml_collections.ConfigDict) -> None:
         f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, but the warm-up takes the first "
         f"{own.warmup_steps}: lower optimizer.warmup_steps, or raise "
         + ("optimizer.schedule_steps" if own.schedule_steps else "num_steps"),
+    )
+    require(
+        own.schedule == "constant" or steps <= MOST_STEPS,
+        f"config.optimizer.schedule = {own.schedule!r} ends after {steps} updates, more than {MOST_STEPS}: set "
+        "optimizer.schedule_steps, or schedule to 'constant'",
     )
 
 

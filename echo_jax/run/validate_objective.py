@@ -3,6 +3,7 @@
 In: a config, of a run or as it is for one environment. Out: nothing, or a `ConfigError` that names field and value.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 
 import ml_collections
@@ -14,7 +15,7 @@ from echo_jax.objective.policy_losses import find_policy_loss
 from echo_jax.objective.selection import find_filter
 from echo_jax.objective.weights import MODES
 from echo_jax.roles import ENVIRONMENT_CLASSES
-from echo_jax.run.ranges import is_number, listed, require
+from echo_jax.run.ranges import check_float, check_integer, is_number, listed, require
 from echo_jax.system import named
 from echo_jax.system.errors import ConfigError
 
@@ -119,6 +120,10 @@ def _check_observation(config: ml_collections.ConfigDict) -> None:
         pairs and all(isinstance(step, int) for step in steps) and len(set(steps)) == len(steps),
         f"config.loss.observation_schedule_points = {points}: each must be (RL step, share of lambda), every step once",
     )
+    for step, share in points:
+        check_integer("loss.observation_schedule_points", step)
+        require(share <= sys.float_info.max, f"config.loss.observation_schedule_points has {share}: it must be finite")
+        check_float("loss.observation_schedule_points", float(share))
     require(
         bool(points) == (schedule == "piecewise"),
         f"config.loss.observation_schedule = {schedule!r} with observation_schedule_points = {points}: the schedule "

@@ -74,7 +74,10 @@ def make_room(config: ml_collections.ConfigDict, arguments: Sequence[str], may_a
             section = _section(config, sections, create=may_add(name))
             if section is None:
                 continue  # config_flags says what is wrong
-            if leaf not in section:
+            if may_add(name) and _is_section(value) and not isinstance(section.get(leaf), ml_collections.ConfigDict):
+                with section.ignore_type():
+                    section[leaf] = ml_collections.ConfigDict()  # config_flags reads a value for it as a section
+            elif leaf not in section:
                 if may_add(name):
                     section[leaf] = config_dict.placeholder(object)
             elif (value == "None" and _may_be_none(section, leaf)) or (
@@ -97,6 +100,12 @@ def _section(
     return config
 
 
+def _is_section(text: str | None) -> bool:
+    """Returns whether a text spells a dictionary that can be a section."""
+    found = literal(text)
+    return isinstance(found, dict) and all(isinstance(name, str) for name in found)
+
+
 def _may_be_none(section: ml_collections.ConfigDict, name: str) -> bool:
     """Returns whether a field was declared as a placeholder, which is None unless it is set."""
     return isinstance(dict(section.items(preserve_field_references=True))[name], config_dict.FieldReference)
@@ -108,7 +117,7 @@ def literal(text: str | None) -> Any:
         return text == "true"
     try:
         return ast.literal_eval(text or "")
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # `{[]: 1}`; too deep
         return text
 
 

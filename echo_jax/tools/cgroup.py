@@ -143,10 +143,15 @@ def sweep(parents: tuple[Path, ...]) -> None:
                     continue
 
 
+def _lines(table: Path) -> list[str]:
+    """Returns the lines of a table that holds paths, of which a user's disk may have one that is not UTF-8."""
+    return os.fsdecode(table.read_bytes()).split("\n")[:-1]
+
+
 def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
     """Returns controller ("" for version 2) -> (root of the mount within its hierarchy, mount point)."""
     found: dict[str, tuple[str, Path]] = {}
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in _lines(table):
         fields, _, filesystem = line.partition(" - ")
         kind, _, options = filesystem.split(" ", 2)
         root, target = fields.split(" ")[3:5]
@@ -160,7 +165,7 @@ def _mounts(table: Path) -> dict[str, tuple[str, Path]]:
 
 def _groups(table: Path) -> Iterator[tuple[str, str]]:
     """Yields (controller, group of this process)."""
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in _lines(table):
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
             yield controller, path

@@ -76,7 +76,7 @@ def _put(path, text):
 
 def uncover():
     """Takes bwrap's covers off /proc: below a /proc with covers the kernel allows no new one. Nobody sees this one."""
-    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for point in [line.split(" ")[4] for line in file]:
             if point.startswith("/proc/"):
                 _call("umount2", point.encode(), _DETACH)

@@ -31,7 +31,8 @@ class Tool(Protocol):
     def run(self, world: World, arguments: Mapping[str, Any]) -> CommandResult:
         """Runs a call, for at most `world.timeout` seconds: nothing else ends a call that waits outside its world.
 
-        Its `speaker` says whether the agent reads it as the tool's output, or as a message of a user or the system.
+        Its `speaker` says whether the agent reads it as the tool's output, or as a message of a user or the system. Not
+        every chat format can show a system message there; a result that asks for one is then an exception.
         What goes wrong for the agent is a result. An exception is an observation too, but counts as a fault of the
         tool: it is logged, and if every rollout of a step has one, the run stops.
         """

@@ -418,6 +418,23 @@ def test_a_message_of_a_user_or_the_system_is_a_turn_of_its_own(format, folder, 
         assert list(pieces.ids) == list(expected)
 
 
+FIRST_ONLY = "{{% if message.role == 'system' and not loop.first %}}{}{{% else %}}<|im_start|>"
+
+
+@pytest.mark.parametrize("instead", ["{{ raise_exception('only at the start') }}", ""], ids=["raises", "drops"])
+def test_a_template_with_a_system_message_only_at_the_start_says_whom_it_shows(tmp_path, instead):
+    template = CHATML.replace("{% endif %}<|im_start|>", "{% endif %}" + FIRST_ONLY.format(instead), 1)
+    template = template.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor", 1)
+    renderer = make(write(tmp_path / "t", "chatml", template=template), "template")
+    assert renderer.speakers == ("tool", "user")
+    with pytest.raises(RenderError):
+        renderer.observation([Part("oak", Role.SYSTEM)], speaker="system")
+
+
+def test_every_format_shows_every_speaker(renderer):
+    assert renderer.speakers == tuple(SPEAKERS)
+
+
 def test_control_tokens_end_turns_and_mark_calls(renderer, format):
     names = {
         "qwen3": {"<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"},

@@ -335,6 +335,21 @@ def test_whatever_a_tool_raises_or_returns_is_an_observation(made, seen):
     own.close()
 
 
+def test_a_speaker_that_the_chat_format_cannot_show_is_an_exception_of_the_tool():
+    class Says:
+        def run(self, world, arguments):
+            return CommandResult(Status.OK, 0, b"hello", b"", 0, 0.0, "", **arguments)
+
+    own = EpisodeWorld(Judged(), MACHINE, speakers=("tool", "user"))
+    assert own.open()
+    assert own.run("says", Says(), {"speaker": "user"}, 1.0).head == b"hello"
+    refused = own.run("says", Says(), {"speaker": "system"}, 1.0)
+    assert (refused.status, refused.speaker) == (Status.NONZERO, "tool")
+    assert b"shows no message after a turn; choose one of tool, user" in refused.head + refused.tail
+    assert len(own.raised) == 1
+    own.close()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standing(Judged):
     reads_places = True

@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from echo_jax.config import OPEN_SECTIONS, default_config, flat, may_add
 from echo_jax.run.validate import validate
-from echo_jax.system.overrides import define_config, plain
+from echo_jax.system.overrides import define_config, literal, plain
 
 METHODS = (*dir(ml_collections.ConfigDict), *keyword.kwlist)  # no entry of a section can have such a name
 
@@ -62,6 +62,33 @@ def test_any_entry_takes_any_value(section, name, value):
 def test_a_section_of_several_levels_is_made():
     config = overridden("--config.tools.count.tool=mine:Count", "--config.tools.count.least=3")
     assert config.tools.count.to_dict() == {"tool": "mine:Count", "least": 3}
+
+
+@pytest.mark.parametrize(
+    ("field", "section"),
+    [
+        ("task.sums", {"family": "sums:SumFamily", "most": 9}),
+        ("tools.count", {"tool": "mine:Count", "unit": "words"}),
+        ("environments.lookup", {"loss": {"policy": "cispo"}}),
+        ("environments.lookup.loss", {"clip_low": None}),
+        ("rollout.engine_options.layout", {}),
+    ],
+)
+@pytest.mark.parametrize("before", [None, "text"])
+def test_an_entry_that_is_a_section_can_be_written_whole(field, section, before):
+    config = default_config()
+    if before is not None and field.startswith("tools"):
+        config.tools = {"count": before}
+    config = overridden(f"--config.{field}={section!r}", config=config)
+    for name in field.split("."):
+        config = config[name]
+    assert isinstance(config, ml_collections.ConfigDict)
+    assert config.to_dict() == section
+
+
+@pytest.mark.parametrize("value", ["{[]: 1}", "{{}}", "(" * 300 + ")" * 300])
+def test_a_value_that_no_literal_can_be_is_text(value):
+    assert literal(value) == value
 
 
 @pytest.mark.parametrize("field", ["loss.clip_low", "loss.clip_high"])

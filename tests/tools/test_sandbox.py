@@ -1352,7 +1352,10 @@ def test_version_2_groups_are_made_where_controllers_are_enabled(tmp_path, contr
     (tmp_path / "cgroup").write_text("0::/slice/scope\n")
     (tmp_path / "mountinfo").write_text(
         "23 1 0:20 / /proc rw,relatime shared:5 - proc proc rw\n"
-        f"30 23 0:26 / {tmp_path}/mnt rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+        "24 1 0:21 / /media/caf\udce9\x85 rw - vfat /dev/sdb1 rw\n"  # the kernel writes bytes: this name is Latin-1
+        f"30 23 0:26 / {tmp_path}/mnt rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n",
+        encoding="utf-8",
+        errors="surrogateescape",
     )
     found = list(cgroup.choices(tmp_path))
     assert found == ([] if expected is None else [(2, (tmp_path / "mnt/slice" / expected,))])
@@ -1381,3 +1384,15 @@ def test_a_group_that_the_kernel_does_not_let_go_is_tried_again(tmp_path, monkey
         cgroup.Cgroup(2, (tmp_path / "none",), memory_bytes=1, processes=1)
     assert not busy.folders[0].exists()
     assert cgroup._left == []
+
+
+def test_a_sandbox_starts_when_no_descriptor_can_be_sent(monkeypatch):
+    """One sandbox of an ordinary user can use up what the kernel lets that user have in flight."""
+
+    def full(*_):
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    sandbox.probe()
+    monkeypatch.setattr(socket, "send_fds", full)
+    with Sandbox(limits=SMALL, files={"f": b"1\n"}) as box:
+        assert output(box, "cat f; echo $PPID") == "1\n1\n"

@@ -285,8 +285,8 @@ def test_an_option_of_a_users_function_may_have_any_value(tmp_path):
         ("maze", {"rollout": {"temperature": "0.5"}}, "temperature = '0.5': it must be like the default, 1.0"),
         ("maze", {"rollout": {"group_size": 0}}, "environments.maze: config.rollout.group_size = 0"),
         ("maze", {"rollout": {"group_size": 2.5}}, "group_size = 2.5: it must be like the default, 8"),
-        ("maze", {"loss": {"clip_low": True}}, "clip_low = True: it must be a number, or None"),
-        ("maze", {"loss": {"filter_zero_variance": 3}}, "filter_zero_variance = 3: it must be True, False or None"),
+        ("maze", {"loss": {"clip_low": True}}, "clip_low = True: it must be a float, or None"),
+        ("maze", {"loss": {"filter_zero_variance": 3}}, "filter_zero_variance = 3: it must be a bool, or None"),
         ("maze", {"loss": {"mode": "echoo"}}, "environments.maze: config.loss.mode = 'echoo': choose one of"),
     ],
 )

@@ -4,6 +4,7 @@ In: overrides from a config file or the command line. Out: one locked `ConfigDic
 """
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -320,6 +321,11 @@ def load_config_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def environments(mixture: Mapping[str, float]) -> list[str]:
+    """Returns the entries of a task mixture that tasks come from."""
+    return sorted(name for name, weight in mixture.items() if weight > 0)
 
 
 def of_environment(config: ml_collections.ConfigDict, entry: str) -> ml_collections.ConfigDict:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_jax.config import ConfigError, default_config, flat, of_environment
@@ -174,6 +174,7 @@ NUMBERS = {
 }
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(NUMBERS)),
     st.one_of(st.integers(2**63, 10**40), st.integers(-(10**40), -1)),

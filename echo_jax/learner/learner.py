@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from echo_jax.config import ConfigError, of_environment
+from echo_jax.config import ConfigError, environments, of_environment
 from echo_jax.learner.optimizer import make_optimizer, make_schedule
 from echo_jax.learner.step import TrainState, abstract_state, init_state
 from echo_jax.models import lora
@@ -29,7 +29,6 @@ from echo_jax.objective.selection import Selection, find_filter
 from echo_jax.objective.weights import Objective, TokenWeights, by_environment, mode_at, scheduled_weight, weigh_each
 from echo_jax.rollout.trajectory import Trajectory
 from echo_jax.system.sharding import bytes_a_device, make_mesh, processes_of
-from echo_jax.tasks.stream import environments
 
 GROUPED_GRADIENT = (0, 12)  # jax version since which the TPU compiler groups the gradient of experts by expert
 
@@ -59,8 +58,8 @@ class Learner:
     @functools.cached_property
     def configs(self) -> dict[str, ml_collections.ConfigDict]:
         """The config of each entry of the task mixture that has settings of its own; that of all others under ""."""
-        entries = sorted(entry for entry, weight in self.config.task.mixture.items() if weight > 0)
-        own = {entry: of_environment(self.config, entry) for entry in entries if entry in self.config.environments}
+        entries = [entry for entry in environments(self.config.task.mixture) if entry in self.config.environments]
+        own = {entry: of_environment(self.config, entry) for entry in entries}
         return {"": self.config} | own
 
     @property

@@ -18,7 +18,7 @@ import numpy as np
 
 from echo_jax import config as config_lib
 from echo_jax import tokenizer as tokenizers
-from echo_jax.config import ConfigError, of_environment
+from echo_jax.config import ConfigError, environments, of_environment
 from echo_jax.learner.learner import Learner, build_learner
 from echo_jax.models.pretrained import check_fields, check_tensors
 from echo_jax.models.sources import Source, WeightsError, open_source
@@ -38,7 +38,7 @@ from echo_jax.system import descriptors, paths, provenance, user_code
 from echo_jax.system import peers as peers_lib
 from echo_jax.system.peers import Peers
 from echo_jax.system.terminal import escaped
-from echo_jax.tasks.stream import environment_stream, environments, make_families, spare_tasks, task_stream
+from echo_jax.tasks.stream import environment_stream, make_families, spare_tasks, task_stream
 from echo_jax.tasks.task import Family, Task
 from echo_jax.tokenizer import Tokenizer
 from echo_jax.tools import bubblewrap, make_tools, sandbox

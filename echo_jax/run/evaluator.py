@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_jax.config import environments
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.parameters import restore
 from echo_jax.learner.scoring import Scorer, compare
@@ -28,7 +29,6 @@ from echo_jax.run.joint_collector import JointCollector
 from echo_jax.run.workdir import check_workdir, differences, may_change
 from echo_jax.system import user_code
 from echo_jax.system.terminal import escaped
-from echo_jax.tasks.stream import environments
 from echo_jax.tasks.task import has_demonstrator
 
 FIRST_EVAL_ROLLOUT = 1 << 30  # apart from training's sampling keys, and the same at every evaluation

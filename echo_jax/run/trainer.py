@@ -15,6 +15,7 @@ import grain
 import jax
 import numpy as np
 
+from echo_jax.config import environments
 from echo_jax.learner import parameters
 from echo_jax.learner.checkpoint import Checkpointer, check_free_space
 from echo_jax.learner.step import TrainState
@@ -38,7 +39,6 @@ from echo_jax.system.peers import JointError
 from echo_jax.system.profiler import Profiler
 from echo_jax.system.progress import LastingConsole, Progress
 from echo_jax.system.terminal import escaped
-from echo_jax.tasks.stream import environments
 
 SHOWN = {"rollout/solve_rate": "solve rate", "observation/ce": "CE", "loss/total": "loss"}  # in the progress line
 SHOWN_UNLESS_0 = {"rollout/rejected": "unscored", "rollout/broken": "broken"}

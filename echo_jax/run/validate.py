@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, flat, of_environment
+from echo_jax.config import OF_AN_ENVIRONMENT, OPEN_SECTIONS, default_config, environments, flat, of_environment
 from echo_jax.kernels import attention
 from echo_jax.learner import optimizer as optimizers
 from echo_jax.models.rope import SCALINGS
@@ -28,7 +28,6 @@ from echo_jax.run.ranges import MOST_STEPS, check_float, check_integer, is_numbe
 from echo_jax.run.refill import check_lengths, has_policy_term
 from echo_jax.run.validate_objective import RL_MODES, check_loss, check_together
 from echo_jax.system.errors import ConfigError
-from echo_jax.tasks.stream import environments
 
 # The fields with a fixed set of values.
 CHOICES = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 
+from echo_jax.config import environments
 from echo_jax.system import named, user_code
 from echo_jax.system.errors import ConfigError
 from echo_jax.tasks import FAMILIES
@@ -73,11 +74,6 @@ def spare_tasks(families: Mapping[str, Family], *, seed: int) -> Callable[[str, 
 def environment_stream(mixture: Mapping[str, float]) -> grain.MapDataset:
     """Returns, at each index of `task_stream`, the entry of the mixture that the task comes from."""
     return _mixed(mixture, lambda name: lambda _: name)
-
-
-def environments(mixture: Mapping[str, float]) -> list[str]:
-    """Returns the entries of a mixture that tasks come from."""
-    return sorted(name for name, weight in mixture.items() if weight > 0)
 
 
 def _mixed(mixture: Mapping[str, float], make: Callable[[str], Callable[[int], Any]]) -> grain.MapDataset:

@@ -149,7 +149,7 @@ def test_an_engine_with_one_temperature_is_refused_if_environments_have_their_ow
         ({"warm_start.num_steps": 3}, "counting/train/0 has no demonstrator for config.warm_start.num_steps = 3"),
         ({"loss.policy": "mine:gate"}, "loss.policy = 'mine:gate': module 'mine' has no attribute 'gate'"),
         ({"loss.policy": "mine:Role"}, "policy_options has sharpness"),
-        ({"loss.advantage_options.spread": None, "loss.advantage": "group"}, "group_normalized takes no options"),
+        ({"loss.advantage_options.spread": None, "loss.advantage": "group"}, "group_normalized takes ddof, epsilon"),
         ({"loss.observation_filter": "mine:ranks"}, "observation_filter_options has skipped"),
         ({"rollout.engine": "mine:Nowhere"}, "engine_options has conversations"),
         ({"task.counting.most": 0}, "environment counting.* raised ZeroDivisionError.*mine.py"),

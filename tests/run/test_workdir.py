@@ -30,8 +30,8 @@ def another(value):
     """Returns another value of the same type."""
     if isinstance(value, bool):
         return not value
-    if value is None:  # a float that may be left out
-        return 0.5
+    if value is None:  # a number or a flag that may be left out
+        return 1
     change = {int: lambda x: x + 1, float: lambda x: x + 0.5, str: lambda x: x + "x", tuple: lambda x: (*x, 1)}
     return change[type(value)](value)
 

@@ -5,7 +5,7 @@ import keyword
 import ml_collections
 import pytest
 from absl import flags
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
@@ -47,6 +47,7 @@ def test_an_entry_of_an_open_section_can_be_set_whether_it_exists_or_not(argumen
     assert changed == {argument.partition("=")[0]}
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(OPEN_SECTIONS),
     st.from_regex(r"[a-z][a-z_0-9]{0,8}", fullmatch=True).filter(lambda name: name not in METHODS),

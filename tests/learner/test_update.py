@@ -96,7 +96,8 @@ def test_an_update_of_mini_batches_is_one_update_on_each_part_with_its_own_denom
         metrics.append(found)
     for ours, theirs in zip(jax.tree.leaves(whole.state), jax.tree.leaves(by_hand), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert whole.metrics["pack/tokens"] == sum(m["pack/tokens"] for m in metrics)
+    for name in ("pack/tokens", "pack/slots", "pack/pairs", "policy/tokens"):
+        assert whole.metrics[name] == sum(m[name] for m in metrics)
     for name in ("loss/total", "train/gradient_norm"):
         np.testing.assert_allclose(whole.metrics[name], np.mean([m[name] for m in metrics]), rtol=1e-6)
     actions = [m["policy/tokens"] for m in metrics]

@@ -16,6 +16,7 @@ from synthetic import make_trajectory
 from echo_jax.objective.advantages import ADVANTAGES, advantages_of
 from echo_jax.objective.loss import HeadOptions, LossOptions, denominators, echo_loss
 from echo_jax.objective.packing import pack
+from echo_jax.objective.policy_losses import POLICY_LOSSES, Tokens
 from echo_jax.objective.selection import Selection
 from echo_jax.objective.weights import Objective, weigh_each
 from echo_jax.roles import Role
@@ -116,6 +117,25 @@ def test_prime_rls_default_in_two_environments():
     ]
     check(sums, grads, expected, **{"policy/loss": 0.107834, "loss/observation": 0.0395285})
     assert sums["policy/clip_fraction"] == (1, 6)  # the first token moved up by more than .2
+
+
+def test_which_tokens_the_masks_of_prime_rl_leave_out():
+    """By probabilities: DPPO's in the direction of the advantage alone, IPO's in both, at half the distance."""
+    before, now = (
+        np.asarray([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        np.asarray([0.75, 0.65, 0.25, 0.35, 0.55, 0.75, 0.25]),
+    )
+    advantage = np.asarray([1.0, 1.0, 1.0, -2.0, -2.0, -2.0, -2.0])
+    ratio, kl = now / before, 1e-3 * np.log(now / before) ** 2
+    ones = jnp.ones(7)
+    tokens = Tokens(*map(jnp.asarray, (np.log(now), np.log(before), advantage)), ones, ones, ones)
+    for loss, kept in (
+        ("dppo", [0, 1, 1, 1, 1, 1, 0]),
+        ("ipo", [0, 0, 0, 0, 1, 0, 0]),
+    ):
+        found = POLICY_LOSSES[loss].surrogate(tokens)
+        np.testing.assert_allclose(found.loss, kl - kept * ratio * advantage, rtol=1e-5, err_msg=loss)
+        np.testing.assert_array_equal(found.metrics["clip_fraction"], ~np.asarray(kept, bool))
 
 
 def test_verls_grpo():

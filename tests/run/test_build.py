@@ -1,6 +1,7 @@
 """Each field under `loss` has its effect: the loss and its weights use the values of the config."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from synthetic import varied
 from configs import maze, qwen3_8b, tiny
 from echo_jax.config import ConfigError
 from echo_jax.learner.learner import build_learner
-from echo_jax.objective.advantages import ADVANTAGES, advantages_of
+from echo_jax.objective.advantages import ADVANTAGES, LengthPenalty, advantages_of
 from echo_jax.objective.policy_losses import POLICY_LOSSES
 from echo_jax.run import build as build_lib
 from echo_jax.run.build import build
@@ -50,6 +51,11 @@ def keep_nothing(trajectory, mask):
         ("policy", "dapo", "policy_normalizer", "token"),
         ("reward_adaptive", True, "reward_adaptive", True),
         ("kl_weight", 0.25, "kl_weight", 0.25),
+        ("entropy_weight", 0.25, "entropy_weight", 0.25),
+        ("filter_zero_variance", True, "filter_zero_variance", True),
+        ("policy", "dppo", "every_action", True),
+        ("observation_epsilon", 0.001, "observation_epsilon", 0.001),
+        ("observation_temperature", "sampling", "observation_temperature", 0.8),
         ("tool_weights.bash", 0.5, "selection.tool_weights", {"bash": 0.5}),
         ("top_entropy", 0.75, "selection.top_entropy", 0.75),
         ("dedupe", True, "selection.dedupe", True),
@@ -62,6 +68,10 @@ def test_a_field_reaches_the_objective(field, value, attribute, expected):
     for part in attribute.split("."):
         found, before = getattr(found, part), getattr(before, part, None)
     assert found == expected != before
+
+
+def test_a_filter_of_zero_variance_can_be_turned_off_where_the_paper_has_it():
+    assert not with_fields(policy="dapo", filter_zero_variance=False).objective(0).filter_zero_variance
 
 
 def test_class_weights_and_env_only_filters_reach_the_objective():
@@ -78,6 +88,10 @@ def test_schedule_and_modes_follow_the_step():
     assert [built.objective(step).mode for step in (0, 29, 30)] == ["echo", "echo", "grpo"]
     sooner = with_fields(observation_weight=0.2, observation_schedule="linear", observation_schedule_steps=50)
     assert sooner.objective(25).observation_weight == 0.1
+    ends = {"observation_schedule": "linear", "observation_schedule_end": 0.5}
+    assert with_fields(observation_weight=0.2, **ends).objective(50).observation_weight == pytest.approx(0.15)
+    points = {"observation_schedule": "piecewise", "observation_schedule_points": ((0, 1.0), (10, 0.0))}
+    assert with_fields(observation_weight=0.2, **points).objective(5).observation_weight == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +105,9 @@ def test_schedule_and_modes_follow_the_step():
         ({"old_logprobs": "recomputed", "importance_cap": 1.5}, "importance_cap", 1.5),
         ({"observation_clip": 0.2}, "observation_clip", 0.2),
         ({"kl_estimator": "k1"}, "kl_estimator", "k1"),
+        ({"kl_weight": 0.1, "kl_clamp": 10.0}, "kl_clamp", 10.0),
+        ({"old_logprobs": "recomputed", "importance_correction": "token_mask"}, "importance_correction", "token_mask"),
+        ({"entropy_weight": 0.1}, "entropy_bonus", True),
         ({"token_block": 32, "vocab_block": 48, "score_all": False}, "head.score_all", False),
     ],
 )
@@ -99,6 +116,22 @@ def test_a_field_reaches_the_loss(fields, attribute, expected):
     for part in attribute.split("."):
         options = getattr(options, part)
     assert options == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"advantage": "group", "advantage_options": {"ddof": 1}},
+            dict(estimator=functools.partial(ADVANTAGES["group"], ddof=1)),
+        ),
+        ({"length_penalty.output": 0.5}, dict(penalty=LengthPenalty(0.5, 0.0, 0.0, max_tokens=64, max_turns=2))),
+    ],
+)
+def test_a_field_reaches_the_advantages(fields, expected):
+    found = with_fields(**fields).advantages(varied())
+    np.testing.assert_array_equal(found, advantages_of(varied(), **expected))
+    assert (found != BUILT.advantages(varied())).any()
 
 
 def of_two_environments(**own):
@@ -171,6 +204,26 @@ def test_an_environment_has_an_objective_of_its_own_and_the_others_the_runs():
 def test_a_setting_of_an_environment_that_cannot_work_is_named(own, named):
     with pytest.raises(ConfigError, match=named):
         validate(of_two_environments(**own))
+
+
+def test_parts_of_the_policy_term_that_only_an_environment_has_are_in_the_batch():
+    config = of_two_environments(
+        loss={"kl_weight": 0.2, "entropy_weight": 0.1, "length_penalty": {"output": 0.5}}, rollout={"temperature": 0.7}
+    )
+    config.loss.kl_weight, config.loss.observation_temperature = 0.0, "sampling"
+    validate(config)
+    learner = build_learner(config, 512, jax.devices()[:1])
+    assert learner.has_kl
+    assert learner.reference_bytes > 0
+    assert learner.loss_options().entropy_bonus
+    assert learner.objective(0, "maze").observation_temperature == 0.7
+    assert learner.objective(0, "lookup").observation_temperature == 0.8
+    penalized = learner.advantages([dataclasses.replace(t, environment="maze") for t in varied()])
+    penalty = LengthPenalty(0.5, 0.0, 0.0, max_tokens=64, max_turns=2)
+    np.testing.assert_array_equal(penalized, advantages_of(varied(), penalty=penalty))
+    plain = learner.advantages([dataclasses.replace(t, environment="lookup") for t in varied()])
+    np.testing.assert_array_equal(plain, advantages_of(varied()))
+    assert (plain != penalized).any()
 
 
 def test_the_readmes_example_of_an_environments_policy_loss_needs_no_other_field():

@@ -14,6 +14,8 @@ from ml_collections import config_dict
 from echo_jax.system import named
 from echo_jax.system.errors import ConfigError
 
+TASKS_PER_SEED = 10**9  # train tasks of seed s have indices from s × this; no two seeds share an index
+FIRST_SPARE = TASKS_PER_SEED // 2  # of a seed's train tasks; runs use those from here on only to refill groups
 # Sections to which a config may add entries. Elsewhere, assigning a field that does not exist is an error.
 OPEN_SECTIONS = (
     "task.mixture",
@@ -189,8 +191,9 @@ def default_config() -> ml_collections.ConfigDict:
     # paper; or yours.
     c.loss.advantage = "auto"
     c.loss.advantage_options = ml_collections.ConfigDict()  # keyword arguments of the advantage
-    # Subtract from each reward the group's mean reward times the sum of these, each times its share of the largest
-    # possible: sampled tokens and tokens of the environment of rollout.max_tokens, turns of rollout.max_turns.
+    # Before the advantage, subtract from each reward the group's mean reward times the sum of these, each times its
+    # share of the largest possible: sampled tokens and tokens of the environment of rollout.max_tokens, turns of
+    # rollout.max_turns. Filters and refills of groups go by the reward itself.
     c.loss.length_penalty = ml_collections.ConfigDict({"output": 0.0, "input": 0.0, "turns": 0.0})
     # Groups of equal rewards leave the policy term and its denominator; None: as in the policy loss's paper.
     c.loss.filter_zero_variance = config_dict.placeholder(bool)
@@ -217,10 +220,11 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.observation_schedule_steps = 0  # length of the schedule in RL steps; 0: num_steps
     c.loss.observation_schedule_end = 0.0
     c.loss.observation_schedule_points = ()  # pairs (RL step from 0, share of lambda), joined by straight lines
-    # Hold the ratio of the observation term to the policy term at this value, by a factor on lambda; 0: off.
+    # Hold the ratio of the observation term to the policy term at this value, by a factor on lambda; 0: off. With
+    # optimizer.mini_batches, the first of a step is measured.
     c.loss.observation_target_ratio = 0.0
-    # gradients (ratio of their norms) | terms (of their absolute values). The value of the policy term is near 0, and
-    # says nothing, where it is a mean of advantages, as of grpo on rollouts of the same policy: hold gradients there.
+    # gradients (ratio of their norms) | terms (of the absolute values of their tokens' losses; one forward pass more
+    # in place of two backward passes).
     c.loss.observation_target_of = "gradients"
     c.loss.observation_target_gain = 0.5  # share of the error, in logarithms, that each step corrects
     # Of its cross-entropy: "1" (the paper's eq. 3), or "sampling": rollout.temperature, as in the authors' release.

@@ -14,8 +14,8 @@ def paper(c: ml_collections.ConfigDict) -> None:
     # Equation 3. It counts the tool's exit code as an observation, which is in the class of boilerplate here.
     c.loss.class_weights = {"body": 1.0, "boilerplate": 1.0, "truncation": 0.0, "feedback": 0.0, "warning": 0.0}
     c.loss.observation_temperature = "1"
-    c.optimizer.b2 = 0.95
-    c.optimizer.warmup_steps = 0
+    c.optimizer.b2 = 0.95  # of its setup, as all of `_common`
+    c.optimizer.warmup_steps = 0  # none is mentioned
 
 
 def released(c: ml_collections.ConfigDict) -> None:
@@ -29,7 +29,7 @@ def released(c: ml_collections.ConfigDict) -> None:
     c.loss.class_weights = {"body": 1.0, "boilerplate": 1.0, "truncation": 1.0, "feedback": 1.0, "warning": 0.0}
     c.loss.observation_temperature = "sampling"  # the logits that the policy term has divided are used again
     c.loss.observation_epsilon = 1e-3
-    c.optimizer.b2 = 0.999
+    c.optimizer.b2 = 0.999  # of its config, as the next
     c.optimizer.warmup_steps = 20
 
 
@@ -44,7 +44,7 @@ def parse(argument: str) -> tuple[str, str]:
 
 
 def _common(c: ml_collections.ConfigDict) -> None:
-    """What the text and the release agree on."""
+    """What the paper's setup and the released config agree on."""
     c.num_steps = 500
     c.rollout.groups = 16
     c.rollout.group_size = 16

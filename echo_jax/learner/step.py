@@ -3,6 +3,7 @@
 In: a `TrainState` and a `Batch` on the mesh. Out: the next state and metric sums.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -144,7 +145,10 @@ def make_term_gradients(graphdef, mesh: Mesh, options: LossOptions) -> Callable[
 
 
 def make_term_values(graphdef, mesh: Mesh, options: LossOptions) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the jitted (params, frozen parameters, batch) -> values of the two terms; it has no backward pass."""
+    """Returns the jitted (params, frozen parameters, batch) -> sizes of the two terms, each with the absolute values of
+    its tokens' losses; it has no backward pass. On rollouts of the same policy the policy losses are advantages, whose
+    plain sum is rounding noise."""
+    options = dataclasses.replace(options, measures_size=True)
 
     def term_values(params, frozen, batch: Batch):
         inverse_denominators = denominators(batch)
@@ -154,7 +158,7 @@ def make_term_values(graphdef, mesh: Mesh, options: LossOptions) -> Callable[...
             hidden, head_weights = _forward(graphdef, lora.join(params, frozen), micro, options.head.mesh)
             sums = echo_loss(hidden, head_weights, micro, inverse_denominators, options)[1]
             return {
-                "policy": values["policy"] + sums["policy/loss"],
+                "policy": values["policy"] + sums["policy/size"],
                 "observation": values["observation"] + sums["loss/observation"],
             }
 

@@ -14,7 +14,7 @@ class Control:
     """lambda does not transfer between tasks, models and normalisers; the ratio of the two gradients may."""
 
     target: float  # of the observation term's measure over the policy term's
-    measure: str = "gradients"  # of MEASURES: norms of the terms' gradients, or absolute values of the terms
+    measure: str = "gradients"  # of MEASURES: norms of their gradients, or their tokens' absolute losses
     gain: float = 0.5  # share of the error, in logarithms, that each update corrects
 
     def factor(self, factor: float, policy: float, observation: float) -> float:

@@ -77,6 +77,7 @@ class LossOptions:
     control_ids: tuple[int, ...] = ()  # see `Renderer.control_ids`; with any, metrics of these tokens
     kl_clamp: float = 0.0  # bounds a token's KL to [-kl_clamp, kl_clamp]; 0: off
     entropy_bonus: bool = False  # whether `Batch.entropy_weight` is used
+    measures_size: bool = False  # whether to sum up the absolute values of the tokens' policy losses too
 
     @property
     def policies(self) -> tuple[tuple[str, PolicyOptions], ...]:
@@ -192,6 +193,8 @@ def echo_loss(
     }
     if options.entropy_bonus:
         sums["loss/entropy"] = entropy_term
+    if options.measures_size:
+        sums["policy/size"] = per_policy * jnp.sum(batch.policy_weight * jnp.abs(surrogate))
     for split, (role, tool) in splits(options.tools).items():
         chosen = (batch.role == role) & scored
         chosen = chosen if tool is None else chosen & (batch.tool == tool)

@@ -7,16 +7,18 @@ functions of (step, group, try), and only rewards decide, so a run that was stop
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 
-from echo_jax.config import ConfigError, of_environment
+from echo_jax.config import FIRST_SPARE, TASKS_PER_SEED, ConfigError, of_environment
 from echo_jax.objective.advantages import Pool, alone, rewards_by_group
 from echo_jax.objective.weights import MODES, mode_at
-from echo_jax.rollout.collector import Job
 from echo_jax.rollout.trajectory import Trajectory
-from echo_jax.tasks.stream import FIRST_SPARE, TASKS_PER_SEED
-from echo_jax.tasks.task import Task
+
+if TYPE_CHECKING:  # checks of a config need neither tasks nor tools
+    from echo_jax.rollout.collector import Job
+    from echo_jax.tasks.task import Task
 
 # Sampling keys of ordinary steps are below; those of evaluations follow from 1 << 30 on.
 FIRST_REFILL_ROLLOUT = 1 << 29
@@ -84,15 +86,15 @@ def without_variance(trajectories: Sequence[Trajectory], pool: Pool = alone) -> 
 
 
 def refill_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence["Job"],
     groups: Collection[int],
     attempt: int,
     *,
     step: int,
     first_rollout: int,
     numbers: Numbers,
-    spare_task: Callable[[str, int], Task],
-) -> list[Job]:
+    spare_task: Callable[[str, int], "Task"],
+) -> list["Job"]:
     """Returns the jobs that take the places of a step's jobs in these groups.
 
     Args:

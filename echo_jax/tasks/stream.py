@@ -7,14 +7,11 @@ from typing import Any
 
 import grain
 
-from echo_jax.config import environments
+from echo_jax.config import FIRST_SPARE, TASKS_PER_SEED, environments
 from echo_jax.system import named, user_code
 from echo_jax.system.errors import ConfigError
 from echo_jax.tasks import FAMILIES
 from echo_jax.tasks.task import Family, Split, Task
-
-TASKS_PER_SEED = 10**9  # train tasks of seed s have indices from s × this; no two seeds share an index
-FIRST_SPARE = TASKS_PER_SEED // 2  # of a seed's train tasks; runs use those from here on only to refill groups
 
 
 def make_families(mixture: Mapping[str, float], sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Family]:

@@ -109,8 +109,9 @@ def test_an_update_of_mini_batches_is_one_update_on_each_part_with_its_own_denom
 def test_an_update_holds_the_ratio_of_the_terms_that_it_trains(measure):
     """With a gain of 1 the ratio of the update itself is the target, by the metrics of a plain update with that
     lambda."""
-    learner, state, chosen = made()
-    advantages = np.linspace(-1, 1, len(chosen)) ** 3
+    learner, state, chosen = made(policy="reinforce")
+    # All positive: so is each token's loss -A log p, and the size of the policy term is the term itself.
+    advantages = np.linspace(0.1, 1, len(chosen))
     objective = learner.objective(0)
     control = Control(target=0.3, measure=measure, gain=1.0)
     held = Update(learner, learner.loss_options(), RATE, control=control)
@@ -128,6 +129,17 @@ def test_an_update_holds_the_ratio_of_the_terms_that_it_trains(measure):
     np.testing.assert_allclose(updated.metrics["loss/held_ratio"], 0.3, rtol=1e-4)
     for name in ("loss/total", "loss/gradient_ratio", "observation/loss"):
         np.testing.assert_allclose(updated.metrics[name], expected.metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_losses_of_either_sign_do_not_cancel_in_the_size_of_the_policy_term():
+    learner, state, chosen = made(policy="reinforce")
+    signs = np.where(np.arange(len(chosen)) % 2, 1.0, -1.0)
+    factors = []
+    for advantages in (signs, np.ones(len(chosen))):
+        held = Update(learner, learner.loss_options(), RATE, control=Control(target=0.3, measure="terms", gain=1.0))
+        weights = weigh(chosen, advantages, learner.objective(0))
+        factors.append(held(copy(state), chosen, weights, at_most=12).observation_factor)
+    np.testing.assert_allclose(factors[0], factors[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["loss/total", pytest.param("train/gradient_norm", marks=pytest.mark.variant)])

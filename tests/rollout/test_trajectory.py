@@ -142,7 +142,7 @@ def test_file_with_a_flipped_byte_is_refused_or_unchanged(saved):
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [99999999999, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [1280, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"ids": [1, ', '"ids": [-1, ')],
-        lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [9, ')],
+        lambda lines: [*lines[:-1], lines[-1].replace('"role": [2, ', '"role": [11, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"tool": [0, ', '"tool": [99, ')],
         lambda lines: [*lines[:-1], lines[-1].replace('"reward": 1.0', '"reward": "x"')],
         lambda lines: [*lines[:-1], lines[-1].replace('"reward": 1.0', '"reward": NaN')],
@@ -239,8 +239,8 @@ def test_damaged_reward_range_is_refused(saved, damaged):
 
 
 def test_role_that_this_version_lacks_is_refused_only_if_a_token_has_it(saved):
-    rewrite(saved, lambda lines: [lines[0].replace('"WARNING": 8', '"WARNING": 8, "LATER": 9'), *lines[1:]])
+    rewrite(saved, lambda lines: [lines[0].replace('"SYSTEM": 10', '"SYSTEM": 10, "LATER": 11'), *lines[1:]])
     assert len(load(saved, vocab_size=VOCAB)) == 2
-    rewrite(saved, lambda lines: [lines[0], lines[1].replace('"role": [2, ', '"role": [9, ')])
+    rewrite(saved, lambda lines: [lines[0], lines[1].replace('"role": [2, ', '"role": [11, ')])
     with pytest.raises(TrajectoryError, match="roles LATER, which this version lacks"):
         load(saved, vocab_size=VOCAB)

@@ -22,7 +22,7 @@ from runs import comparable
 from synthetic import make_trajectory
 
 from configs import tiny
-from echo_jax.config import ConfigError, default_config
+from echo_jax.config import FIRST_SPARE, TASKS_PER_SEED, ConfigError, default_config
 from echo_jax.kernels.fused_logprobs import fused_logprobs
 from echo_jax.learner import parameters
 from echo_jax.models.transformer import bind
@@ -37,7 +37,6 @@ from echo_jax.run.trainer import Trainer
 from echo_jax.system.metrics import read_metrics
 from echo_jax.system.peers import Peers
 from echo_jax.system.user_code import UserCodeError
-from echo_jax.tasks.stream import FIRST_SPARE, TASKS_PER_SEED
 from echo_jax.tasks.task import Task
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

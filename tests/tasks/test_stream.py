@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
+from echo_jax.config import FIRST_SPARE, TASKS_PER_SEED
 from echo_jax.tasks.stream import (
-    FIRST_SPARE,
-    TASKS_PER_SEED,
     environment_stream,
     environments,
     make_families,

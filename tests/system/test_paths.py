@@ -67,3 +67,24 @@ def test_an_empty_flag_starts_nothing(tmp_path, program, flag):
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"error: --{flag} is empty")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_work(monkeypatch, tmp_path):
+    """The library that writes checkpoints takes no other, and notices after the warm start."""
+    with pytest.raises(PathError, match=r"^--workdir = 'caf\\udce9': .* only paths in UTF-8.*; rename the folder$"):
+        parse(os.fsdecode(b"caf\xe9"), "--workdir")
+    inside = tmp_path / os.fsdecode(b"caf\xe9")
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(PathError, match="only paths in UTF-8"):
+        parse("runs/x", "--workdir")
+    assert parse("/tmp/café/☃", "--workdir") == Path("/tmp/café/☃")
+
+
+def test_under_a_locale_that_is_not_utf8_a_path_must_be_ascii(monkeypatch):
+    """Python would write to another folder than such libraries."""
+    monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("latin-1"))
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso-8859-1")
+    with pytest.raises(PathError, match="or set a UTF-8 locale, such as LC_ALL=C.UTF-8"):
+        parse("/tmp/café", "--workdir")
+    assert parse("/tmp/cafe", "--workdir") == Path("/tmp/cafe")

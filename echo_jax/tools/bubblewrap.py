@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import errno
 import importlib.util
 import math
 import os
@@ -153,10 +154,7 @@ class Jail:
             self._socket.setblocking(False)
             os.set_blocking(self._errors, False)
             supervised = limits.disk_bytes, _arguments(plan, limits, places), theirs, errors
-            if plan.forks:
-                self._process: Process = ForkedProcess(plan.bwrap, plan.apart, *supervised)
-            else:
-                self._process = BwrapProcess(plan.bwrap, *supervised)
+            self._process = _start_process(plan, *supervised)
         except BaseException:
             self._socket.close()
             os.close(self._errors)
@@ -264,6 +262,18 @@ class Jail:
         os.close(self._errors)
         self._broken = self._broken or SandboxBroken("the sandbox is closed")
         self._remove_group()
+
+
+def _start_process(plan: Plan, *supervised) -> Process:
+    if plan.forks:
+        try:
+            return ForkedProcess(plan.bwrap, plan.apart, *supervised)
+        except OSError as error:
+            # An ordinary user's processes may together have about `ulimit -n` descriptors on their way through sockets,
+            # and those of one sandbox can have 506. Its own bwrap inherits the descriptors, so it needs none of these.
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+    return BwrapProcess(plan.bwrap, *supervised)
 
 
 def _arguments(plan: Plan, limits: Limits, places: bool) -> list[int]:

@@ -16,11 +16,13 @@ whose host path its /proc/self/mountinfo shows. Without control groups (`limits_
 limited per process only; what the kernel holds for processes (pipes, sockets, memory files), and the number of files in
 a tmpfs, not at all. Under root each sandbox is a user of the host that runs nothing else; an ordinary user's sandboxes
 are that user, and so are root's where the kernel maps no other: then pipes above 64 MiB in all get smaller, the
-trainer's too, and together they may reach the user's limit of processes. Where each sandbox is a bwrap of its own, one
-can use up the user's inotify instances, lower its score with the OOM killer, hold a million empty files, and under root
-change the mode of /dev/null and its like. A sandbox can lock (`flock`) files of the system, and so signal to another,
-and take huge pages where the host has reserved some. What the agent leaves (files, variables, a changed PATH) affects
-the next command: grade after `kill_processes()`, with `run(…, fresh=True)`.
+trainer's too, and together they may reach the user's limits of processes, of epoll watches, and of descriptors on their
+way through sockets: no other sandbox can then send one, and where the trainer cannot either (`ulimit -Hn` below 512),
+each new sandbox is a bwrap of its own. Where each sandbox is a bwrap of its own, one can use up the user's inotify
+instances, lower its score with the OOM killer, hold a million empty files, and under root change the mode of /dev/null
+and its like. A sandbox can lock (`flock`) files of the system, and so signal to another, and take huge pages where the
+host has reserved some. What the agent leaves (files, variables, a changed PATH) affects the next command: grade after
+`kill_processes()`, with `run(…, fresh=True)`.
 """
 
 import dataclasses

@@ -1384,3 +1384,15 @@ def test_a_group_that_the_kernel_does_not_let_go_is_tried_again(tmp_path, monkey
         cgroup.Cgroup(2, (tmp_path / "none",), memory_bytes=1, processes=1)
     assert not busy.folders[0].exists()
     assert cgroup._left == []
+
+
+def test_a_sandbox_starts_when_no_descriptor_can_be_sent(monkeypatch):
+    """One sandbox of an ordinary user can use up what the kernel lets that user have in flight."""
+
+    def full(*_):
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    sandbox.probe()
+    monkeypatch.setattr(socket, "send_fds", full)
+    with Sandbox(limits=SMALL, files={"f": b"1\n"}) as box:
+        assert output(box, "cat f; echo $PPID") == "1\n1\n"

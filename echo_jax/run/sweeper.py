@@ -110,9 +110,9 @@ def run_sweep(
         raise SweepError(f"--only={only} matches none of the runs: {', '.join(run.name for run in runs)}")
     if dry_run:
         for run in chosen:
-            print(shlex.join(run.command), file=output)
+            print(_shown(run.command), file=output)
         if table is not None:
-            print(shlex.join(table), file=output)
+            print(_shown(table), file=output)
         return 0
     status = 0
     done = {run.name for run in runs if run.done}
@@ -161,6 +161,8 @@ def plan(
         runs[name] = Run(name, overrides, workdir / name, command, (logs or workdir) / name / "log.txt", needs)
 
     for overrides in map(plain, module.sweep()):
+        if not isinstance(overrides, Mapping) or not all(isinstance(field, str) for field in overrides):
+            raise SweepError(f"sweep() in {config} yields {overrides!r}; it must yield dictionaries of field: value")
         name = run_name(overrides)
         if name in runs:
             raise SweepError(f"two runs would have the name {name}: {dict(runs[name].overrides)} and {overrides}")
@@ -182,6 +184,23 @@ def plan(
     if not runs:
         raise SweepError(f"sweep() in {config} yields no run")
     return list(runs.values())
+
+
+def _shown(command: Sequence[str]) -> str:
+    """Returns a command as a line for bash; control characters of an argument are escaped, as in `$'\\u001b'`."""
+    return " ".join(shlex.quote(part) if escaped(part) == part else _escaped_word(part) for part in command)
+
+
+def _escaped_word(text: str) -> str:
+    def letter(character: str) -> str:
+        if character in "\\'":
+            return f"\\{character}"
+        if escaped(character) == character:
+            return character
+        code = ord(character)
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"  # a byte that is not UTF-8
+
+    return f"$'{''.join(map(letter, text))}'"
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:

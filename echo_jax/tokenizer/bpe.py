@@ -64,7 +64,9 @@ class BytePairs:
         try:
             vocabulary = {n: i for n, i in definition["model"]["vocab"].items() if n not in added}
             self._plain = self._build(vocabulary)
-        except Exception as error:  # `tokenizers` raises no narrower class
+        except BaseException as error:  # `tokenizers` raises no narrower class than Exception, and panics are none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise self._error(f"not a byte-level BPE tokenizer.json: {error}") from error
         self.vocabulary = vocabulary | added
         self.vocab_size = 1 + max(self.vocabulary.values())
@@ -76,6 +78,7 @@ class BytePairs:
         self.template = self._default_template(settings.get("chat_template") or "")
         self.end = self._named("eos_token")
         self.pad = self._named("pad_token", self.end)
+        self._check_keeps_text()
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
@@ -276,6 +279,20 @@ class BytePairs:
         if missing:
             raise self._error(f"not a byte-level BPE: {''.join(missing)!r} have no pieces")
         return found
+
+    def _check_keeps_text(self) -> None:
+        """Raises `TokenizerError` if the file's normalizer or pre-tokenizer drops, adds or changes characters: the
+        agent would not read what a tool wrote. Unicode's normal forms, which concern few texts, are left alone."""
+        ascii = "".join(map(chr, range(ord(" "), 0x7F)))
+        text = f"  {ascii}{ascii.swapcase()}  x\n\t é ☃\n "
+        text = "".join(letter for letter in text if all(byte in self._byte_id for byte in letter.encode()))
+        found = self.decode(self.encode(text))
+        if found != text:
+            at = next(i for i in range(len(text) + 1) if found[: i + 1] != text[: i + 1])
+            raise self._error(
+                f"it changes text, which must stay as it is: {text[at : at + 8]!r} becomes {found[at : at + 8]!r}; "
+                "look at its normalizer, its pre_tokenizer and the suffixes of its model"
+            )
 
     def _named(self, field: str, default: int | None = None) -> int:
         name = self.name_of(field)

@@ -289,6 +289,25 @@ def test_a_dictionary_on_the_command_line_applies_to_all_runs(tmp_path: Path):
     assert "--config.task.mixture={'maze': 1.0}" in shlex.split(output)
 
 
+def test_a_printed_command_cannot_steer_the_terminal_and_means_the_same_to_a_shell(tmp_path: Path):
+    text = "it's \x1b[2J\x9b\u202e \\u0041 \xe9\udce9"
+    sandbox = Sandbox(tmp_path, [])
+    sandbox.config.write_text(textwrap.dedent(OPEN).replace("*RUNS", f"{{'tools.count': {text!a}}}"))
+    _, output = sandbox.run(dry_run=True)
+    assert not set("\x1b\x9b\u202e\udce9") & set(output)
+    arguments = output.split(" ", len(sandbox.train) + 2)[-1].strip()
+    spoken = subprocess.run(["bash", "-c", f"printf %s {arguments}"], stdout=-1, env={"LC_ALL": "C.UTF-8"}, check=True)
+    assert os.fsdecode(spoken.stdout) == f"--config.tools.count={text}"
+
+
+@pytest.mark.parametrize("run", ["5", "{5: 3}"])
+def test_a_sweep_that_yields_no_fields_is_named(tmp_path: Path, run: str):
+    sandbox = Sandbox(tmp_path, [])
+    sandbox.config.write_text(textwrap.dedent(OPEN).replace("*RUNS", run))
+    with pytest.raises(SweepError, match=f"yields {run}; it must yield dictionaries of field: value"):
+        sandbox.run(dry_run=True)
+
+
 def test_what_a_run_printed_cannot_steer_the_terminal(tmp_path: Path):
     sandbox = Sandbox(tmp_path, [{"seed": 8}])
     train = tmp_path / "train.py"

@@ -342,6 +342,25 @@ def test_what_a_use_leaves_in_tokenizer_json_changes_no_ids(
     assert ours.encode_spans([(text, True)]) == pair[0].encode_spans([(text, True)])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(normalizer={"type": "Lowercase"}), "it changes text, .*: 'ABC.* becomes 'abc"),
+        (lambda d: d.update(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}), "it changes text"),
+        (lambda d: d.update(normalizer={"type": "Replace", "pattern": {"String": " "}, "content": ""}), "changes text"),
+        (lambda d: d.update(normalizer={"type": "Prepend", "prepend": "_"}), "it changes text"),
+        (lambda d: d.update(pre_tokenizer=None), "it changes text"),
+        (lambda d: d["model"].update(end_of_word_suffix="</w>"), "it changes text"),
+        (lambda d: d["model"].update(continuing_subword_prefix="##"), "not a byte-level BPE"),  # the package panics
+    ],
+    ids=["lower case", "strips", "no spaces", "prepends", "no bytes", "suffix", "panics"],
+)
+def test_a_tokenizer_that_would_change_what_a_tool_wrote_is_refused(tmp_path, change, message):
+    folder = edit(write(tmp_path / "t", "chatml"), change)
+    with pytest.raises(TokenizerError, match=message):
+        tokenizers.load(folder)
+
+
 def test_an_empty_token_is_never_found(tmp_path):
     def add(said):
         token = {**said["added_tokens"][0], "content": "", "special": True}

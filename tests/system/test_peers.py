@@ -356,6 +356,7 @@ def test_run_resumes_with_a_different_number_of_processes(uninterrupted, tmp_pat
     replay = (
         f"--config.rollout.replay={recorded}", "--config.warm_start.num_steps=0", "--config.num_steps=9",
         "--config.optimizer.learning_rate=1e-2", "--config.loss.kl_weight=0.0", "--config.checkpoint.every=3",
+        "--config.rollout.refill_tries=0",
     )  # fmt: skip
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     statuses, outputs = finish(train(whole, *replay, count=1))

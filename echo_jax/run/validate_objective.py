@@ -158,9 +158,8 @@ def _check_policy(loss: ml_collections.ConfigDict) -> None:
     bounds = {"dual_clip": loss.dual_clip} | dict(loss.policy_options)
     for name in ("clip_low", "clip_high", "dual_clip"):
         value = bounds.get(name, 0.0)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         require(
-            is_number and value >= 0 and (name != "dual_clip" or value == 0 or value > 1),
+            is_number(value) and value >= 0 and (name != "dual_clip" or value == 0 or value > 1),
             f"config.loss: {name} = {value!r}: it must be "
             + ("above 1, or 0 to turn it off" if name == "dual_clip" else "a number, not negative"),
         )
